@@ -1,0 +1,41 @@
+# make demo       pretrain, evaluate and plot a small CLIP on this machine (five minutes on two cores)
+# make test       lint and the fast tests          make test-all   the slow ones
+# make install    the environment alone            make clean      remove environments and runs
+# Every path is relative, so that a folder with a space in its name works. PYTHON and VENV may be set.
+
+PYTHON ?= python3
+VENV ?= .venv
+PEERS ?= .venv-peers
+RUN = $(VENV)/bin/python
+TESTS = $(RUN) -m pytest
+
+.PHONY: install test test-all demo peers clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; try make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+test: $(VENV)/.installed-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(TESTS) -m 'not slow and not parity'
+
+test-all: $(VENV)/.installed-test
+	$(TESTS) -m 'slow or parity'
+
+demo: $(VENV)/.installed
+	$(RUN) main.py --config=configs/demo.py --workdir=runs/demo
+
+peers:
+	tests/peers/make_env.sh $(PEERS)
+
+clean:
+	rm -rf .venv .venv-* runs

@@ -1,0 +1,74 @@
+"""Checkpoints: Orbax, and nothing else knows Orbax.
+
+A checkpoint is a folder ``checkpoints/<step>``; it is written in the background and appears, whole, by a rename, so
+a run killed at any moment finds its last complete one. It can be read on any number of devices and processes.
+Parameters are stored apart from the rest, so that a model can be loaded without its optimizer.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from clip_jax.errors import UserError
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; the newest ``keep_last`` are kept, and every ``keep_every``-th step's."""
+
+    def __init__(self, workdir: Path, *, keep_last: int, keep_every: int | None):
+        policies = [ocp.training.preservation_policies.LatestN(keep_last)]
+        if keep_every:
+            policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every))
+        self._checkpointer = ocp.training.Checkpointer(
+            os.path.abspath(workdir / FOLDER),
+            # The loop decides when to save; whatever it asks for is saved.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    def save(self, step: int, state: Any) -> None:
+        """Copies the state off the devices, then writes it in the background; waits for the save before it."""
+        self._checkpointer.save_checkpointables_async(step, _split(state))
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state of a step, each shard read where ``abstract`` (shapes with shardings) wants it."""
+        found = self._checkpointer.load_checkpointables(step, _split(abstract))
+        return type(abstract)(params=found["params"], **found["training"])
+
+    def close(self) -> None:
+        """Waits for a save in progress; an error in the background is raised here."""
+        self._checkpointer.close()
+
+
+def _split(state: Any) -> dict[str, Any]:
+    fields = state._asdict()
+    return {"params": fields.pop("params"), "training": fields}
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The step of a run folder's newest complete checkpoint, without opening any."""
+    folder = workdir / FOLDER
+    steps = [int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d+", p.name)] if folder.is_dir() else []
+    return max(steps, default=None)
+
+
+def load_params(workdir: Path, abstract: Any) -> tuple[int, Any]:
+    """(step, parameters) of a run folder's newest checkpoint; ``abstract`` has the shapes that are wanted."""
+    step = latest_step(workdir)
+    if step is None:
+        raise UserError(f"{workdir}: no checkpoint yet; let the run reach its first one")
+    found = ocp.load_checkpointables(os.path.abspath(workdir / FOLDER / str(step)), {"params": abstract})
+    return step, jax.tree.map(jnp.asarray, found["params"])

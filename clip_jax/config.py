@@ -1,0 +1,387 @@
+"""What a run is: defaults, reading recipes and overrides, checking, resolving.
+
+``defaults()`` is complete: every setting exists in it, with its type and its reason, and nothing else is a setting.
+A recipe (``configs/*.py``) is a function ``get_config`` that starts from it. Everything is checked before anything
+heavy starts, and every mistake is one line.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clip_jax import presets
+from clip_jax.errors import UserError, nearest
+from clip_jax.models.transformer import ACTIVATIONS
+
+AUTO = -1
+"""A size or duration that is not given: sizes follow from the model's preset, durations from another unit."""
+
+UNITS = ("steps", "examples", "epochs")
+
+
+def _every(steps: int = AUTO, examples: int = AUTO, epochs: float = float(AUTO)) -> dict[str, Any]:
+    return {"every_steps": steps, "every_examples": examples, "every_epochs": epochs}
+
+
+def defaults() -> ConfigDict:
+    """Every setting there is. Lengths of time are given in one of three units, the others left at -1."""
+    return ConfigDict(
+        {
+            "seed": 0,  # order, crops and initialisation
+            "steps": AUTO,
+            "examples": AUTO,  # pairs seen
+            "epochs": float(AUTO),  # steps = floor(epochs * N / batch_size)
+            "batch_size": 256,  # pairs over all devices and processes
+            "data": {
+                "train": "shapes:train",  # kind:where, see clip_jax/data/sources
+                "caption": "txt",  # tar shards: txt, or a dotted path into the sample's JSON
+                "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
+                "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
+                "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
+                "crop_ratio": (3 / 4, 4 / 3),  # its aspect
+                "shuffle_block": 1,  # samples read together; 1: a full shuffle
+                "shuffle_window": 1,  # blocks mixed with each other
+                "max_bad_share": 0.01,  # of samples, before the run stops
+                "workers": 2,  # threads, each on a batch of its own
+                "prefetch": 4,  # batches ready before they are needed
+            },
+            "tokenizer": {
+                "kind": "",  # clip or sentencepiece; empty: the model's
+                "vocab": "",  # clip: path of bpe_simple_vocab_16e6.txt.gz; empty: Hugging Face cache or hub
+                "train_captions": 100_000,  # sentencepiece: learns its pieces from the first so many samples' captions
+            },
+            "model": {
+                "name": "ViT-B/32",  # clip_jax.list_models()
+                "dtype": "float32",  # of matrix products; parameters stay float32
+                "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
+                "remat": "none",  # none, dots, full: recompute activations in the backward pass
+                "embed_dim": AUTO,
+                "activation": "",  # empty: the preset's, in both towers
+                "image": {name: AUTO for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_width")},
+                "text": {name: AUTO for name in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width")},
+                "mean": (),  # of pixels in 0..1, three numbers; empty: the preset's
+                "std": (),
+            },
+            "loss": {
+                "name": "softmax",
+                "max_logit_scale": 100.0,  # clamp of exp(logit_scale) after each update (Radford et al. 2021)
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 5e-4,  # after warm-up
+                "schedule": "cosine",  # cosine (to zero) or constant
+                "warmup_steps": AUTO,
+                "warmup_examples": AUTO,
+                "warmup_epochs": float(AUTO),
+                "weight_decay": 0.2,
+                "decay": "matrices",  # or matrices_and_positions: OpenCLIP 3 decays position embeddings too
+                "beta1": 0.9,
+                "beta2": 0.98,
+                "eps": 1e-6,
+                "clip_norm": 0.0,  # of the global gradient; 0: off
+            },
+            "mesh": {"data": AUTO, "fsdp": 1, "tensor": 1, "cpu_devices": 1},  # cpu_devices: simulated, on CPU only
+            "eval": {
+                "heldout": "",  # a source: held-out loss and retrieval
+                "heldout_name": "heldout",  # its name in metrics
+                "zero_shot": "",  # a source with labels
+                "zero_shot_name": "zero_shot",
+                "templates": ("a photo of a {}.",),  # of prompts; {} is the class name
+                "batch_size": AUTO,  # AUTO: the training batch
+                **_every(),  # none given: at the end only
+            },
+            "checkpoint": {
+                **_every(),  # none given: at the end only
+                "keep_last": 2,
+                "keep_every_steps": AUTO,  # and these for ever
+            },
+            "log": {"every_steps": 10, "tensorboard": True},
+        },
+        type_safe=False,  # check() compares types itself, with messages a user can act on
+    )
+
+
+CHOICES = {
+    "data.truncated": ("stop", "keep"),
+    "tokenizer.kind": ("", "clip", "sentencepiece"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.activation": ("", *ACTIVATIONS),
+    "loss.name": ("softmax",),
+    "optimizer.name": ("adamw",),
+    "optimizer.schedule": ("cosine", "constant"),
+    "optimizer.decay": ("matrices", "matrices_and_positions"),
+}
+
+AT_LEAST = {
+    "batch_size": 1,
+    "data.shuffle_block": 1,
+    "data.shuffle_window": 1,
+    "data.workers": 1,
+    "data.prefetch": 1,
+    "optimizer.learning_rate": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "tokenizer.train_captions": 1,
+    "checkpoint.keep_last": 1,
+    "log.every_steps": 1,
+    "mesh.cpu_devices": 1,
+}
+
+# A setting that another setting leaves without effect is a mistake, not a detail: (key, needs, value it needs).
+ONLY_WITH = (
+    ("tokenizer.vocab", "tokenizer.kind", "clip"),
+    ("tokenizer.train_captions", "tokenizer.kind", "sentencepiece"),
+)
+
+MAY_CHANGE_ON_RESTART = ("mesh", "eval", "checkpoint", "log")
+
+
+def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """``configs/name.py`` or ``configs/name.py:argument`` with ``key=value`` overrides, checked."""
+    return override(_run_recipe(recipe), overrides or {}, recipe)
+
+
+def _run_recipe(recipe: str) -> ConfigDict:
+    file, _, argument = recipe.partition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(f"{file}: no such recipe{nearest(file, known)}; --config takes a local .py file")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is the user's code: its own mistakes are told in one line like others
+        raise UserError(f"{file}: {type(error).__name__}: {error}") from error
+    check(config, file)
+    return config
+
+
+def override(config: ConfigDict, overrides: Mapping[str, str], place: str) -> ConfigDict:
+    """A copy of the config with ``{"optimizer.learning_rate": "1e-3", ...}`` set, checked."""
+    config = ConfigDict(config.to_dict(), type_safe=False)
+    known = flatten(defaults())
+    for key, text in overrides.items():
+        if key not in known:
+            raise UserError(f"--config.{key}={text}: {key} is not a setting{nearest(key, known)}")
+        if _unit(key):  # of several durations the command line's wins
+            for sibling, default in _siblings(key).items():
+                _set(config, sibling, default)
+        _set(config, key, _parse(key, text, known[key]))
+    check(config, place)
+    return config
+
+
+def check(config: ConfigDict, place: str) -> None:
+    """Raises UserError for the first thing wrong that can be known without data or devices."""
+    known, given = flatten(defaults()), flatten(config)
+    for key in given:
+        if key not in known:
+            raise UserError(f"{place}: {key} is not a setting{nearest(key, known)}")
+    for key, default in known.items():
+        if key not in given:
+            raise UserError(f"{place}: {key} is missing; a recipe starts from config.defaults()")
+        given[key] = _typed(place, key, given[key], default)
+        _set(config, key, given[key])
+    for key, choices in CHOICES.items():
+        if given[key] not in choices:
+            known_choices = ", ".join(c or '""' for c in choices)
+            raise UserError(f"{place}: {key}={given[key]!r} is not one of {known_choices}{nearest(given[key], choices)}")
+    for key, bound in AT_LEAST.items():
+        if given[key] < bound:
+            raise UserError(f"{place}: {key}={given[key]} must be at least {bound}")
+    for key in known:
+        if _unit(key) and given[key] != AUTO:
+            others = [k for k in _siblings(key) if k != key and given[k] != AUTO]
+            if others:
+                raise UserError(f"{place}: {key} and {others[0]} are both given; leave one of them at -1")
+            lowest_allowed = 0 if "warmup" in key else 1e-9
+            if given[key] < lowest_allowed:
+                raise UserError(f"{place}: {key}={given[key]} must be positive, or -1 for not given")
+    if all(given[unit] == AUTO for unit in UNITS):
+        raise UserError(f"{place}: how long to train? give one of steps, examples, epochs")
+    preset = presets.preset(given["model.name"])
+    kind = given["tokenizer.kind"] or preset.tokenizer
+    for key, needs, value in ONLY_WITH:
+        if given[key] != known[key] and {**given, "tokenizer.kind": kind}[needs] != value:
+            raise UserError(f"{place}: {key} has no effect with {needs}={kind}; leave it out or set {needs}={value}")
+    for key in ("model.mean", "model.std"):
+        if len(given[key]) not in (0, 3):
+            raise UserError(f"{place}: {key}={given[key]}: three numbers, or () for the preset's")
+    for template in given["eval.templates"]:
+        if "{}" not in str(template):
+            raise UserError(f"{place}: eval.templates: {template!r} has no {{}} for the class name")
+    low, high = (*given["data.crop_scale"], None, None)[:2]
+    if low is None or high is None or not 0 < low <= high <= 1:
+        raise UserError(f"{place}: data.crop_scale={given['data.crop_scale']}: two areas, 0 < smallest <= largest <= 1")
+
+
+def duration(config: ConfigDict, key: str, samples: int) -> int | None:
+    """A length of time in steps, or None where none of its three units is given.
+
+    ``key`` is the prefix: ``""`` for the whole run, ``"optimizer.warmup_"``, ``"eval.every_"``, ``"checkpoint.every_"``.
+    Epochs and examples are rounded down to whole steps (warm-up and intervals: at least one).
+    """
+    flat = flatten(config)
+    batch = config.batch_size
+    steps = {
+        "steps": flat[f"{key}steps"],
+        "examples": flat[f"{key}examples"] // batch if flat[f"{key}examples"] != AUTO else AUTO,
+        # Rounded first: 12 epochs of 100 samples must not become 11.999... epochs.
+        "epochs": math.floor(round(flat[f"{key}epochs"] * samples / batch, 6)) if flat[f"{key}epochs"] != AUTO else AUTO,
+    }
+    given = [value for value in steps.values() if value != AUTO]
+    if not given:
+        return None
+    return max(1, given[0]) if "every" in key else given[0]
+
+
+def check_lengths(config: ConfigDict, steps: int, warmup: int, samples: int) -> None:
+    """What can only be judged once the number of training samples is known."""
+    if steps < 1:
+        raise UserError(
+            f"config: the run has no step: {samples} samples at batch_size={config.batch_size}; "
+            "lower batch_size or raise steps, examples or epochs"
+        )
+    if warmup > steps:
+        raise UserError(
+            f"config.optimizer.warmup: {warmup} steps of warm-up in a run of {steps}; "
+            "shorten the warm-up or lengthen the run"
+        )
+
+
+def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets.Preset:
+    """The named preset with the config's own sizes, activation and pixel statistics in place of the automatic ones.
+
+    ``vocab_size`` is the tokenizer's, for a run that trains its own; a given ``model.text.vocab_size`` wins.
+    """
+    named = presets.preset(config.model.name)
+    architecture = named.architecture
+
+    def tower(shape, given):
+        sizes = {name: value for name, value in given.items() if value != AUTO}
+        if config.model.activation:
+            sizes["activation"] = config.model.activation
+        return dataclasses.replace(shape, **sizes)
+
+    text = tower(architecture.text, config.model.text)
+    if vocab_size is not None and config.model.text.vocab_size == AUTO:
+        text = dataclasses.replace(text, vocab_size=vocab_size)
+    architecture = dataclasses.replace(
+        architecture,
+        image=tower(architecture.image, config.model.image),
+        text=text,
+        embed_dim=architecture.embed_dim if config.model.embed_dim == AUTO else config.model.embed_dim,
+    )
+    preprocess = named.preprocess._replace(
+        mean=config.model.mean or named.preprocess.mean, std=config.model.std or named.preprocess.std
+    )
+    check_architecture(architecture)
+    return presets.Preset(architecture, preprocess, config.tokenizer.kind or named.tokenizer)
+
+
+def check_architecture(architecture: presets.Architecture) -> None:
+    """Sizes that do not go together."""
+    image, text = architecture.image, architecture.text
+    if image.image_size % image.patch_size:
+        raise UserError(
+            f"config.model.image: image_size={image.image_size} is not a multiple of patch_size={image.patch_size}"
+        )
+    for name, tower in (("image", image), ("text", text)):
+        for size, value in dataclasses.asdict(tower).items():
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"config.model.{name}.{size}={value} must be at least 1")
+        if tower.width % tower.heads:
+            raise UserError(f"config.model.{name}: width={tower.width} does not divide into heads={tower.heads}")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys that a restart may not change and that differ."""
+    old, new = flatten(old), flatten(new)
+    changed = [k for k in sorted(old.keys() | new.keys()) if _plain(old.get(k)) != _plain(new.get(k))]
+    return [key for key in changed if key.split(".")[0] not in MAY_CHANGE_ON_RESTART]
+
+
+def from_json(values: Mapping[str, Any], place: str) -> ConfigDict:
+    """A config that ``to_json`` wrote, checked; no code runs."""
+    config = ConfigDict(dict(values), type_safe=False)
+    check(config, place)
+    return config
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """As a nested dict of plain values; automatic sizes stay automatic."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"optimizer.learning_rate": 1e-3, ...}``"""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | ConfigDict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unit(key: str) -> bool:
+    """Whether a key gives a length of time in one of several units (``log.every_steps`` has no other units)."""
+    return any(key.endswith(unit) for unit in UNITS) and len(_siblings(key)) == len(UNITS)
+
+
+def _siblings(key: str) -> dict[str, Any]:
+    known = flatten(defaults())
+    for unit in UNITS:
+        if key.endswith(unit):
+            prefix = key.removesuffix(unit)
+            return {f"{prefix}{u}": known[f"{prefix}{u}"] for u in UNITS if f"{prefix}{u}" in known}
+    return {}
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config[section]
+    config[last] = value
+
+
+def _parse(key: str, text: str, default: Any) -> Any:
+    """The value of ``--config.key=text``, by the type of the default."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # of the wrong type, which _typed says
+
+
+def _typed(place: str, key: str, value: Any, default: Any) -> Any:
+    """The value in the default's type, where nothing is lost; UserError otherwise."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, float) and is_number:
+        return float(value)
+    if isinstance(default, int) and not isinstance(default, bool) and is_number and value == int(value):
+        return int(value)
+    if isinstance(default, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value)
+    if type(value) is type(default):
+        return value
+    kind: Callable | str = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}.get(
+        type(default).__name__, "a tuple"
+    )
+    raise UserError(f"{place}: {key}={value!r} must be {kind} (default {default!r})")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value

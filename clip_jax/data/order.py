@@ -1,0 +1,111 @@
+"""Which samples make batch k: index functions of (seed, k), the same for any number of hosts, workers and restarts.
+
+Position p counts training pairs from the start of the run; batch k holds positions kB to (k+1)B - 1. Position p
+lies in epoch ``p // N``, and every epoch is a permutation of the N samples, so a batch may span two epochs.
+
+Two levels: the samples are cut into blocks of n consecutive ones, the blocks are permuted globally, and samples
+are permuted inside a window of w permuted blocks. n = 1 is a full shuffle; large blocks make long reads on remote
+shards. Nothing is materialised: a permutation is a Feistel network walked until it stays in range, so an order
+over a thousand million samples costs nothing to set up, and does not change with any library's version.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_ROUNDS = 6
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64: the finaliser of SplitMix64 (Steele et al. 2014), a bijection that scatters all bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def fold(*words: int) -> int:
+    """Several integers to one 64-bit seed, order mattering."""
+    state = np.zeros(1, np.uint64)
+    with np.errstate(over="ignore"):
+        for word in words:
+            state = _mix(state + _GOLDEN + np.uint64(word & 0xFFFFFFFFFFFFFFFF))
+    return int(state[0])
+
+
+def permute(index: np.ndarray, size: int, seed: int, *, inverse: bool = False) -> np.ndarray:
+    """int64[n] -> int64[n]: where a seeded permutation of 0..size-1 sends each index (or whence it came).
+
+    A Feistel network over the next power of four permutes a range up to four times too large; indices that land
+    outside walk on until they are inside (cycle walking: Black and Rogaway 2002), which is again a permutation.
+    """
+    half_bits = max(1, ((max(size - 1, 1)).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    keys = [np.uint64(fold(seed, size, r)) for r in range(_ROUNDS)]
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> shift, x & mask
+        with np.errstate(over="ignore"):
+            for key in reversed(keys) if inverse else keys:
+                if inverse:
+                    left, right = right ^ (_mix(left + key) & mask), left
+                else:
+                    left, right = right, left ^ (_mix(right + key) & mask)
+        return (left << shift) | right
+
+    out = network(np.asarray(index, np.int64).astype(np.uint64))
+    while (outside := out >= np.uint64(size)).any():
+        out[outside] = network(out[outside])
+    return out.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a training run over ``samples`` samples."""
+
+    samples: int
+    batch_size: int
+    seed: int
+    block: int = 1
+    window: int = 1
+
+    def positions(self, step: int) -> np.ndarray:
+        """int64[batch_size]: the positions in the run that batch ``step`` holds."""
+        return np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """int64[n] -> int64[n]: the sample at each position of the run."""
+        epochs, offsets = np.divmod(positions, self.samples)
+        out = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            inside = epochs == epoch
+            out[inside] = self._shuffle(offsets[inside], fold(self.seed, int(epoch)))
+        return out
+
+    def batch(self, step: int) -> np.ndarray:
+        """int64[batch_size]: the samples of batch ``step``."""
+        return self.indices(self.positions(step))
+
+    def _shuffle(self, offsets: np.ndarray, seed: int) -> np.ndarray:
+        n, size = self.block, self.samples
+        blocks = -(-size // n)
+        missing = blocks * n - size  # the last block may be short; everything behind its place moves up by so much
+        place_of_short = int(permute(np.array([blocks - 1]), blocks, seed, inverse=True)[0]) if missing else blocks
+
+        def start(place: np.ndarray) -> np.ndarray:
+            """The offset at which the block at a place begins; ``place == blocks`` is the end."""
+            return place * n - np.where(place > place_of_short, missing, 0)
+
+        shuffled = offsets
+        if n > 1:
+            length = n * self.window
+            window = offsets // length
+            window = window + (offsets >= start(np.minimum((window + 1) * self.window, blocks)))
+            shuffled = np.empty_like(offsets)
+            for w in np.unique(window):
+                inside = window == w
+                first, last = (int(start(np.minimum(b * self.window, blocks))) for b in (w, w + 1))
+                shuffled[inside] = first + permute(offsets[inside] - first, last - first, fold(seed, int(w), 1))
+        place = shuffled // n
+        place = place + (shuffled >= start(np.minimum(place + 1, blocks)))
+        return permute(place, blocks, seed) * n + (shuffled - start(place))

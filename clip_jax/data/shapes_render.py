@@ -1,0 +1,174 @@
+"""Draws a scene of ``shapes``: flat, outlined, textured shapes on light paper, antialiased, in NumPy alone.
+
+What a scene holds and what is said about it is decided in ``shapes.py``; here is only what it looks like.
+
+A shape is a signed distance in pixels (negative inside), from which edge, outline and antialiasing all follow.
+Distances are slow, so each (shape, texture, radius) is evaluated once and kept as a *stencil*, which any colour is
+then pressed through: drawing one thing is a multiply and two adds over its own box of pixels.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+Field = Float[np.ndarray, "height width"]
+RGB = tuple[float, float, float]
+"""Red, green and blue in 0..255."""
+
+COLOURS: dict[str, RGB] = {
+    # Far apart in hue or lightness, so that the jitter of a scene never turns one into another; none begins with
+    # a vowel, so that "a {}" is English for all of them.
+    "red": (222, 40, 40),
+    "yellow": (252, 208, 32),
+    "green": (48, 160, 64),
+    "cyan": (64, 200, 220),
+    "blue": (40, 80, 210),
+    "purple": (128, 56, 176),
+    "pink": (252, 140, 190),
+    "black": (44, 44, 50),
+}
+
+
+class Thing(NamedTuple):
+    """One object of a scene: what it is called, and where and how it is drawn (lengths are parts of the side)."""
+
+    colour: str
+    shape: str
+    size: str
+    texture: str
+    place: str
+    x: float
+    y: float
+    radius: float
+    rgb: RGB
+
+
+class Scene(NamedTuple):
+    """Everything that a picture shows; its pixels follow at any resolution."""
+
+    things: tuple[Thing, ...]
+    paper: RGB
+    light: tuple[float, float]
+    """How much brighter the paper is on the right and at the bottom than in the middle."""
+
+
+def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "side side 3"]:
+    """The picture: uint8, the same bytes wherever IEEE arithmetic holds."""
+    ramp = np.linspace(-1, 1, image_size, dtype=np.float32)
+    across, down = np.float32(scene.light[0]) * ramp, np.float32(scene.light[1]) * ramp
+    canvas = (down[:, None] + across)[:, :, None] + np.float32(scene.paper)
+    for thing in scene.things:
+        stencil = _stencil(thing.shape, thing.texture, thing.radius * image_size, image_size)
+        # Centres are rounded to whole pixels, or no two things would share a stencil.
+        half = len(stencil.keep) // 2
+        left = min(max(round(thing.x * image_size), half), image_size - half) - half
+        top = min(max(round(thing.y * image_size), half), image_size - half) - half
+        patch = canvas[top : top + 2 * half, left : left + 2 * half]
+        patch *= stencil.keep
+        patch += stencil.tint * np.float32(thing.rgb)
+        patch += stencil.white
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+
+
+class _Stencil(NamedTuple):
+    """pixel = keep * paper + tint * colour + white."""
+
+    keep: Float[np.ndarray, "height width 1"]
+    tint: Float[np.ndarray, "height width 1"]
+    white: Float[np.ndarray, "height width 1"]
+
+
+@functools.lru_cache(maxsize=4096)
+def _stencil(shape: str, texture: str, radius: float, image_size: int) -> _Stencil:
+    half = math.ceil(radius + 0.5)
+    centres = np.arange(-half, half, dtype=np.float32) + np.float32(0.5)
+    x, y = np.broadcast_arrays(centres[None, :], centres[:, None])
+    distance = SHAPES[shape](x / radius, y / radius) * radius
+    coverage = _soften(distance)
+    # The outline, darker than the fill, keeps the silhouette whole where white texture meets white paper.
+    outline = _soften(-distance - image_size / 64)
+    white = _soften(TEXTURES[texture](x, y, image_size / 64)) * (1 - outline)
+    planes = (1 - coverage, coverage * (1 - white) * (1 - 0.45 * outline), coverage * white * 255)
+    return _Stencil(*(plane[:, :, None].astype(np.float32) for plane in planes))
+
+
+def _soften(distance: Field) -> Field:
+    """How much of a pixel lies inside an edge this far from its centre."""
+    return np.clip(0.5 - distance, 0, 1)
+
+
+# Shapes: signed distances in units of the radius, y downwards; none reaches further than 1.
+
+
+def _polygon(*corners: tuple[float, float]) -> Callable[[Field, Field], Field]:
+    # Rounded, so that the last bit of a platform's sine does not reach the pixels.
+    corners = tuple((round(x, 4), round(y, 4)) for x, y in corners)
+
+    def distance(x: Field, y: Field) -> Field:
+        squared = np.full(x.shape, np.inf, np.float32)
+        inside: Bool[np.ndarray, "height width"] = np.zeros(x.shape, bool)
+        for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+            dx, dy = bx - ax, by - ay
+            along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
+            squared = np.minimum(squared, (x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2)
+            if dy:  # Even-odd rule: a pixel is inside when an odd number of edges lies to its right.
+                inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) * (dx / dy))
+        return np.where(inside, -1, 1) * np.sqrt(squared)
+
+    return distance
+
+
+def _star(points: int, inner_radius: float) -> list[tuple[float, float]]:
+    turns = [math.pi * k / points for k in range(2 * points)]
+    radii = [1.0, inner_radius] * points
+    return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(radii, turns, strict=True)]
+
+
+def _heart(corners: int) -> list[tuple[float, float]]:
+    """The usual curve (16 sin^3 t, 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t), shrunk to fit."""
+    turns = [2 * math.pi * k / corners for k in range(corners)]
+    curve = [
+        (16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t))
+        for t in turns
+    ]
+    return [(x / 17, -(y + 2.5) / 16) for x, y in curve]
+
+
+SHAPES: dict[str, Callable[[Field, Field], Field]] = {
+    "circle": lambda x, y: np.sqrt(x * x + y * y) - 0.94,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.8,
+    "triangle": _polygon((0, -0.94), (0.98, 0.8), (-0.98, 0.8)),
+    "star": _polygon(*_star(5, 0.5)),
+    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.36, np.maximum(abs(x), abs(y)) - 0.96),
+    "diamond": _polygon((0, -1), (0.76, 0), (0, 1), (-0.76, 0)),
+    "ring": lambda x, y: abs(np.sqrt(x * x + y * y) - 0.68) - 0.27,
+    "heart": _polygon(*_heart(32)),
+}
+
+
+# Textures: signed distances in pixels to where the fill turns white; ``unit`` is 1 on 64-pixel pictures.
+
+
+def _from_lattice(u: Field, period: float) -> Field:
+    """Distance to the nearest multiple of the period."""
+    return abs((u + period / 2) % period - period / 2)
+
+
+def _striped(x: Field, y: Field, unit: float) -> Field:
+    return _from_lattice((x + y) * math.sqrt(0.5) + 2.5 * unit, 5 * unit) - 1.1 * unit
+
+
+def _dotted(x: Field, y: Field, unit: float) -> Field:
+    u, v = (x + y) * math.sqrt(0.5), (x - y) * math.sqrt(0.5)
+    return np.sqrt(_from_lattice(u, 5 * unit) ** 2 + _from_lattice(v, 5 * unit) ** 2) - 1.5 * unit
+
+
+TEXTURES: dict[str, Callable[[Field, Field, float], Field]] = {
+    "plain": lambda x, y, unit: np.full(x.shape, np.inf, np.float32),
+    "striped": _striped,
+    "dotted": _dotted,
+}

@@ -1,0 +1,289 @@
+"""TFDS datasets as a source: random access to ArrayRecord files, without TensorFlow.
+
+Only what ``download_and_prepare`` left on disk is read: nothing is downloaded, and no dataset's code runs. That is
+also why the folder is searched for here and not by ``tfds.data_source(name)``: for a catalogue name without a version
+that call runs the dataset's own code, and coco_captions' code needs TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clip_jax.data.sources import BadSampleError, Sample, Source
+from clip_jax.errors import UserError, nearest
+
+_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+# Catalogue datasets with captions use these names: coco_captions a sequence of {text, id}, laion400m one caption.
+_CAPTION_FEATURES = ("captions", "caption", "texts", "text")
+_CAPTION_SUBFEATURES = ("text", "caption")
+
+
+class _Layout(NamedTuple):
+    """Where in an example to look."""
+
+    image: str
+    captions: tuple[str, ...]
+    """Path to the text, such as ("captions", "text"); empty where the class name is the caption."""
+    label: str
+    """Empty where there are no classes."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TfdsSource:
+    name: str
+    fingerprint: str
+    class_names: tuple[str, ...]
+    place: str
+    """The dataset and split in messages: ``coco_captions/2014/1.1.0 test``."""
+    layout: _Layout
+    records: Any = dataclasses.field(repr=False)
+    """index -> serialised example; ArrayRecord shares one reader a shard between threads, which is safe."""
+    features: Any = dataclasses.field(repr=False)
+    """A FeaturesDict of what ``layout`` names, so that nothing else is decoded (COCO has boxes, others masks)."""
+    decoders: dict[str, Any] = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        key = f"{self.place}[{index}]"
+        try:
+            record = self.records[index]
+        except RuntimeError as error:  # All that ArrayRecord raises: a bad checksum and a failed read look alike.
+            if "Corrupted" in str(error):
+                raise BadSampleError(f"corrupted record ({error})", key) from error
+            raise OSError(f"{key}: {error}") from error
+        example = self.features.deserialize_example_np(record, decoders=self.decoders)
+        label = int(example[self.layout.label]) if self.layout.label else -1
+        if self.layout.captions:
+            captions = _captions(example, self.layout.captions, key)
+        elif label >= 0:
+            captions = (self.class_names[label],)
+        else:  # TFDS marks a withheld label with -1.
+            raise BadSampleError("no label", key)
+        return Sample(image=example[self.layout.image], captions=captions, key=key, label=label)
+
+
+def open_tfds(where: str, split: str, *, data_dir: str = "") -> Source:
+    """A prepared TFDS dataset: ``where`` is ``name``, ``name/config`` or ``name/config:version``.
+
+    ``split`` is TFDS's: ``train``, ``test``, ``train[:90%]``, ``train+restval``. ``data_dir`` defaults to TFDS's own
+    (``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``). Images stay encoded. Where there is a label and no text, the
+    class name is the caption.
+    """
+    logging.getLogger("absl").addFilter(_is_not_tfds_chatter)
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"tfds:{where}: {error}; pip install tensorflow-datasets array_record") from error
+
+    folder = _find(where, data_dir)
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # Broken metadata fails in as many ways as it can be broken.
+        raise UserError(f"tfds:{where}: cannot read {folder}: {_first_line(error)}; prepare it again") from error
+    info = builder.info
+    formats = sorted(f.value for f in info.available_file_formats())
+    if "array_record" not in formats:
+        raise UserError(
+            f"tfds:{where}: {folder} holds {' and '.join(formats)} files, which have no random access; convert them, "
+            "in an environment of its own: pip install 'clip-jax-tpu[tfds-build]' apache-beam && "
+            f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record"
+        )
+    instructions = _file_instructions(where, split, info, folder)
+    layout = _find_layout(where, info.features)
+    used = dict.fromkeys(filter(None, (layout.image, *layout.captions[:1], layout.label)))
+    is_encoded = isinstance(info.features[layout.image], tfds.features.Image)
+    return _TfdsSource(
+        name=f"tfds:{where}",
+        fingerprint=_fingerprint(info, split, instructions),
+        class_names=tuple(info.features[layout.label].names) if layout.label else (),
+        place=f"{info.full_name} {split}",
+        layout=layout,
+        records=builder.as_data_source(
+            split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        ),
+        features=tfds.features.FeaturesDict({name: info.features[name] for name in used}),
+        decoders={layout.image: tfds.decode.SkipDecoding()} if is_encoded else {},
+    )
+
+
+def _find(where: str, data_dir: str):
+    """The folder ``data_dir/name[/config]/version`` that ``where`` means, the newest version by default."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    asked = _NAME.fullmatch(where)
+    if asked is None:
+        raise UserError(f"tfds:{where}: write name, name/config or name/config:1.2.3, such as tfds:coco_captions")
+    name, config, version = asked["name"], asked["config"], asked["version"]
+    root = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    try:
+        prepared = _subfolders(root)
+        if name not in prepared:
+            catalogue = tfds.list_builders(with_community_datasets=False)
+            if name not in catalogue:
+                hint = nearest(name, [*prepared, *catalogue])
+                raise UserError(f"tfds:{where}: {name} is neither in {root} nor in the TFDS catalogue{hint}")
+            raise UserError(f"tfds:{where}: {name} is not in {root}; {_how_to_prepare(where, data_dir)}")
+        folder = root / name
+        inside = _subfolders(folder)
+        configs = [i for i in inside if not _VERSION.fullmatch(i)]
+        if config is None and len(configs) == len(inside):
+            config = _default_config(folder) or (configs[0] if len(configs) == 1 else None)
+            if config is None and configs:
+                choices = ", ".join(f"tfds:{name}/{c}" for c in configs)
+                raise UserError(f"tfds:{where}: {folder} has several configs; name one: {choices}")
+        if config is not None:
+            if config not in configs:
+                raise UserError(
+                    f"tfds:{where}: config {config} is not in {folder} (there: {', '.join(configs) or 'none'}); "
+                    f"{_how_to_prepare(where, data_dir)}"
+                )
+            folder /= config
+        versions = [v for v in _subfolders(folder) if _VERSION.fullmatch(v)]
+    except (OSError, ImportError) as error:  # ImportError: etils asks for gcsfs when data_dir is in a bucket.
+        raise UserError(f"tfds:{where}: cannot read {root}: {_first_line(error)}") from error
+    if not versions or (version and version not in versions):
+        raise UserError(
+            f"tfds:{where}: no version {version or ''}{' ' if version else ''}in {folder} "
+            f"(there: {', '.join(versions) or 'none'}); {_how_to_prepare(where, data_dir)}"
+        )
+    return folder / (version or max(versions, key=lambda v: tuple(map(int, v.split(".")))))
+
+
+def _subfolders(folder) -> list[str]:
+    """Names, sorted; without TFDS's own ``.config``, ``downloads`` and what an interrupted build left."""
+    if not folder.exists():
+        return []
+    names = (p.name for p in folder.iterdir() if p.is_dir())
+    return sorted(n for n in names if not n.startswith((".", "incomplete.")) and n != "downloads")
+
+
+def _default_config(folder) -> str | None:
+    metadata = folder / ".config" / "metadata.json"
+    return json.loads(metadata.read_text()).get("defaultConfigName") if metadata.exists() else None
+
+
+def _how_to_prepare(where: str, data_dir: str) -> str:
+    place = f", data_dir={data_dir!r}" if data_dir else ""
+    return (
+        "prepare it once, in an environment of its own: pip install 'clip-jax-tpu[tfds-build]' && python -c "
+        f'"import tensorflow_datasets as tfds; '
+        f"tfds.builder('{where}'{place}, file_format='array_record').download_and_prepare()\""
+    )
+
+
+def _file_instructions(where: str, split: str, info, folder) -> list:
+    """Which records of which files make the split, after a look that the files are there."""
+    try:
+        instructions = info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        known = ", ".join(sorted(info.splits))
+        hint = nearest(split, info.splits)
+        raise UserError(f"tfds:{where}: {split!r} is not a split of {folder}{hint} (there: {known})") from error
+    if not sum(i.take for i in instructions):
+        raise UserError(f"tfds:{where}: split {split!r} of {folder} is empty; take a larger part of it")
+    # ArrayRecord opens a file that is not there without a word and finds no records in it.
+    there = {path.name for path in folder.iterdir()}
+    suffix = info.file_format.file_suffix
+    names = [os.path.basename(i.filename).replace(f".{suffix}-", ".array_record-") for i in instructions]
+    missing = [n for n in names if n not in there]
+    if missing:
+        raise UserError(
+            f"tfds:{where}: {len(missing)} of {len(names)} shards of split {split!r} are not in {folder}, the first "
+            f"is {missing[0]}; copy them there, or prepare the dataset again"
+        )
+    return instructions
+
+
+def _find_layout(where: str, features) -> _Layout:
+    """Which features are the image, its captions and its class."""
+    import tensorflow_datasets as tfds
+
+    layout = _Layout(
+        image=_image_feature(features),
+        captions=next(filter(None, (_text_path(features, name) for name in _CAPTION_FEATURES)), ()),
+        label="label" if isinstance(features.get("label"), tfds.features.ClassLabel) else "",
+    )
+    there = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in sorted(features.items()))
+    if not layout.image:
+        raise UserError(f"tfds:{where}: no image among its features ({there}); take a dataset of images and text")
+    if not layout.captions and not layout.label:
+        raise UserError(
+            f"tfds:{where}: no text ({', '.join(_CAPTION_FEATURES)}) and no class label among its features ({there}); "
+            "take a dataset that has one"
+        )
+    return layout
+
+
+def _image_feature(features) -> str:
+    """``image``, or whichever feature is the only image; empty if there is none."""
+    import tensorflow_datasets as tfds
+
+    def is_image(feature) -> bool:
+        if isinstance(feature, tfds.features.LabeledImage):  # A segmentation mask.
+            return False
+        stored_as_pixels = type(feature) is tfds.features.Tensor and feature.shape[2:] == (3,)
+        return (isinstance(feature, tfds.features.Image) or stored_as_pixels) and feature.np_dtype == np.uint8
+
+    names = [name for name, feature in features.items() if is_image(feature)]
+    return "image" if "image" in names else names[0] if len(names) == 1 else ""
+
+
+def _text_path(features, name: str) -> tuple[str, ...]:
+    """The path to the strings of feature ``name``: itself, or a field of a sequence of records; empty if neither."""
+    import tensorflow_datasets as tfds
+
+    feature = features.get(name)
+    if isinstance(feature, tfds.features.Sequence):
+        feature = feature.feature
+        if isinstance(feature, tfds.features.FeaturesDict):
+            fields = [f for f in _CAPTION_SUBFEATURES if f in feature and _is_text(feature[f])]
+            return (name, fields[0]) if fields else ()
+    return (name,) if _is_text(feature) else ()
+
+
+def _is_text(feature) -> bool:
+    import tensorflow_datasets as tfds
+
+    # Text is a Tensor too, and so is np.str_, which TFDS keeps as object.
+    return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
+
+
+def _captions(example: dict, path: tuple[str, ...], key: str) -> tuple[str, ...]:
+    for part in path:
+        example = example[part]
+    texts = [example] if isinstance(example, bytes) else example
+    try:
+        captions = tuple(filter(None, (text.decode().strip() for text in texts)))
+    except UnicodeDecodeError as error:
+        raise BadSampleError("caption is not UTF-8", key) from error
+    if not captions:
+        raise BadSampleError("empty caption", key)
+    return captions
+
+
+def _fingerprint(info, split: str, instructions: list) -> str:
+    files = [(os.path.basename(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
+    # The size in bytes, for a dataset prepared anew under the same version.
+    identity = [info.full_name, split, sum(i.take for i in instructions), files, int(info.dataset_size)]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _is_not_tfds_chatter(record: logging.LogRecord) -> bool:
+    """Below an error, what TFDS logs ("Load dataset info from ...") tells its developers something, not our users."""
+    return record.levelno >= logging.ERROR or "tensorflow_datasets" not in record.pathname
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,13 @@
+"""Captions to token ids: the tokenizers of CLIP, SigLIP and CLIPA, and ones trained on your own captions.
+
+``clip``, ``siglip``, ``wordpiece`` and ``sentencepiece`` each build a ``Tokenizer``: a function from texts to
+``int32[n, context_length]``. What cuts a text into tokens is always a library (Rust ``tokenizers``, C++
+``sentencepiece``); ours are the repair of the text before and the start, end and padding around.
+"""
+
+from clip_jax.data.tokenizers.byte_pairs import clip
+from clip_jax.data.tokenizers.sentence_pieces import sentencepiece, siglip, train_sentencepiece
+from clip_jax.data.tokenizers.tokenizer import Tokenizer
+from clip_jax.data.tokenizers.word_pieces import wordpiece
+
+__all__ = ["Tokenizer", "clip", "sentencepiece", "siglip", "train_sentencepiece", "wordpiece"]

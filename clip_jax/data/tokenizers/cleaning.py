@@ -1,0 +1,67 @@
+"""Repairing a caption before it is cut into tokens, as OpenCLIP's tokenizers do it, character for character.
+
+Everything about Unicode happens here, in Python: Rust's lower-casing, its white space and its letter classes follow
+another version of Unicode, and a caption in ten thousand would get other tokens than the model was trained with.
+"""
+
+import html
+import re
+import string
+import unicodedata
+
+import ftfy
+
+# Captions made only of these characters are left alone by ftfy, which costs ten times more than all the rest: it can
+# only compose them (NFC, checked apart) and straighten the one curly quote. What is missing and why: "&" may start an
+# HTML entity; control characters are removed; accented capitals, symbols and the other quotes may be the remains of a
+# wrongly decoded UTF-8; ligatures and full-width forms are replaced. tests/data/test_tokenizers.py holds the proof.
+_UNTOUCHED = re.compile(
+    "["
+    " -%'-~"  # printable ASCII but "&"
+    "\u00a0\u202f’–—…"  # French spaces, the apostrophe that ftfy straightens, dashes, ellipsis
+    "ßà-öø-ü"
+    "ăąāćčďđęěēėğģįīıķĺľłļńňņŕřśşšťţůűūųőōźżž"
+    "Έ-ώЁЃ-џ"  # Greek and Cyrillic, but Ђ, which vЂ” and its like are made of
+    "\u0530-\u1fff"  # Armenian, Hebrew, Arabic, the scripts of India, Thai, Georgian, ..., Vietnamese
+    "\u3001-\ud7ff"  # kana, Chinese characters, Hangul
+    "\u200d\ufe0f\u2600-\u27bf\U0001f000-\U0001faff"  # emoji and what joins them
+    "]*"
+).fullmatch
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def repair(text: str) -> str:
+    """``ftfy.fix_text``, then HTML entities resolved twice (``&amp;lt;`` is common in alt texts)."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    if _UNTOUCHED(text) and unicodedata.is_normalized("NFC", text):
+        return text.replace("’", "'")
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def whitespace(text: str) -> str:
+    """Repaired, each run of white space made one space, none at the ends."""
+    return " ".join(repair(text).split())
+
+
+def lower(text: str) -> str:
+    """CLIP's cleaning: ``whitespace``, then lower case."""
+    return whitespace(text).lower()
+
+
+def canonicalize(text: str) -> str:
+    """What OpenCLIP does for SigLIP: lower case, ASCII punctuation removed, "_" read as a space.
+
+    big_vision (``evaluators/proj/image_text/prompt_engineering.py``) does this to the prompts of zero-shot
+    classification only; see ``siglip``.
+    """
+    return " ".join(repair(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+
+
+CLEANERS = {"whitespace": whitespace, "lower": lower, "canonicalize": canonicalize}
+
+
+def versions() -> dict[str, str]:
+    """The versions of what can change a cleaned caption, for fingerprints."""
+    return {"ftfy": ftfy.__version__, "unicode": unicodedata.unidata_version}

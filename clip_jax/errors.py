@@ -1,0 +1,33 @@
+"""What a user's mistake ends in: one line that says what is wrong, where, and what to do.
+
+``UserError`` is raised anywhere and caught only in ``main.py`` and ``commands``, which print the line and
+exit with a code from the table below. Nothing else in the project prints a traceback away.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 42
+EXIT_NON_FINITE = 43
+EXIT_WATCHDOG = 44
+EXIT_OUT_OF_MEMORY = 45
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the message names the thing, the place and the way out, in one line."""
+
+
+class NonFiniteError(Exception):
+    """The loss or a gradient became NaN or infinite: the run stops with ``EXIT_NON_FINITE``."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``" (nearest: ...)"`` for a mistyped name, or ``""`` when nothing known resembles it."""
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not matches:  # A key typed without its section, or with a wrong one, still has the right last word.
+        last_word = name.rsplit(".", 1)[-1]
+        matches = [k for k in known if k.rsplit(".", 1)[-1] == last_word]
+    return f" (nearest: {matches[0]})" if matches else ""

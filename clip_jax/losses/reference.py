@@ -1,0 +1,24 @@
+"""The definitions: ten lines each, the whole logit matrix at once. Tests trust them; training uses ``grid``."""
+
+import jax.numpy as jnp
+from jax.nn import logsumexp
+from jaxtyping import Array, Float
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def softmax(
+    image: Float[Array, "batch dim"],
+    text: Float[Array, "batch dim"],
+    scale: Float[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+    """Symmetric InfoNCE over the global batch (Radford et al. 2021, fig. 3).
+
+    Pairs sit on the diagonal of ``scale * image @ text.T``; rows classify texts, columns classify images.
+    """
+    logits = scale * jnp.dot(image, text.T, preferred_element_type=jnp.float32)
+    # The diagonal, without the matrix; multiplied in float32, for bfloat16 products would not match the logits.
+    positives = scale * jnp.sum(image.astype(jnp.float32) * text.astype(jnp.float32), axis=-1)
+    loss = jnp.mean((logsumexp(logits, axis=1) + logsumexp(logits, axis=0)) / 2 - positives)
+    accuracy = jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))
+    return loss, {"accuracy": accuracy}

@@ -1,0 +1,1 @@
+"""Pure functions of (params, arrays): two towers and what joins them. No I/O, no config objects."""

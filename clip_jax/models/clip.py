@@ -1,0 +1,95 @@
+"""Two towers and a temperature: what CLIP is, as pure functions over one parameter tree.
+
+    params = {"image": ..., "text": ..., "logit_scale": float32[]}
+
+``logit_scale`` is the logarithm of the factor that multiplies cosines (Radford et al. 2021, section 2.5).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from clip_jax.models.text import TextTower, TextTransformer
+from clip_jax.models.transformer import Remat
+from clip_jax.models.vit import ImageTower, ViT
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that decides the parameter tree and what it computes."""
+
+    image: ImageTower
+    text: TextTower
+    embed_dim: int
+    init_logit_scale: float = math.log(1 / 0.07)
+
+
+@dataclass(frozen=True)
+class CLIP:
+    """An architecture with the settings of its computation; every method is pure.
+
+    ``dtype`` is the type of the matrix products; parameters, norms, softmax and embeddings are float32.
+    """
+
+    architecture: Architecture
+    dtype: jnp.dtype = jnp.float32
+    scan: bool = True
+    remat: Remat = "none"
+
+    @property
+    def image_tower(self) -> ViT:
+        return ViT(self.architecture.image, self.architecture.embed_dim, self.dtype, self.scan, self.remat)
+
+    @property
+    def text_tower(self) -> TextTransformer:
+        return TextTransformer(self.architecture.text, self.architecture.embed_dim, self.dtype, self.scan, self.remat)
+
+    def init(self, rng: Key[Array, ""]) -> Params:
+        """The parameter tree, each leaf boxed with its logical axes (``flax.linen.LogicallyPartitioned``)."""
+        image_rng, text_rng = jax.random.split(rng)
+        size, length = self.architecture.image.image_size, self.architecture.text.context_length
+        image = self.image_tower.init(image_rng, jnp.zeros((1, size, size, 3), jnp.float32))
+        text = self.text_tower.init(text_rng, jnp.zeros((1, length), jnp.int32))
+        scale = nn.LogicallyPartitioned(jnp.asarray(self.architecture.init_logit_scale, jnp.float32), ())
+        return {"image": image["params"], "text": text["params"], "logit_scale": scale}
+
+    def encode_image(self, params: Params, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch embed"]:
+        """Normalised pixels to embeddings, not of unit length."""
+        return self.image_tower.apply({"params": params["image"]}, image)
+
+    def encode_text(self, params: Params, text: Int[Array, "batch length"]) -> Float[Array, "batch embed"]:
+        """Token ids to embeddings, not of unit length."""
+        return self.text_tower.apply({"params": params["text"]}, text)
+
+    def forward(
+        self,
+        params: Params,
+        batch_stats: Params,
+        image: Float[Array, "batch height width 3"],
+        text: Int[Array, "batch length"],
+        *,
+        train: bool,
+        rng: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch embed"], Float[Array, "batch embed"], Params]:
+        """Both embeddings, of unit length, and the new batch statistics (``{}``: a ViT has none)."""
+        del train, rng  # Nothing in these towers is random or differs in training.
+        return unit(self.encode_image(params, image)), unit(self.encode_text(params, text)), batch_stats
+
+
+def unit(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+    """x / |x|, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+
+
+def parameter_counts(params: Params) -> dict[str, int]:
+    """Parameters by tower and in total, from arrays or shapes."""
+    count = {tower: sum(leaf.size for leaf in jax.tree.leaves(params[tower])) for tower in ("image", "text")}
+    return count | {"total": sum(leaf.size for leaf in jax.tree.leaves(params))}

@@ -1,0 +1,162 @@
+"""Held-out pairs to look at: the similarity matrix with its images and captions, and what each caption retrieves."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int, UInt8
+from PIL import Image
+
+MATRIX_PAIRS = 16
+RETRIEVED_IMAGES = 6
+FIRST_CAPTIONS = 6
+HARDEST_CAPTIONS = 4
+
+# Twice the size shown, for screens of high density.
+THUMBNAIL_PIXELS = 160
+# Drawings of this size or less are kept exactly; JPEG would smear them, and they are small anyway.
+LOSSLESS_PIXELS = 72
+# Colour grows faster than similarity, so that the best stand out of the many middling ones.
+SHADE_POWER = 1.5
+# From this shade on, white is easier to read on the cell than the page's ink (equal contrast, WCAG 2).
+DARK_CELL = 0.8
+
+
+class Gallery(NamedTuple):
+    """Held-out pairs: image i belongs to caption i; ``similarity[i, j]`` is the cosine of image i with caption j."""
+
+    images: UInt8[np.ndarray, "n height width 3"]
+    captions: tuple[str, ...]
+    similarity: Float32[np.ndarray, "n n"]
+    dataset: str
+
+
+def caption_ranks(similarity: Float32[np.ndarray, "n n"]) -> Int[np.ndarray, " n"]:
+    """For each caption, the rank of its own image, from 1; an image as similar as the right one ranks before it.
+
+    That keeps a model that gives every pair the same similarity from looking perfect.
+    """
+    return (_finite(similarity) >= np.diagonal(_finite(similarity))).sum(axis=0)
+
+
+def matrix(gallery: Gallery) -> str:
+    """The similarity of the first pairs as a heat map: a row for each caption, a column for each image."""
+    n = min(len(gallery.captions), MATRIX_PAIRS)
+    similarity = gallery.similarity[:n, :n]
+    finite = similarity[np.isfinite(similarity)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    captions_right = int((caption_ranks(similarity) == 1).sum())
+    images_right = int((caption_ranks(similarity.T) == 1).sum())
+
+    head = "".join(f'<th scope="col">{_picture(i, f"image {i + 1}")}</th>' for i in range(n))
+    body = ""
+    for j, caption in enumerate(gallery.captions[:n]):
+        cells = "".join(_cell(similarity[i, j], low, high, right=i == j) for i in range(n))
+        body += f'<tr><th scope="row">{_caption(caption)}</th>{cells}</tr>'
+    summary = (
+        f"Cosine of every image (columns) with every caption (rows), {_cosine(low)} to {_cosine(high)}; "
+        "pairs that belong together are framed. "
+        f"{captions_right} of {n} captions find their image first, {images_right} of {n} images their caption."
+    )
+    table = (
+        f'<table class="matrix" style="--n:{n}"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
+    return f'<p class="note">{summary}</p><div class="scroll">{table}</div>'
+
+
+def retrieval(gallery: Gallery) -> str:
+    """The most similar images of some captions: the first ones, and those the model is most wrong about."""
+    ranks = caption_ranks(gallery.similarity)
+    first, hardest = _shown_captions(ranks)
+    total = len(ranks)
+    parts = [f'<p class="note">The most similar of {total} images, best first; the one it belongs to is framed.</p>']
+    parts.append(f'<div class="captions">{"".join(_retrieved(gallery, j, int(ranks[j])) for j in first)}</div>')
+    if hardest:
+        parts.append("<h3>Where a caption's own image ranks lowest</h3>")
+        parts.append(f'<div class="captions">{"".join(_retrieved(gallery, j, int(ranks[j])) for j in hardest)}</div>')
+    return "".join(parts)
+
+
+def image_styles(gallery: Gallery) -> str:
+    """The images that ``matrix`` and ``retrieval`` show, as CSS: each is in the page once, however often it is seen."""
+    shown = set(range(min(len(gallery.captions), MATRIX_PAIRS)))
+    first, hardest = _shown_captions(caption_ranks(gallery.similarity))
+    for j in (*first, *hardest):
+        shown.update((j, *_best_images(gallery.similarity, j)))
+    height, width = gallery.images.shape[1:3]
+    rules = [f".picture{{aspect-ratio:{width}/{height}}}"]
+    rules += [f".i{i}{{background-image:url({_data_uri(gallery.images[i])})}}" for i in sorted(shown)]
+    return "".join(rules)
+
+
+def _shown_captions(ranks: np.ndarray) -> tuple[Sequence[int], Sequence[int]]:
+    """The first captions of the set, not chosen by anybody; and of the others the ones that rank worst."""
+    first = range(min(len(ranks), FIRST_CAPTIONS))
+    others: Iterable[int] = np.argsort(-ranks, kind="stable").tolist()
+    hardest = [j for j in others if j not in first and ranks[j] > 1]
+    return first, hardest[:HARDEST_CAPTIONS]
+
+
+def _best_images(similarity: np.ndarray, j: int) -> list[int]:
+    column = _finite(similarity)[:, j]
+    is_right = np.arange(len(column)) == j
+    # Among equals the right image comes last, as in caption_ranks.
+    return np.lexsort((is_right, -column))[:RETRIEVED_IMAGES].tolist()
+
+
+def _retrieved(gallery: Gallery, j: int, rank: int) -> str:
+    best = _best_images(gallery.similarity, j)
+    found = "".join(_figure(gallery, i, j) for i in best)
+    if j not in best:
+        found += f'<span class="gap">…</span>{_figure(gallery, j, j)}'
+    verdict = "found first" if rank == 1 else f"its image ranks {rank}"
+    good = ' class="good"' if rank == 1 else ""
+    caption = f"<figcaption>{_caption(gallery.captions[j])}<small{good}>{verdict}</small></figcaption>"
+    return f'<figure class="retrieved">{caption}<div class="strip">{found}</div></figure>'
+
+
+def _figure(gallery: Gallery, i: int, j: int) -> str:
+    right = " right" if i == j else ""
+    return f'<span class="found{right}">{_picture(i, gallery.captions[i])}{_cosine(gallery.similarity[i, j])}</span>'
+
+
+def _cell(value: float, low: float, high: float, *, right: bool) -> str:
+    shade = ((value - low) / (high - low)) ** SHADE_POWER if high > low and np.isfinite(value) else 0.0
+    classes = f"{'right' if right else ''} {'dark' if shade > DARK_CELL else ''}".strip()
+    text = _cosine(value)
+    text = text.replace("0.", ".", 1) if abs(value) < 1 else text  # Sixteen columns have little room.
+    return f'<td class="{classes}" style="--v:{shade:.2f}">{text}</td>'
+
+
+def _cosine(value: float) -> str:
+    return f"{value:.2f}".replace("-0.00", "0.00")
+
+
+def _caption(caption: str) -> str:
+    # Captions of the web run to paragraphs: the style sheet shows three lines, the tooltip all.
+    return f'<span class="caption" dir="auto" title="{escape(caption)}">{escape(caption)}</span>'
+
+
+def _picture(i: int, name: str) -> str:
+    return f'<span class="picture i{i}" role="img" aria-label="{escape(name)}" title="{escape(name)}"></span>'
+
+
+def _data_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if max(image.size) <= LOSSLESS_PIXELS:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
+        image.save(buffer, "JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _finite(similarity: np.ndarray) -> np.ndarray:
+    """NaN, which compares with nothing, as the lowest similarity there is."""
+    return np.where(np.isnan(similarity), -np.inf, similarity)

@@ -1,0 +1,187 @@
+"""``report.html``: one self-contained page about a run, written from its folder and a few held-out pairs."""
+
+import json
+import math
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_jax.reports import document, formats, summary
+from clip_jax.reports.gallery import Gallery, image_styles, matrix, retrieval
+from clip_jax.reports.history import Curve, curves, iterate_metrics, read_metrics
+from clip_jax.reports.plots import HELD_OUT_COLORS, SMALL, TRAIN_COLOR, Line, figure
+
+__all__ = ["Gallery", "read_metrics", "write"]
+
+Datasets = Mapping[str, Mapping[str, Curve]]
+
+# The shares beside the in-batch accuracy in one large figure: color and label.
+ACCURACIES = {
+    "zero_shot_top1": ("orange", "zero-shot"),
+    "i2t_R@1": ("teal", "i2t R@1"),
+    "t2i_R@1": ("purple", "t2i R@1"),
+}
+# One small figure each for every dataset: color, then the label of each metric.
+EVALUATION_FIGURES = {
+    "zero-shot": ("orange", {"zero_shot_top1": "top-1", "zero_shot_top5": "top-5"}),
+    "image → text": ("teal", {"i2t_R@1": "R@1", "i2t_R@5": "R@5", "i2t_R@10": "R@10"}),
+    "text → image": ("purple", {"t2i_R@1": "R@1", "t2i_R@5": "R@5", "t2i_R@10": "R@10"}),
+}
+SMALL_FIGURES = {
+    "train/logit_scale": "logit scale",
+    "train/learning_rate": "learning rate",
+    "train/grad_norm": "gradient norm",
+    "train/update_norm": "update norm",
+    "train/param_norm": "parameter norm",
+    "train/pairs_per_second": "pairs per second",
+    "train/data_wait_share": "time waiting for data",
+}
+LARGE_FIGURES = {"train/loss", "train/accuracy"}
+# Sums over the run: they grow in straight lines and are told in words instead.
+CUMULATIVE = {"train/pairs", "train/flops"}
+
+
+def write(workdir: Path, gallery: Gallery | None = None) -> Path:
+    """Writes ``workdir/report.html`` and returns its path; what the folder lacks, the page goes without."""
+    history = curves(iterate_metrics(workdir / "metrics.jsonl"))
+    html = render(workdir.name, _read_run(workdir / "run.json"), history, gallery)
+    path, unfinished = workdir / "report.html", workdir / "report.html.tmp"
+    # Whoever reloads the page during a run sees the old one or the new one, never half of one.
+    unfinished.write_text(html, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def render(name: str, run: Mapping[str, Any], history: Mapping[str, Curve], gallery: Gallery | None) -> str:
+    """The page of the run ``name``, as text."""
+    config = _mapping(run.get("config"))
+    datasets = summary.evaluations(history, first=gallery.dataset if gallery is not None else "")
+    body = _header(name, run, config, history)
+    body += document.cards(summary.headline(history, datasets))
+    body += _learning(history, datasets, config)
+    body += _optimization(history)
+    body += _evaluation(datasets)
+    styles = ""
+    if gallery is not None and gallery.captions:
+        styles = image_styles(gallery)
+        body += document.section(f"Similarity of held-out pairs: {gallery.dataset}", matrix(gallery))
+        body += document.section(f"Images found by caption: {gallery.dataset}", retrieval(gallery))
+    body += _other(history, datasets)
+    if config:
+        body += document.tree("Config", config)
+    environment = {key: value for key, value in run.items() if key not in ("config", "model")}
+    if environment:
+        body += document.tree("Environment", environment)
+    return document.page(f"{name}: clip_jax", body, styles)
+
+
+def _header(name: str, run: Mapping[str, Any], config: Mapping[str, Any], history: Mapping[str, Curve]) -> str:
+    model = _mapping(run.get("model"))
+    described = [str(model["name"])] if "name" in model else []
+    parameters = {key: n for key, n in _mapping(model.get("parameters")).items() if isinstance(n, int)}
+    if "total" in parameters:
+        towers = ", ".join(f"{key} {formats.count(n)}" for key, n in parameters.items() if key != "total")
+        described.append(f"{formats.count(parameters['total'])} parameters" + (f" ({towers})" if towers else ""))
+
+    facts = []
+    if history:
+        last, planned = max(curve.steps[-1] for curve in history.values()), config.get("steps")
+        of = f" of {planned:,}" if isinstance(planned, int) and planned > last else ""
+        facts.append(f"{last:,.0f}{of} steps")
+    if isinstance(config.get("batch_size"), int):
+        facts.append(f"batches of {config['batch_size']:,} pairs")
+    if "train/pairs" in history:
+        facts.append(f"{formats.count(history['train/pairs'].last)} pairs seen")
+    if "train/flops" in history:
+        facts.append(formats.flops(history["train/flops"].last))
+
+    html = f"<h1>{escape(name)}</h1>\n"
+    html += f'<p class="model">{escape(" · ".join(described))}</p>\n' if described else ""
+    html += f'<p class="facts">{escape(" · ".join(facts))}</p>\n' if facts else ""
+    warnings = [] if history else ["No metrics have been logged yet."]
+    for metric, curve in history.items():
+        broken = ~np.isfinite(curve.values)
+        if broken.any():
+            places = f"{broken.sum():,} of {broken.size:,} logged steps, first at step {curve.steps[broken][0]:,.0f}"
+            warnings.append(f"{metric} is not finite at {places}.")
+    return html + "".join(f'<p class="warning">{escape(warning)}</p>\n' for warning in warnings)
+
+
+def _learning(history: Mapping[str, Curve], datasets: Datasets, config: Mapping[str, Any]) -> str:
+    """Loss and accuracy, in training and on held-out data."""
+    pairs = history.get("train/pairs")
+    batch_size = config.get("batch_size")
+    losses = [Line(history["train/loss"], TRAIN_COLOR, "train")] if "train/loss" in history else []
+    for i, (dataset, metrics) in enumerate(datasets.items()):
+        if "loss" in metrics:
+            label = dataset if len(datasets) > 1 else "held out"
+            losses.append(Line(metrics["loss"], HELD_OUT_COLORS[i % len(HELD_OUT_COLORS)], label))
+    accuracies = [Line(history["train/accuracy"], TRAIN_COLOR, "in batch")] if "train/accuracy" in history else []
+    first = next(iter(datasets), "")
+    for metric, (color, label) in ACCURACIES.items():
+        if metric in datasets.get(first, {}):
+            accuracies.append(Line(datasets[first][metric], color, label))
+
+    guessing = None
+    # Only the softmax loss of a model that knows nothing is the logarithm of the batch.
+    if isinstance(batch_size, int) and batch_size > 1 and "softmax" in _mapping(config.get("loss")).values():
+        guessing = (math.log(batch_size), f"guessing: ln {batch_size:,} = {formats.fixed(math.log(batch_size))}")
+    figures = []
+    if losses:
+        figures.append(("loss", figure(losses, description="loss", pairs=pairs, reference=guessing)))
+    if accuracies:
+        title = f"accuracy, in batches and on {first}" if len(accuracies) > 1 and first else "accuracy"
+        figures.append((title, figure(accuracies, description="accuracy", percent=True, pairs=pairs)))
+    return document.section("Learning", document.panels(figures, "large")) if figures else ""
+
+
+def _optimization(history: Mapping[str, Curve]) -> str:
+    figures = []
+    for metric, title in SMALL_FIGURES.items():
+        if metric in history:
+            scale = {"percent": metric.endswith("_share"), "from_zero": metric.endswith("_per_second")}
+            figures.append(
+                (title, figure([Line(history[metric], TRAIN_COLOR)], description=title, size=SMALL, **scale))
+            )
+    return document.section("Optimization and throughput", document.panels(figures, "small")) if figures else ""
+
+
+def _evaluation(datasets: Datasets) -> str:
+    columns, rows = summary.results_table(datasets)
+    figures = []
+    for dataset, metrics in datasets.items():
+        for title, (color, labels) in EVALUATION_FIGURES.items():
+            lines = [Line(metrics[metric], color, label) for metric, label in labels.items() if metric in metrics]
+            told = dataset == next(iter(datasets)) and len(lines) == 1  # By the figure of accuracies.
+            if lines and not told:
+                title = f"{title}, {dataset}"
+                figures.append((title, figure(lines, description=title, size=SMALL, percent=True)))
+    content = document.results("dataset", columns, rows) + document.panels(figures, "small")
+    return document.section("Evaluation", content) if rows else ""
+
+
+def _other(history: Mapping[str, Curve], datasets: Datasets) -> str:
+    """A plain curve for every metric that no other section knows."""
+    shown = {*LARGE_FIGURES, *SMALL_FIGURES, *CUMULATIVE}
+    shown.update(f"eval/{dataset}/{metric}" for dataset in datasets for metric in summary.EVALUATION_NAMES)
+    figures = [
+        (name, figure([Line(curve, TRAIN_COLOR)], description=name, size=SMALL))
+        for name, curve in history.items()
+        if name not in shown
+    ]
+    return document.section("Other metrics", document.panels(figures, "small")) if figures else ""
+
+
+def _read_run(path: Path) -> Mapping[str, Any]:
+    """``run.json``; empty where it is missing or broken, for the curves are worth a page without it."""
+    try:
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,150 @@
+"""What a run prints: a header, progress, results. A live bar on a terminal; plain lines in a file or a pipe.
+
+Everything goes to standard output, so that ``python main.py ... > log`` holds all of it in order; absl's log lines go
+to standard error.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clip_jax.reports import formats
+
+# Updates that the remaining time is reckoned from: enough to smooth over an evaluation, few enough to notice a change.
+ETA_UPDATES = 20
+# The bar's own redraws between updates, which only turn the spinner; a training host has better things to do.
+REDRAWS_PER_SECOND = 2
+BAR_COLUMNS = 28
+
+
+def header(rows: Sequence[tuple[str, str]], *, console: Console | None = None) -> None:
+    """Names and values, one a line, aligned: what a run is, before it starts."""
+    console = _console(console)
+    _aligned(rows, console)
+    _print(console, Text())
+
+
+def results(title: str, rows: Sequence[tuple[str, str]], *, console: Console | None = None) -> None:
+    """A titled table of names and values: what a run came to."""
+    console = _console(console)
+    _print(console, Text())
+    _print(console, Text(title, "bold"))
+    _aligned(rows, console, value_style="bold")
+
+
+def next_commands(commands: Sequence[str], *, console: Console | None = None) -> None:
+    """The commands a user would type next, each whole on a line of its own, to copy."""
+    console = _console(console)
+    _print(console, Text())
+    _print(console, Text("Next:", "bold"))
+    for command in commands:
+        _print(console, Text(f"  {command}", "cyan"))
+
+
+class Progress:
+    """The progress of a run from ``start_step`` to ``total_steps``: ``with Progress(2400) as progress: ...``.
+
+    With ``enabled=False``, as on all processes but the first, it prints nothing.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        enabled: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_steps = total_steps
+        self._enabled = enabled
+        self._console = _console(console)
+        self._clock = clock
+        self._updates: deque[tuple[int, float]] = deque(maxlen=ETA_UPDATES)
+        self._bar: rich_progress.Progress | None = None
+        if enabled and self._console.is_terminal:
+            self._bar = _bar(self._console)
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, told="starting")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, *, loss: float | None = None, pairs_per_second: float | None = None) -> None:
+        """Tells that ``step`` steps are done; without a terminal, prints a line for each call."""
+        if not self._enabled:
+            return
+        self._updates.append((step, self._clock()))
+        told = "  ".join(self._told(step, loss, pairs_per_second))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, told=told, refresh=True)
+        else:
+            self.line(f"step {step:,}/{self._total_steps:,}  {told}".rstrip())
+
+    def line(self, text: str) -> None:
+        """Prints ``text`` above the bar."""
+        if self._enabled:
+            _print(self._console, Text(text))
+
+    def _told(self, step: int, loss: float | None, pairs_per_second: float | None) -> list[str]:
+        told = [] if loss is None else [f"loss {formats.fixed(loss)}"]
+        told += [] if pairs_per_second is None else [f"{formats.number(pairs_per_second)} pairs/s"]
+        (first_step, first_time), (last_step, last_time) = self._updates[0], self._updates[-1]
+        # From the first update on, not from the start: compiling the first step says nothing about the others.
+        if last_step > first_step:
+            seconds_per_step = (last_time - first_time) / (last_step - first_step)
+            told.append(f"ETA {formats.duration(seconds_per_step * (self._total_steps - step))}")
+        return told
+
+
+def _bar(console: Console) -> rich_progress.Progress:
+    return rich_progress.Progress(
+        rich_progress.SpinnerColumn(style="cyan", finished_text=" "),  # Alive, also while the first step compiles.
+        rich_progress.TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+        rich_progress.BarColumn(BAR_COLUMNS, complete_style="cyan", finished_style="cyan"),
+        rich_progress.TextColumn("{task.percentage:>3.0f}%", style="dim"),
+        # Not markup: a value in brackets would be taken for a style.
+        rich_progress.TextColumn("{task.fields[told]}", markup=False),
+        console=console,
+        refresh_per_second=REDRAWS_PER_SECOND,
+    )
+
+
+def _aligned(rows: Sequence[tuple[str, str]], console: Console, value_style: str = "") -> None:
+    if console.is_terminal:
+        table = Table.grid(padding=(0, 3))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(style=value_style, overflow="fold")
+        for name, value in rows:
+            table.add_row(Text(f"  {name}"), Text(value))
+        console.print(table)
+        return
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        _print(console, Text(f"  {name:<{width}}   {value}".rstrip()))
+
+
+def _print(console: Console, text: Text) -> None:
+    """One line however long: a log is searched by line, a command is copied whole."""
+    if console.is_terminal:
+        console.print(text, soft_wrap=True)
+    else:  # Flushed, for a pipe is buffered by the block, and a log is read while the run goes on.
+        print(text.plain, file=console.file, flush=True)
+
+
+def _console(console: Console | None) -> Console:
+    return Console(highlight=False) if console is None else console

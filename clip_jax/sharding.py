@@ -1,0 +1,112 @@
+"""Devices -> mesh, logical axes -> mesh axes, and which rows of the global batch this process needs.
+
+The mesh has the axes ``data``, ``fsdp`` and ``tensor``, any of them 1. The batch is split over data and fsdp;
+parameters over fsdp (by their ``embed`` axis) and tensor. Nothing else in the project names a mesh axis.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clip_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+RULES = (
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("joint", None),
+)
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """The sizes of the three axes for so many devices; ``-1`` (at most once) takes what the others leave."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    automatic = [axis for axis, size in sizes.items() if size == -1]
+    if len(automatic) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"config.mesh: {sizes}: sizes are positive, one of them may be -1 (what the others leave)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed or (not automatic and devices != fixed):
+        raise UserError(f"config.mesh: {sizes} does not divide over {devices} devices; set one axis to -1")
+    for axis in automatic:
+        sizes[axis] = devices // fixed
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices (or those given) with the axes ``data``, ``fsdp``, ``tensor``."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(data, fsdp, tensor, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a global batch over data x fsdp; replicas along tensor."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many devices split a batch among them."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a tree whose arrays are boxed with logical axes.
+
+    An axis that the mesh does not divide (a vocabulary of 49,408 over 3 devices) stays whole.
+    """
+
+    def one(spec: PartitionSpec, leaf: Any) -> NamedSharding:
+        sharding = nn.logical_to_mesh_sharding(spec, mesh, RULES)
+        shape = leaf.shape
+        axes = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
+        axes = [a if a is None or size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    specs = nn.get_partition_spec(boxed)
+    return jax.tree.map(one, specs, nn.meta.unbox(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """int64[rows]: the rows of the global batch that this process's devices hold, in ascending order."""
+    rows: set[int] = set()
+    for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values():
+        start, stop, _ = index[0].indices(batch_size)
+        rows.update(range(start, stop))
+    return np.array(sorted(rows), np.int64)
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays of ``batch_size`` rows on the mesh."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
+
+
+def initialize_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Joins the processes of a run; to be called before any other use of JAX.
+
+    TPU slices detect themselves; elsewhere the three values are needed, all of them.
+    """
+    given = (coordinator is not None, processes is not None, process_id is not None)
+    if not any(given):
+        return
+    if not all(given):
+        raise UserError("--coordinator, --num_processes and --process_id go together: give all three or none")
+    if not 0 <= process_id < processes:
+        raise UserError(f"--process_id={process_id} is not below --num_processes={processes}")
+    jax.distributed.initialize(coordinator, num_processes=processes, process_id=process_id)

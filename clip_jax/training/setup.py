@@ -1,0 +1,217 @@
+"""From a config to everything a run works with: data, tokenizer, model, mesh, optimizer. Nothing is trained here."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from clip_jax import __version__, hardware, presets, run_folder
+from clip_jax import config as configs
+from clip_jax.data import tokenizers
+from clip_jax.data.order import Order, fold
+from clip_jax.data.sources import BadSampleError, Source, open_source
+from clip_jax.data.stream import Faults, TrainingBatches, read
+from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.errors import UserError
+from clip_jax.models import flops
+from clip_jax.models.clip import CLIP, parameter_counts
+from clip_jax.presets import Preset
+from clip_jax.sharding import batch_shards, make_mesh
+from clip_jax.training import optimizer as optimizers
+
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "sentencepiece", "tokenizers")
+
+
+class Sources(NamedTuple):
+    train: Source
+    heldout: Source | None
+    zero_shot: Source | None
+
+
+class Run(NamedTuple):
+    """All parts of a run, put together and checked."""
+
+    workdir: Path
+    config: ConfigDict
+    steps: int
+    preset: Preset
+    model: CLIP
+    mesh: Mesh
+    sources: Sources
+    tokenizer: Tokenizer
+    batches: TrainingBatches
+    rate: Callable[[Any], Any]
+    optimizer: optax.GradientTransformation
+    eval_every: int | None
+    checkpoint_every: int | None
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        return parameter_counts(jax.eval_shape(self.model.init, jax.random.key(0)))
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of all devices together, where the chip is known."""
+        peak = hardware.peak_flops(jax.devices()[0].device_kind)
+        return None if peak is None else peak * jax.device_count()
+
+
+def make(workdir: Path, config: ConfigDict) -> Run:
+    """Opens the data, prepares the tokenizer in the run folder, and puts the rest together. Raises UserError."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shards = batch_shards(mesh)
+    if config.batch_size % shards:
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide over {shards} devices (data x fsdp); "
+            f"the nearest that does is {max(1, round(config.batch_size / shards)) * shards}"
+        )
+    image_size = configs.resolve_preset(config).architecture.image.image_size
+    sources = open_sources(config, image_size)
+    samples = len(sources.train)
+    steps = configs.duration(config, "", samples)
+    warmup = configs.duration(config, "optimizer.warmup_", samples) or 0
+    configs.check_lengths(config, steps, warmup, samples)
+
+    tokenizer = prepare_tokenizer(workdir, config, sources.train)
+    preset = configs.resolve_preset(config, tokenizer.vocab_size)
+    if preset.architecture.text.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"config.model.text.vocab_size={preset.architecture.text.vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens; leave it at -1"
+        )
+    model = CLIP(preset.architecture, jnp.dtype(config.model.dtype), config.model.scan, config.model.remat)
+    optimizer = config.optimizer
+    rate = optimizers.schedule(optimizer.schedule, optimizer.learning_rate, warmup, steps)
+    return Run(
+        workdir=workdir,
+        config=config,
+        steps=steps,
+        preset=preset,
+        model=model,
+        mesh=mesh,
+        sources=sources,
+        tokenizer=tokenizer,
+        batches=TrainingBatches(
+            source=sources.train,
+            order=Order(
+                samples, config.batch_size, fold(config.seed, 1), config.data.shuffle_block, config.data.shuffle_window
+            ),
+            tokenizer=tokenizer,
+            image_size=image_size,
+            crop_scale=config.data.crop_scale,
+            crop_ratio=config.data.crop_ratio,
+            interpolation=preset.preprocess.interpolation,
+            faults=Faults(config.data.max_bad_share),
+        ),
+        rate=rate,
+        optimizer=optimizers.adamw(
+            rate,
+            weight_decay=optimizer.weight_decay,
+            decay=optimizer.decay,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=optimizer.eps,
+            clip_norm=optimizer.clip_norm,
+        ),
+        eval_every=configs.duration(config, "eval.every_", samples),
+        checkpoint_every=configs.duration(config, "checkpoint.every_", samples),
+    )
+
+
+def open_sources(config: ConfigDict, image_size: int) -> Sources:
+    """The training source and those of evaluation, where they are named."""
+
+    def source(where: str) -> Source:
+        opened = open_source(
+            where,
+            image_size=image_size,
+            caption=config.data.caption,
+            truncated=config.data.truncated,
+            tfds_dir=config.data.tfds_dir,
+        )
+        if not len(opened):
+            raise UserError(f"{where}: no samples")
+        return opened
+
+    heldout = source(config.eval.heldout) if config.eval.heldout else None
+    zero_shot = source(config.eval.zero_shot) if config.eval.zero_shot else None
+    if zero_shot is not None and not zero_shot.class_names:
+        raise UserError(f"config.eval.zero_shot={config.eval.zero_shot}: its samples have no labels to classify")
+    return Sources(source(config.data.train), heldout, zero_shot)
+
+
+def prepare_tokenizer(workdir: Path, config: ConfigDict, source: Source) -> Tokenizer:
+    """The run's tokenizer, from its folder; made there first where it is not: on process 0, for all."""
+    preset = configs.resolve_preset(config)
+    kind, length = preset.tokenizer, preset.architecture.text.context_length
+    file = run_folder.tokenizer_file(workdir, kind)
+    made = file.read_bytes() if file.exists() else b""
+    if jax.process_index() == 0 and not made:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        made = _make_tokenizer(file, kind, config, source, preset.architecture.text.vocab_size)
+    if jax.process_count() > 1:
+        made = _broadcast(made)
+        if not file.exists():  # no disk is shared
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(made)
+    return run_folder.open_tokenizer(workdir, kind, length)
+
+
+def _make_tokenizer(file: Path, kind: str, config: ConfigDict, source: Source, vocab_size: int) -> bytes:
+    if kind == "sentencepiece":
+        tokenizers.train_sentencepiece(_captions(source, config.tokenizer.train_captions), vocab_size, file)
+    else:
+        merges = tokenizers.clip(config.tokenizer.vocab or None).codec.merges
+        temporary = file.with_suffix(".tmp")
+        lines = ["#version: CLIP", *(" ".join(pair) for pair in merges)]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    return file.read_bytes()
+
+
+def _captions(source: Source, samples: int):
+    """The captions of the first samples; faulty ones say nothing."""
+    for index in range(min(samples, len(source))):
+        try:
+            yield from read(source, index).captions
+        except BadSampleError:
+            continue
+
+
+def _broadcast(data: bytes) -> bytes:
+    """Process 0's bytes on every process."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(data))))
+    padded = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        padded[:] = np.frombuffer(data, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
+
+
+def description(run: Run) -> dict[str, Any]:
+    """What ``run.json`` keeps."""
+    return {
+        "clip_jax_version": __version__,
+        "config": configs.to_json(run.config),
+        "steps": run.steps,
+        "model": {"name": run.config.model.name, "parameters": run.parameters, **presets.to_json(run.preset)},
+        "tokenizer": {"kind": run.preset.tokenizer, "fingerprint": run.tokenizer.fingerprint},
+        "data": {
+            "train": {
+                "name": run.sources.train.name,
+                "samples": len(run.sources.train),
+                "fingerprint": run.sources.train.fingerprint,
+            }
+        },
+        "flops_per_pair": flops.training(run.preset.architecture),
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} on {jax.process_count()} process(es)",
+    }

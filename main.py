@@ -1,0 +1,61 @@
+"""Pretrains a CLIP: ``python main.py --config=configs/demo.py --workdir=runs/demo [--config.some.key=value ...]``.
+
+``--workdir`` alone continues the run in that folder.
+"""
+
+import os
+import sys
+
+from absl import app, flags, logging
+
+from clip_jax import errors
+
+flags.DEFINE_string("config", None, "A recipe: configs/NAME.py or configs/NAME.py:ARGUMENT.")
+flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, report. Alone: continues the run in it.")
+# Several processes: by flags, or by environment variables of the same names. A TPU slice needs neither.
+flags.DEFINE_string("coordinator", os.environ.get("CLIP_JAX_COORDINATOR"), "host:port of process 0.")
+flags.DEFINE_integer("num_processes", os.environ.get("CLIP_JAX_NUM_PROCESSES"), "How many processes the run has.")
+flags.DEFINE_integer("process_id", os.environ.get("CLIP_JAX_PROCESS_ID"), "Which of them this is, from 0.")
+
+
+def main(overrides: dict[str, str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # Orbax and Grain narrate every file at INFO
+    # Imported here, so that a mistyped flag is answered at once.
+    from clip_jax.training import loop
+
+    flag = flags.FLAGS
+    return loop.run(
+        workdir=flag.workdir,
+        recipe=flag.config,
+        overrides=overrides,
+        processes=(flag.coordinator, flag.num_processes, flag.process_id),
+    )
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """``--config.key=value`` and ``--config.key value`` apart from the flags that absl knows."""
+    rest, overrides, arguments = [], {}, list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            if not arguments:
+                raise errors.UserError(f"{argument}: needs a value, as in {argument}=...")
+            value = arguments.pop(0)
+        overrides[key] = value
+    return rest, overrides
+
+
+if __name__ == "__main__":
+    try:
+        arguments, overrides = split_overrides(sys.argv)
+        app.run(lambda _: sys.exit(main(overrides)), argv=arguments)
+    except KeyboardInterrupt:
+        print("main.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except errors.UserError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        sys.exit(errors.EXIT_USER_ERROR)

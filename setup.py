@@ -1,0 +1,55 @@
+"""Installs clip_jax: ``pip install .`` (or ``make install``, which also makes the virtual environment)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    # Lower bounds are versions that the tests passed with.
+    "absl-py>=2.5",
+    "array_record>=0.8.6",
+    "etils>=1.15",
+    "flax>=0.12.8",
+    "ftfy>=6.3.1",
+    "grain>=0.2.18",
+    "huggingface_hub>=2.4",
+    "importlib_resources>=7.1",  # tensorflow-datasets imports it and forgets to require it
+    "jax>=0.10.2",
+    "jaxtyping>=0.3.11",
+    "matplotlib>=3.11",
+    "ml_collections>=1.1",
+    "numpy>=2.4",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=13.0",
+    "protobuf>=7.36",
+    "regex>=2026.11",
+    "rich>=15.0",
+    "safetensors>=0.8",
+    "sentencepiece>=0.2.3",
+    "simplejpeg>=1.9",
+    "tensorboardX>=2.6.5",
+    "tensorflow-datasets>=4.9.10",
+    "tokenizers>=0.23.3",
+]
+
+EXTRAS = {
+    "test": ["hypothesis>=6.170", "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17.5"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "gpu": ["jax[cuda13]>=0.10.2"],
+    "tfds-build": ["tensorflow"],
+}
+
+setup(
+    name="clip-jax-tpu",
+    version="0.1.0",
+    description="Pretrain CLIP models in JAX, from a laptop to a TPU pod.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["clip_jax", "clip_jax.*"]),
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["clip-jax = clip_jax.commands:main"]},
+)
