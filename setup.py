@@ -1,5 +1,6 @@
 """Installs clip_jax: ``pip install .`` (or ``make install``, which also makes the virtual environment)."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -42,7 +43,7 @@ EXTRAS = {
 
 setup(
     name="clip-jax-tpu",
-    version="0.1.0",
+    version=runpy.run_path(str(Path(__file__).with_name("clip_jax") / "version.py"))["__version__"],
     description="Pretrain CLIP models in JAX, from a laptop to a TPU pod.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

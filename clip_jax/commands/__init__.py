@@ -1,0 +1,26 @@
+"""``clip-jax COMMAND``: one file a command, each with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``."""
+
+import argparse
+import sys
+
+from clip_jax import __version__
+from clip_jax.commands import classify
+from clip_jax.errors import EXIT_USER_ERROR, UserError
+
+COMMANDS = {"classify": classify}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; a user's mistake is one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="clip-jax", description="Use what clip_jax has trained.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.HELP))
+    arguments = parser.parse_args(argv)
+    try:
+        COMMANDS[arguments.command].run(arguments)
+    except UserError as error:
+        print(f"clip-jax {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0

@@ -1,6 +1,6 @@
 """The bundled dataset: rendered scenes with captions, from which a laptop pretrains a small CLIP in minutes.
 
-    open_shapes("train")[0]  ->  a picture; ("a picture of a big dotted blue star left of a green ring", ...)
+    open_shapes("train")[6].captions[0]  ->  "a drawing of a little spotted red heart right of a big dotted green heart"
 
 One to three objects, each of a colour, a shape, a size, a texture and a place, told in varied English. Of the
 64 combinations of colour and shape, 24 never appear in training, not even as a bystander, while each of their colours
@@ -47,9 +47,7 @@ def open_shapes(split: str, *, image_size: int = 64, examples: int | None = None
     - ``zero_shot``: a single object of a held-out combination; ``label`` indexes ``class_names``; balanced.
     """
     if split not in SPLITS:
-        raise UserError(
-            f"shapes:{split}: there is no such split{nearest(split, SPLITS)}; there are {', '.join(SPLITS)}"
-        )
+        raise UserError(f"shapes:{split}: no such split{nearest(split, SPLITS)}; there are {', '.join(SPLITS)}")
     if image_size < 32:
         raise UserError(f"shapes:{split}: image_size {image_size} is too small to tell shapes apart; take 32 or more")
     if examples is None:

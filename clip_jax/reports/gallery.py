@@ -72,7 +72,8 @@ def retrieval(gallery: Gallery) -> str:
     ranks = caption_ranks(gallery.similarity)
     first, hardest = _shown_captions(ranks)
     total = len(ranks)
-    parts = [f'<p class="note">The most similar of {total} images, best first; the one it belongs to is framed.</p>']
+    note = f"The most similar of {total} images, best first; the caption's own is framed."
+    parts = [f'<p class="note">{note}</p>']
     parts.append(f'<div class="captions">{"".join(_retrieved(gallery, j, int(ranks[j])) for j in first)}</div>')
     if hardest:
         parts.append("<h3>Where a caption's own image ranks lowest</h3>")

@@ -38,7 +38,9 @@ SMALL_FIGURES = {
     "train/param_norm": "parameter norm",
     "train/pairs_per_second": "pairs per second",
     "train/data_wait_share": "time waiting for data",
+    "train/mfu": "model FLOP/s, share of the peak",
 }
+SHARES = {"train/data_wait_share", "train/mfu"}
 LARGE_FIGURES = {"train/loss", "train/accuracy"}
 # Sums over the run: they grow in straight lines and are told in words instead.
 CUMULATIVE = {"train/pairs", "train/flops"}
@@ -115,15 +117,15 @@ def _learning(history: Mapping[str, Curve], datasets: Datasets, config: Mapping[
     pairs = history.get("train/pairs")
     batch_size = config.get("batch_size")
     losses = [Line(history["train/loss"], TRAIN_COLOR, "train")] if "train/loss" in history else []
-    for i, (dataset, metrics) in enumerate(datasets.items()):
-        if "loss" in metrics:
-            label = dataset if len(datasets) > 1 else "held out"
-            losses.append(Line(metrics["loss"], HELD_OUT_COLORS[i % len(HELD_OUT_COLORS)], label))
+    held_out = {dataset: metrics["loss"] for dataset, metrics in datasets.items() if "loss" in metrics}
+    for i, (dataset, curve) in enumerate(held_out.items()):
+        label = dataset if len(held_out) > 1 else "held out"
+        losses.append(Line(curve, HELD_OUT_COLORS[i % len(HELD_OUT_COLORS)], label))
     accuracies = [Line(history["train/accuracy"], TRAIN_COLOR, "in batch")] if "train/accuracy" in history else []
-    first = next(iter(datasets), "")
     for metric, (color, label) in ACCURACIES.items():
-        if metric in datasets.get(first, {}):
-            accuracies.append(Line(datasets[first][metric], color, label))
+        dataset = summary.leading(datasets, metric)
+        if dataset is not None:
+            accuracies.append(Line(datasets[dataset][metric], color, label))
 
     guessing = None
     # Only the softmax loss of a model that knows nothing is the logarithm of the batch.
@@ -133,8 +135,7 @@ def _learning(history: Mapping[str, Curve], datasets: Datasets, config: Mapping[
     if losses:
         figures.append(("loss", figure(losses, description="loss", pairs=pairs, reference=guessing)))
     if accuracies:
-        title = f"accuracy, in batches and on {first}" if len(accuracies) > 1 and first else "accuracy"
-        figures.append((title, figure(accuracies, description="accuracy", percent=True, pairs=pairs)))
+        figures.append(("accuracy", figure(accuracies, description="accuracy", percent=True, pairs=pairs)))
     return document.section("Learning", document.panels(figures, "large")) if figures else ""
 
 
@@ -142,7 +143,7 @@ def _optimization(history: Mapping[str, Curve]) -> str:
     figures = []
     for metric, title in SMALL_FIGURES.items():
         if metric in history:
-            scale = {"percent": metric.endswith("_share"), "from_zero": metric.endswith("_per_second")}
+            scale = {"percent": metric in SHARES, "from_zero": metric.endswith("_per_second")}
             figures.append(
                 (title, figure([Line(history[metric], TRAIN_COLOR)], description=title, size=SMALL, **scale))
             )
@@ -155,8 +156,8 @@ def _evaluation(datasets: Datasets) -> str:
     for dataset, metrics in datasets.items():
         for title, (color, labels) in EVALUATION_FIGURES.items():
             lines = [Line(metrics[metric], color, label) for metric, label in labels.items() if metric in metrics]
-            told = dataset == next(iter(datasets)) and len(lines) == 1  # By the figure of accuracies.
-            if lines and not told:
+            told = [m for m in labels if m in ACCURACIES and summary.leading(datasets, m) == dataset]
+            if len(lines) > len(told):  # Else the figure of accuracies has it all.
                 title = f"{title}, {dataset}"
                 figures.append((title, figure(lines, description=title, size=SMALL, percent=True)))
     content = document.results("dataset", columns, rows) + document.panels(figures, "small")
@@ -166,7 +167,8 @@ def _evaluation(datasets: Datasets) -> str:
 def _other(history: Mapping[str, Curve], datasets: Datasets) -> str:
     """A plain curve for every metric that no other section knows."""
     shown = {*LARGE_FIGURES, *SMALL_FIGURES, *CUMULATIVE}
-    shown.update(f"eval/{dataset}/{metric}" for dataset in datasets for metric in summary.EVALUATION_NAMES)
+    told = {*summary.EVALUATION_NAMES, *summary.EVALUATION_COUNTS}
+    shown.update(f"eval/{dataset}/{metric}" for dataset in datasets for metric in told)
     figures = [
         (name, figure([Line(curve, TRAIN_COLOR)], description=name, size=SMALL))
         for name, curve in history.items()

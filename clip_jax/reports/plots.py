@@ -8,6 +8,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import NamedTuple
 
 import matplotlib
@@ -160,7 +161,7 @@ def _write_labels(axes: Axes, lines: Sequence[Line], labels: Sequence[str], ends
     heights = _spread(np.nan_to_num(heights, nan=box.y0), LABEL_LINE_PIXELS, box.y0, box.y1)
     for line, label, height in zip(lines, labels, heights, strict=True):
         fraction = (height - box.y0) / box.height
-        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "parse_math": False}
         axes.annotate(label, (1, fraction), xycoords="axes fraction", color=PALETTE[line.color][0], **place)
 
 
@@ -187,6 +188,7 @@ def _strip(axes: Axes) -> None:
 
 
 def _text_width(text: str) -> float:
+    text = text.replace("$", "S")  # TextPath would read dollars as mathematics.
     return TextPath((0, 0), text, size=FONT_PIXELS).get_extents().width
 
 
@@ -209,5 +211,4 @@ def _for_page(svg: str, description: str) -> str:
         svg = svg.replace(light, f"var(--{name})")
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)  # The page's own, whatever matplotlib measured with.
-    escaped = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)

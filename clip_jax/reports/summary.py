@@ -20,6 +20,8 @@ EVALUATION_NAMES = {
     "t2i_R@5": "R@5",
     "t2i_R@10": "R@10",
 }
+# What an evaluation counts besides: told once, in the table, for the curves are flat.
+EVALUATION_COUNTS = {"images": "images", "skipped": "skipped", "time_seconds": "seconds"}
 # The evaluations of the headline, each with the looser measure that stands below it.
 HEADLINE_SHARES = {"zero_shot_top1": "zero_shot_top5", "i2t_R@1": "i2t_R@5", "t2i_R@1": "t2i_R@5"}
 
@@ -42,8 +44,13 @@ def evaluations(history: Mapping[str, Curve], first: str = "") -> dict[str, dict
     return {dataset: metrics for dataset, metrics in datasets.items() if metrics}
 
 
+def leading(datasets: Mapping[str, Mapping[str, Curve]], metric: str) -> str | None:
+    """The dataset whose ``metric`` stands for the run: the first that has it."""
+    return next((dataset for dataset, metrics in datasets.items() if metric in metrics), None)
+
+
 def headline(history: Mapping[str, Curve], datasets: Mapping[str, Mapping[str, Curve]]) -> list[Result]:
-    """The last value of what matters, as far as it was logged; evaluations from the first dataset that has them."""
+    """The last value of what matters, as far as it was logged."""
     results = []
     if "train/loss" in history:
         accuracy = history.get("train/accuracy")
@@ -63,7 +70,7 @@ def headline(history: Mapping[str, Curve], datasets: Mapping[str, Mapping[str, C
 def _held_out(datasets: Mapping[str, Mapping[str, Curve]]) -> list[Result]:
     results = []
     for metric in ("loss", *HEADLINE_SHARES):
-        dataset = next((name for name, metrics in datasets.items() if metric in metrics), None)
+        dataset = leading(datasets, metric)
         if dataset is None:
             continue
         curve, of = datasets[dataset][metric], [dataset] if metric == "loss" or len(datasets) > 1 else []
@@ -82,12 +89,13 @@ def _held_out(datasets: Mapping[str, Mapping[str, Curve]]) -> list[Result]:
 
 def results_table(datasets: Mapping[str, Mapping[str, Curve]]) -> tuple[Sequence[str], dict[str, list[str]]]:
     """The last value of every known evaluation: column names, and a row for each dataset."""
-    known = [metric for metric in EVALUATION_NAMES if any(metric in metrics for metrics in datasets.values())]
+    names = EVALUATION_NAMES | EVALUATION_COUNTS
+    known = [metric for metric in names if any(metric in metrics for metrics in datasets.values())]
     rows = {
-        dataset: [_cell(metric, metrics[metric]) if metric in metrics else "" for metric in known]
+        dataset: [_cell(metric, metrics[metric].last) if metric in metrics else "" for metric in known]
         for dataset, metrics in datasets.items()
     }
-    return [EVALUATION_NAMES[metric] for metric in known], {name: row for name, row in rows.items() if any(row)}
+    return [names[metric] for metric in known], {name: row for name, row in rows.items() if any(row)}
 
 
 def training_seconds(history: Mapping[str, Curve]) -> float | None:
@@ -108,5 +116,7 @@ def _median(curve: Curve) -> float:
     return float(np.median(finite)) if finite.size else float("nan")
 
 
-def _cell(metric: str, curve: Curve) -> str:
-    return formats.fixed(curve.last) if metric == "loss" else formats.percent(curve.last)
+def _cell(metric: str, value: float) -> str:
+    if metric in EVALUATION_COUNTS:
+        return formats.number(value)
+    return formats.fixed(value) if metric == "loss" else formats.percent(value)

@@ -4,6 +4,7 @@ Everything goes to standard output, so that ``python main.py ... > log`` holds a
 to standard error.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -71,7 +72,9 @@ class Progress:
         self._bar: rich_progress.Progress | None = None
         if enabled and self._console.is_terminal:
             self._bar = _bar(self._console)
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step, told="starting")
+            self._task = self._bar.add_task(
+                "", total=total_steps, completed=start_step, place=self._place(start_step), told="starting"
+            )
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -91,21 +94,27 @@ class Progress:
         self._updates.append((step, self._clock()))
         told = "  ".join(self._told(step, loss, pairs_per_second))
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, told=told, refresh=True)
+            self._bar.update(self._task, completed=step, place=self._place(step), told=told, refresh=True)
         else:
-            self.line(f"step {step:,}/{self._total_steps:,}  {told}".rstrip())
+            self.line(f"step {step}/{self._total_steps}  {told}".rstrip())
 
     def line(self, text: str) -> None:
         """Prints ``text`` above the bar."""
         if self._enabled:
             _print(self._console, Text(text))
 
+    def _place(self, step: int) -> str:
+        # As wide at the first step as at the last, so that nothing to its right moves.
+        return f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
+
     def _told(self, step: int, loss: float | None, pairs_per_second: float | None) -> list[str]:
         told = [] if loss is None else [f"loss {formats.fixed(loss)}"]
-        told += [] if pairs_per_second is None else [f"{formats.number(pairs_per_second)} pairs/s"]
+        # NaN: the first step of a run, which compiles, has no speed worth telling.
+        known = pairs_per_second is not None and math.isfinite(pairs_per_second)
+        told += [f"{formats.number(pairs_per_second)} pairs/s"] if known else []
         (first_step, first_time), (last_step, last_time) = self._updates[0], self._updates[-1]
         # From the first update on, not from the start: compiling the first step says nothing about the others.
-        if last_step > first_step:
+        if first_step < last_step < self._total_steps:
             seconds_per_step = (last_time - first_time) / (last_step - first_step)
             told.append(f"ETA {formats.duration(seconds_per_step * (self._total_steps - step))}")
         return told
@@ -114,7 +123,7 @@ class Progress:
 def _bar(console: Console) -> rich_progress.Progress:
     return rich_progress.Progress(
         rich_progress.SpinnerColumn(style="cyan", finished_text=" "),  # Alive, also while the first step compiles.
-        rich_progress.TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+        rich_progress.TextColumn("{task.fields[place]}", markup=False),
         rich_progress.BarColumn(BAR_COLUMNS, complete_style="cyan", finished_style="cyan"),
         rich_progress.TextColumn("{task.percentage:>3.0f}%", style="dim"),
         # Not markup: a value in brackets would be taken for a style.

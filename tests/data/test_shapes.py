@@ -369,7 +369,7 @@ def test_an_index_out_of_range_is_an_index_error(index):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "held_out"}, r"shapes:held_out: there is no such split \(nearest: heldout\); there are train, "),
+        ({"split": "held_out"}, r"shapes:held_out: no such split \(nearest: heldout\); there are train, "),
         ({"split": "train", "image_size": 8}, "shapes:train: image_size 8 is too small"),
         ({"split": "train", "examples": 0}, "shapes:train: examples is 0; take 1 or more"),
     ],

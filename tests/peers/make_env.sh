@@ -16,7 +16,12 @@ if [ -e "$dir/.complete" ]; then
   exit 0
 fi
 
-"$python" -m venv --clear "$dir" # --clear: a build that was cut off leaves half an environment and no .complete
+# A build that was cut off left half an environment and no .complete: start again, but never empty any other folder.
+if [ -n "$(ls -A "$dir" 2>/dev/null)" ] && [ ! -e "$dir/pyvenv.cfg" ]; then
+  echo "$dir: holds something else than a virtual environment; give a new folder" >&2
+  exit 2
+fi
+"$python" -m venv --clear "$dir"
 install() { "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 install torch==2.13.0

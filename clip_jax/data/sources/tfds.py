@@ -91,28 +91,29 @@ def open_tfds(where: str, split: str, *, data_dir: str = "") -> Source:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # Broken metadata fails in as many ways as it can be broken.
         raise UserError(f"tfds:{where}: cannot read {folder}: {_first_line(error)}; prepare it again") from error
-    info = builder.info
+    info, features = builder.info, dict(builder.info.features)
     formats = sorted(f.value for f in info.available_file_formats())
     if "array_record" not in formats:
         raise UserError(
-            f"tfds:{where}: {folder} holds {' and '.join(formats)} files, which have no random access; convert them, "
-            "in an environment of its own: pip install 'clip-jax-tpu[tfds-build]' apache-beam && "
-            f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record"
+            f"tfds:{where}: {folder} holds {' and '.join(formats)} files, which have no random access; move that "
+            f"folder away (TFDS keeps and reuses its downloads) and {_how_to_prepare(where, data_dir)}"
         )
+    # A converted dataset keeps TFRecord as its first format.
+    info.set_file_format("array_record", override=True, override_if_initialized=True)
     instructions = _file_instructions(where, split, info, folder)
-    layout = _find_layout(where, info.features)
+    layout = _find_layout(where, features)
     used = dict.fromkeys(filter(None, (layout.image, *layout.captions[:1], layout.label)))
-    is_encoded = isinstance(info.features[layout.image], tfds.features.Image)
+    is_encoded = isinstance(features[layout.image], tfds.features.Image)
     return _TfdsSource(
-        name=f"tfds:{where}",
+        name=f"tfds:{where}/{split}",
         fingerprint=_fingerprint(info, split, instructions),
-        class_names=tuple(info.features[layout.label].names) if layout.label else (),
+        class_names=tuple(features[layout.label].names) if layout.label else (),
         place=f"{info.full_name} {split}",
         layout=layout,
         records=builder.as_data_source(
             split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         ),
-        features=tfds.features.FeaturesDict({name: info.features[name] for name in used}),
+        features=tfds.features.FeaturesDict({name: features[name] for name in used}),
         decoders={layout.image: tfds.decode.SkipDecoding()} if is_encoded else {},
     )
 
@@ -146,17 +147,19 @@ def _find(where: str, data_dir: str):
         if config is not None:
             if config not in configs:
                 raise UserError(
-                    f"tfds:{where}: config {config} is not in {folder} (there: {', '.join(configs) or 'none'}); "
-                    f"{_how_to_prepare(where, data_dir)}"
+                    f"tfds:{where}: config {config} is not in {folder}; there is {', '.join(configs) or 'none'}: name "
+                    f"that, or {_how_to_prepare(where, data_dir)}"
                 )
             folder /= config
         versions = [v for v in _subfolders(folder) if _VERSION.fullmatch(v)]
-    except (OSError, ImportError) as error:  # ImportError: etils asks for gcsfs when data_dir is in a bucket.
+    except (OSError, ImportError, ValueError) as error:  # ImportError: etils asks for gcsfs to look into a bucket.
         raise UserError(f"tfds:{where}: cannot read {root}: {_first_line(error)}") from error
-    if not versions or (version and version not in versions):
+    if not versions:
+        raise UserError(f"tfds:{where}: {folder} holds no finished version; {_how_to_prepare(where, data_dir)}")
+    if version and version not in versions:
         raise UserError(
-            f"tfds:{where}: no version {version or ''}{' ' if version else ''}in {folder} "
-            f"(there: {', '.join(versions) or 'none'}); {_how_to_prepare(where, data_dir)}"
+            f"tfds:{where}: version {version} is not in {folder}; there is {', '.join(versions)}: name that, or "
+            f"{_how_to_prepare(where, data_dir)}"
         )
     return folder / (version or max(versions, key=lambda v: tuple(map(int, v.split(".")))))
 
@@ -171,7 +174,7 @@ def _subfolders(folder) -> list[str]:
 
 def _default_config(folder) -> str | None:
     metadata = folder / ".config" / "metadata.json"
-    return json.loads(metadata.read_text()).get("defaultConfigName") if metadata.exists() else None
+    return json.loads(metadata.read_text()).get("default_config_name") if metadata.exists() else None
 
 
 def _how_to_prepare(where: str, data_dir: str) -> str:
@@ -188,25 +191,24 @@ def _file_instructions(where: str, split: str, info, folder) -> list:
     try:
         instructions = info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
-        known = ", ".join(sorted(info.splits))
-        hint = nearest(split, info.splits)
-        raise UserError(f"tfds:{where}: {split!r} is not a split of {folder}{hint} (there: {known})") from error
-    if not sum(i.take for i in instructions):
+        raise UserError(
+            f"tfds:{where}: {split!r} is not a split of {folder}{nearest(split, info.splits)}; "
+            f"there are {', '.join(sorted(info.splits))}, and parts of them such as train[:90%]"
+        ) from error
+    if not instructions:
         raise UserError(f"tfds:{where}: split {split!r} of {folder} is empty; take a larger part of it")
     # ArrayRecord opens a file that is not there without a word and finds no records in it.
     there = {path.name for path in folder.iterdir()}
-    suffix = info.file_format.file_suffix
-    names = [os.path.basename(i.filename).replace(f".{suffix}-", ".array_record-") for i in instructions]
-    missing = [n for n in names if n not in there]
+    missing = [i.filename for i in instructions if os.path.basename(i.filename) not in there]
     if missing:
         raise UserError(
-            f"tfds:{where}: {len(missing)} of {len(names)} shards of split {split!r} are not in {folder}, the first "
-            f"is {missing[0]}; copy them there, or prepare the dataset again"
+            f"tfds:{where}: {len(missing)} of {len(instructions)} shards of split {split!r} are not in {folder}, the "
+            f"first is {os.path.basename(missing[0])}; copy them there, or prepare the dataset again"
         )
     return instructions
 
 
-def _find_layout(where: str, features) -> _Layout:
+def _find_layout(where: str, features: dict[str, Any]) -> _Layout:
     """Which features are the image, its captions and its class."""
     import tensorflow_datasets as tfds
 
@@ -226,7 +228,7 @@ def _find_layout(where: str, features) -> _Layout:
     return layout
 
 
-def _image_feature(features) -> str:
+def _image_feature(features: dict[str, Any]) -> str:
     """``image``, or whichever feature is the only image; empty if there is none."""
     import tensorflow_datasets as tfds
 
@@ -240,24 +242,21 @@ def _image_feature(features) -> str:
     return "image" if "image" in names else names[0] if len(names) == 1 else ""
 
 
-def _text_path(features, name: str) -> tuple[str, ...]:
+def _text_path(features: dict[str, Any], name: str) -> tuple[str, ...]:
     """The path to the strings of feature ``name``: itself, or a field of a sequence of records; empty if neither."""
     import tensorflow_datasets as tfds
+
+    def is_text(feature) -> bool:
+        # Text is a Tensor too; TFDS keeps strings as objects.
+        return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
 
     feature = features.get(name)
     if isinstance(feature, tfds.features.Sequence):
         feature = feature.feature
         if isinstance(feature, tfds.features.FeaturesDict):
-            fields = [f for f in _CAPTION_SUBFEATURES if f in feature and _is_text(feature[f])]
+            fields = [f for f in _CAPTION_SUBFEATURES if f in feature and is_text(feature[f])]
             return (name, fields[0]) if fields else ()
-    return (name,) if _is_text(feature) else ()
-
-
-def _is_text(feature) -> bool:
-    import tensorflow_datasets as tfds
-
-    # Text is a Tensor too, and so is np.str_, which TFDS keeps as object.
-    return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
+    return (name,) if is_text(feature) else ()
 
 
 def _captions(example: dict, path: tuple[str, ...], key: str) -> tuple[str, ...]:
@@ -277,7 +276,7 @@ def _fingerprint(info, split: str, instructions: list) -> str:
     files = [(os.path.basename(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
     # The size in bytes, for a dataset prepared anew under the same version.
     identity = [info.full_name, split, sum(i.take for i in instructions), files, int(info.dataset_size)]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 def _is_not_tfds_chatter(record: logging.LogRecord) -> bool:

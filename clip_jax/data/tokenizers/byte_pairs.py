@@ -66,7 +66,7 @@ def clip(vocab: str | Path | None, context_length: int = 77) -> Tokenizer:
 class BytePairs:
     """Byte-pair encoding of lower-cased words; remembers short words, which is what makes it fast."""
 
-    WORDS = 1 << 17  # Remembered at most (about 30 MB); then it starts again, and frequent words are soon back.
+    WORDS = 1 << 17  # Remembered at most (about 40 MB); then it starts again, and frequent words are soon back.
     LONGEST = 32  # Characters of a remembered word. A Chinese caption is one "word", and comes once.
 
     def __init__(self, merges: Merges):

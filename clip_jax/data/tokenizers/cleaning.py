@@ -11,16 +11,16 @@ import unicodedata
 
 import ftfy
 
-# Captions made only of these characters are left alone by ftfy, which costs ten times more than all the rest: it can
+# Captions made only of these characters are left alone by ftfy, which costs several times all the rest: it can
 # only compose them (NFC, checked apart) and straighten the one curly quote. What is missing and why: "&" may start an
 # HTML entity; control characters are removed; accented capitals, symbols and the other quotes may be the remains of a
-# wrongly decoded UTF-8; ligatures and full-width forms are replaced. tests/data/test_tokenizers.py holds the proof.
-_UNTOUCHED = re.compile(
+# wrongly decoded UTF-8; ligatures and full-width forms are replaced. The proof: tests/data/test_tokenizers_cleaning.py.
+untouched = re.compile(
     "["
     " -%'-~"  # printable ASCII but "&"
     "\u00a0\u202f’–—…"  # French spaces, the apostrophe that ftfy straightens, dashes, ellipsis
     "ßà-öø-ü"
-    "ăąāćčďđęěēėğģįīıķĺľłļńňņŕřśşšťţůűūųőōźżž"
+    "ăāąćčďđēęěėğģīįıķĺľłļńňņőōŕřśşšťţűůūųźżž"
     "Έ-ώЁЃ-џ"  # Greek and Cyrillic, but Ђ, which vЂ” and its like are made of
     "\u0530-\u1fff"  # Armenian, Hebrew, Arabic, the scripts of India, Thai, Georgian, ..., Vietnamese
     "\u3001-\ud7ff"  # kana, Chinese characters, Hangul
@@ -35,7 +35,7 @@ def repair(text: str) -> str:
     """``ftfy.fix_text``, then HTML entities resolved twice (``&amp;lt;`` is common in alt texts)."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return text
-    if _UNTOUCHED(text) and unicodedata.is_normalized("NFC", text):
+    if untouched(text) and unicodedata.is_normalized("NFC", text):
         return text.replace("’", "'")
     return html.unescape(html.unescape(ftfy.fix_text(text)))
 

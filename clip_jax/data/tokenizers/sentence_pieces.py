@@ -106,7 +106,7 @@ def sentencepiece(model_file: str | Path, context_length: int) -> Tokenizer:
 
 
 def train_sentencepiece(captions: Iterable[str], vocab_size: int, model_file: str | Path) -> None:
-    """Train a unigram vocabulary on captions, the same bytes every time, and write it in one go.
+    """Train a byte-pair vocabulary on captions, the same bytes every time, and write it in one go.
 
     Ids: 0 padding, 1 unknown, 256 bytes (what the pieces cannot spell is spelled in bytes), the pieces, start, end.
     The vocabulary is smaller than ``vocab_size`` where the captions do not hold that many pieces. All captions are
@@ -137,7 +137,8 @@ def _train(lines: list[str], vocab_size: int, start_id: int | None) -> bytes:
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=model,
-        model_type="unigram",
+        # Unigram's pieces must occur in several different words: where there are few words it ends in letters.
+        model_type="bpe",
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         pad_id=0,
@@ -147,7 +148,7 @@ def _train(lines: list[str], vocab_size: int, start_id: int | None) -> bytes:
         byte_fallback=True,
         character_coverage=0.9995,  # the rarest characters go to bytes; SentencePiece's advice for large scripts
         normalization_rule_name="nmt_nfkc_cf",  # compatibility characters and case are folded in the file itself
-        num_threads=4,  # a fixed number: sums are taken in its order
+        num_threads=4,  # a fixed number: it is written into the file
         minloglevel=2,  # errors only
     )
     return model.getvalue()

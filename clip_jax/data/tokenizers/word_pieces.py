@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from clip_jax.data.tokenizers import cleaning
 from clip_jax.data.tokenizers.hugging_face import HuggingFace, from_json
@@ -67,5 +67,6 @@ def _from_vocabulary(text: str) -> HuggingFace:
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # with accents stripped: BERT's "uncased"
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([token for token in SPECIAL if token in vocabulary])
     return HuggingFace(tokenizer, "whitespace")

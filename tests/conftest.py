@@ -1,0 +1,26 @@
+"""Eight simulated devices for every test, a cache folder of its own, and no network."""
+
+import os
+import tempfile
+
+os.environ["CLIP_JAX_CACHE"] = tempfile.mkdtemp(prefix="clip-jax-test-cache-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real image-text shards beside the project; tests that need them are skipped without."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not here")
+    return SHARED_DATA

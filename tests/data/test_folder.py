@@ -1,0 +1,287 @@
+"""A folder of images: where captions may stand, in which order samples come, and what is refused with which words."""
+
+import json
+import os
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from clip_jax.data.sources import BadSampleError, Sample
+from clip_jax.data.sources.folder import open_folder
+from clip_jax.errors import UserError
+from tests.data.shards import jpeg
+
+
+def write(folder: Path, *images: str, texts: dict[str, str] | None = None) -> Path:
+    """Images (each another picture) and text files, by their names relative to the folder."""
+    for number, name in enumerate(images):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(number))
+    for name, text in (texts or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def captions(folder: Path) -> dict[str, tuple[str, ...]]:
+    source = open_folder(str(folder))
+    samples = [source[i] for i in range(len(source))]
+    return {os.path.relpath(sample.key, folder): sample.captions for sample in samples}
+
+
+def refusal(folder: Path | str) -> str:
+    with pytest.raises(UserError) as caught:
+        open_folder(str(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_text_file_beside_each_image_is_its_caption(tmp_path):
+    write(tmp_path, "dog.jpg", "cat.PNG", "deep/er/bird.webp")
+    write(tmp_path, texts={"dog.txt": "a dog\n", "cat.txt": "  a cat", "deep/er/bird.txt": "a bird\nthat sings"})
+    assert captions(tmp_path) == {
+        "cat.PNG": ("a cat",),
+        "deep/er/bird.webp": ("a bird\nthat sings",),
+        "dog.jpg": ("a dog",),
+    }
+
+
+def test_a_sample_holds_the_bytes_of_the_file_and_no_label(tmp_path):
+    write(tmp_path, "dog.jpg", texts={"dog.txt": "a dog"})
+    source = open_folder(str(tmp_path))
+    assert source[0] == Sample(
+        image=(tmp_path / "dog.jpg").read_bytes(), captions=("a dog",), key=str(tmp_path / "dog.jpg"), label=-1
+    )
+    assert (source.name, source.class_names, len(source)) == (f"folder:{tmp_path}", (), 1)
+    with pytest.raises(IndexError):
+        source[1]
+
+
+def test_order_is_that_of_names_whatever_the_order_of_writing_or_of_the_list(tmp_path):
+    write(tmp_path, "c.jpg", "a/z.jpg", "b.jpg", "a/y.jpg", texts={"captions.csv": "file,caption\n"})
+    with open(tmp_path / "captions.csv", "a") as file:
+        file.writelines(f"{name},about {name}\n" for name in ("b.jpg", "a/z.jpg", "c.jpg", "a/y.jpg"))
+    assert list(captions(tmp_path)) == ["a/y.jpg", "a/z.jpg", "b.jpg", "c.jpg"]
+
+
+def test_captions_csv_gives_a_file_all_its_rows_and_may_have_other_columns(tmp_path):
+    write(tmp_path, "dog.jpg", "pets/cat.jpg")
+    rows = ["file,author,caption", "pets/cat.jpg,Ada,a cat", './dog.jpg,Bea,"a dog, wet"', "dog.jpg,Eve,a hound"]
+    (tmp_path / "captions.csv").write_bytes("\r\n".join(rows).encode("utf-8-sig"))  # As spreadsheets write it.
+    assert captions(tmp_path) == {"dog.jpg": ("a dog, wet", "a hound"), "pets/cat.jpg": ("a cat",)}
+
+
+def test_captions_jsonl_gives_one_caption_or_a_list(tmp_path):
+    lines = [
+        {"file": "dog.jpg", "caption": ["a dog", "ein Hund"]},
+        {"file": "cat.jpg", "caption": "a\u2028cat", "id": 3},
+    ]
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    write(tmp_path, "dog.jpg", "cat.jpg", texts={"captions.jsonl": text + "\n"})
+    assert captions(tmp_path) == {"cat.jpg": ("a\u2028cat",), "dog.jpg": ("a dog", "ein Hund")}
+
+
+def test_a_list_finds_a_file_whose_accents_the_file_system_spells_otherwise(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café.jpg") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    write(tmp_path, decomposed, texts={"captions.csv": f"file,caption\n{composed},a café\n"})
+    assert list(captions(tmp_path).values()) == [("a café",)]
+
+
+def test_sub_folders_without_captions_are_classes_and_the_class_name_is_the_caption(tmp_path):
+    write(tmp_path, "tabby cat/2.jpg", "dog/1.jpg", "dog/puppies/3.jpg", texts={"README.txt": "Collected by Ada."})
+    source = open_folder(str(tmp_path))
+    assert source.class_names == ("dog", "tabby cat")
+    assert [(source[i].captions, source[i].label) for i in range(3)] == [
+        (("dog",), 0),
+        (("dog",), 0),
+        (("tabby cat",), 1),
+    ]
+
+
+def test_hidden_files_are_left_alone(tmp_path):
+    write(tmp_path, "dog.jpg", "._dog.jpg", ".thumbnails/dog.jpg", texts={"dog.txt": "a dog", "._dog.txt": "junk"})
+    assert list(captions(tmp_path)) == ["dog.jpg"]
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_an_empty_caption_is_a_fault_of_its_sample_alone(tmp_path, text):
+    write(tmp_path, "cat.jpg", "dog.jpg", texts={"dog.txt": "a dog", "cat.txt": text})
+    source = open_folder(str(tmp_path))
+    with pytest.raises(BadSampleError, match=r"cat\.jpg: empty caption"):
+        source[0]
+    assert source[1].captions == ("a dog",)
+
+
+def test_an_empty_caption_among_others_is_dropped(tmp_path):
+    lines = ['{"file": "a.jpg", "caption": ["", "a dog"]}', '{"file": "b.jpg", "caption": []}']
+    write(tmp_path, "a.jpg", "b.jpg", texts={"captions.jsonl": "\n".join(lines)})
+    source = open_folder(str(tmp_path))
+    assert source[0].captions == ("a dog",)
+    with pytest.raises(BadSampleError, match="empty caption"):
+        source[1]
+
+
+def test_an_image_that_vanishes_later_is_an_os_error_that_may_pass(tmp_path):
+    write(tmp_path, "dog.jpg", texts={"dog.txt": "a dog"})
+    source = open_folder(str(tmp_path))
+    (tmp_path / "dog.jpg").unlink()
+    with pytest.raises(OSError, match=r"dog\.jpg"):
+        source[0]
+
+
+def test_threads_read_what_one_thread_reads(tmp_path):
+    names = [f"{i:02}" for i in range(40)]
+    write(tmp_path, *(f"{n}.jpg" for n in names), texts={f"{n}.txt": f"number {n}" for n in names})
+    source = open_folder(str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.__getitem__, range(40))) == [source[i] for i in range(40)]
+
+
+def test_the_fingerprint_is_of_names_sizes_and_captions_and_of_nothing_else(tmp_path):
+    def make(name, images=("a.jpg", "b.jpg"), texts=("one", "two")):
+        folder = write(tmp_path / name, *images)
+        write(
+            folder,
+            texts={str(Path(image).with_suffix(".txt")): text for image, text in zip(images, texts, strict=True)},
+        )
+        return folder
+
+    def fingerprint(folder):
+        return open_folder(str(folder)).fingerprint
+
+    one = make("one")
+    known = fingerprint(one)
+    assert fingerprint(make("copy")) == known
+    listed = write(
+        tmp_path / "listed", "a.jpg", "b.jpg", texts={"captions.csv": "file,caption\nb.jpg,two\na.jpg,one\n"}
+    )
+    assert fingerprint(listed) == known, "the same pairs, wherever the captions stand"
+    assert fingerprint(make("renamed", images=("a.jpg", "c.jpg"))) != known
+    assert fingerprint(make("retold", texts=("one", "three"))) != known
+    assert fingerprint(make("more", images=("a.jpg", "b.jpg", "c.jpg"), texts=("one", "two", "three"))) != known
+    (one / "a.jpg").write_bytes(jpeg(7) + b"\0")
+    assert fingerprint(one) != known
+
+
+def test_what_is_no_folder_of_images_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("no images here")
+    assert "no images in it or below it; images end in .jpg" in refusal(tmp_path)
+    assert "absent: no such folder; give a folder of images" in refusal(tmp_path / "absent")
+    assert "notes.md: is a file; give a folder" in refusal(tmp_path / "notes.md")
+    assert "folder:: no such folder" in refusal("")
+
+
+def test_images_without_captions_are_counted_and_the_first_is_named(tmp_path):
+    write(tmp_path, "a.jpg", "b.jpg", "c.jpg", texts={"a.txt": "an a"})
+    message = refusal(tmp_path)
+    assert f"{tmp_path}/b.jpg: 2 images have no caption" in message
+    assert "write b.txt beside it" in message
+
+
+@pytest.mark.parametrize(
+    "images", [("a.jpg", "b.jpg"), ("all/a.jpg", "all/b.jpg"), ("dogs/a.jpg", "cats/b.jpg", "c.jpg")]
+)
+def test_loose_images_or_a_single_sub_folder_are_no_classes(tmp_path, images):
+    assert "have no caption" in refusal(write(tmp_path, *images))
+
+
+def test_texts_elsewhere_are_not_overlooked_and_folders_taken_for_classes(tmp_path):
+    write(tmp_path, "images/a.jpg", "other/b.jpg", texts={"texts/a.txt": "an a"})
+    assert "there is texts/a.txt, so sub-folders are not taken for classes" in refusal(tmp_path)
+
+
+def test_images_missing_from_the_list_are_refused(tmp_path):
+    write(tmp_path, "a.jpg", "b.jpg", texts={"captions.jsonl": '{"file": "a.jpg", "caption": "an a"}'})
+    message = refusal(tmp_path)
+    assert "b.jpg: 1 images have no caption" in message
+    assert "there is captions.jsonl" in message
+
+
+def test_a_caption_for_a_file_that_is_not_there_is_refused(tmp_path):
+    folder = write(
+        tmp_path / "csv", "a.jpg", texts={"captions.csv": "file,caption\na.jpg,an a\nb.jpg,a b\nc.gif,a c\n"}
+    )
+    assert f"captions.csv, line 3: b.jpg is not an image in {folder} (2 such lines)" in refusal(folder)
+    folder = write(tmp_path / "outside", "a.jpg", texts={"captions.csv": "file,caption\n../csv/a.jpg,an a\n"})
+    assert "line 2: ../csv/a.jpg is not an image" in refusal(folder)
+    folder = write(tmp_path / "txt", "a.jpg", texts={"a.txt": "an a", "b.txt": "a b"})
+    assert "b.txt: 1 text files have no image of the same name" in refusal(folder)
+
+
+def test_captions_in_two_places_are_refused(tmp_path):
+    both = {"captions.csv": "file,caption\na.jpg,an a\n", "captions.jsonl": '{"file": "a.jpg", "caption": "an a"}'}
+    assert "captions in captions.csv and in captions.jsonl" in refusal(write(tmp_path / "lists", "a.jpg", texts=both))
+    both = {"captions.csv": "file,caption\na.jpg,an a\n", "a.txt": "another a"}
+    assert "captions in captions.csv and in a.txt" in refusal(write(tmp_path / "texts", "a.jpg", texts=both))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "line 1: the columns are none; it needs file and caption"),
+        ("path,text\na.jpg,an a\n", "line 1: the columns are path, text; it needs file and caption"),
+        ("file,caption\na.jpg,an a, red\n", 'line 2: not 2 fields; put a caption with commas in it between "quotes"'),
+        ("file,caption\na.jpg\n", "line 2: not 2 fields"),
+        ("file,caption\n\na.jpg,an a\n\na.jpg\n", "line 5: not 2 fields"),
+        ('file,caption\na.jpg,an a\na.jpg,"a\nb\nc\n', "after line 2: unexpected end of data; close the quotes there"),
+    ],
+)
+def test_a_malformed_csv_is_refused_with_its_line(tmp_path, text, said):
+    assert f"captions.csv, {said}" in refusal(write(tmp_path, "a.jpg", texts={"captions.csv": text}))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", '["a.jpg", "an a"]', '{"file": "a.jpg"}', '{"file": "a.jpg", "caption": 3}', '{"file": 1, "caption": "a"}'],
+)
+def test_a_malformed_jsonl_is_refused_with_its_line(tmp_path, line):
+    text = '{"file": "a.jpg", "caption": "an a"}\n' + line
+    said = refusal(write(tmp_path, "a.jpg", texts={"captions.jsonl": text}))
+    assert 'captions.jsonl, line 2: not of the form {"file": "dog.jpg", "caption": "a dog"}' in said
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl", "a.txt"])
+def test_captions_that_are_not_utf8_are_refused(tmp_path, name):
+    write(tmp_path, "a.jpg")
+    (tmp_path / name).write_bytes("café".encode("latin-1"))
+    assert f"{name}: not UTF-8 text (byte 3); save it as UTF-8" in refusal(tmp_path)
+
+
+def test_split_folders_are_not_taken_for_classes(tmp_path):
+    write(tmp_path, "train/dog/1.jpg", "train/cat/2.jpg", "val/dog/3.jpg")
+    message = refusal(tmp_path)
+    assert "train, val are splits, not classes" in message
+    assert f"folder:{tmp_path}/train" in message
+    assert open_folder(str(tmp_path / "train")).class_names == ("cat", "dog")
+
+
+def test_a_class_without_images_is_refused_because_it_would_renumber_the_others(tmp_path):
+    write(tmp_path, "cat/1.jpg", "dog/2.jpg", texts={"bird/.keep": ""})
+    assert "bird: a class without images" in refusal(tmp_path)
+
+
+def test_links_inside_the_folder_are_images_of_their_own(tmp_path):
+    write(tmp_path, "a.jpg", texts={"a.txt": "an a", "b.txt": "a b"})
+    (tmp_path / "b.jpg").symlink_to("a.jpg")
+    source = open_folder(str(tmp_path))
+    assert (source[1].captions, source[1].image) == (("a b",), source[0].image)
+
+
+@pytest.mark.parametrize("target", ["outside/a.jpg", "outside", "nowhere.jpg"])
+def test_links_that_lead_out_of_the_folder_or_nowhere_are_refused(tmp_path, target):
+    write(tmp_path / "outside", "a.jpg")
+    folder = write(tmp_path / "inside", "a.jpg", texts={"a.txt": "an a"})
+    link = folder / ("linked" if target == "outside" else "linked.jpg")
+    link.symlink_to(tmp_path / target)
+    assert refusal(folder).startswith(f"{link}: a link out of {folder} or to nothing (1 in all)")
+
+
+def test_a_folder_that_is_itself_a_link_is_read(tmp_path):
+    write(tmp_path / "real", "a.jpg", texts={"a.txt": "an a"})
+    (tmp_path / "alias").symlink_to("real")
+    assert captions(tmp_path / "alias") == {"a.jpg": ("an a",)}

@@ -1,0 +1,105 @@
+"""Batches: pure functions of (seed, k), the same for any split over hosts; bad samples are replaced and counted."""
+
+import numpy as np
+import pytest
+
+from clip_jax.data.order import Order
+from clip_jax.data.sources import open_source
+from clip_jax.data.sources.tar import open_tar
+from clip_jax.data.stream import Faults, TrainingBatches, read, stream
+from clip_jax.errors import UserError
+from tests.data.shards import jpeg, sample, write_shard, write_shards
+
+
+class Lengths:
+    """A tokenizer for tests: the length of each caption."""
+
+    context_length, vocab_size, fingerprint = 1, 1000, "lengths"
+
+    def __call__(self, texts):
+        return np.array([[len(t)] for t in texts], np.int32)
+
+
+def batches(source, batch_size=8, max_share=1.0, seed=0):
+    order = Order(len(source), batch_size, seed)
+    return TrainingBatches(source, order, Lengths(), 24, (0.5, 1.0), (3 / 4, 4 / 3), "bicubic", Faults(max_share))
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_the_hosts_rows_together_are_the_global_batch(tmp_path):
+    make = batches(open_source(write_shards(tmp_path, 30), image_size=24))
+    for step in range(5):
+        whole = make(step, np.arange(8))
+        for hosts in (2, 4):
+            parts = [make(step, rows) for rows in np.split(np.arange(8), hosts)]
+            assert equal(whole, {name: np.concatenate([p[name] for p in parts]) for name in whole})
+
+
+def test_a_stream_that_starts_later_goes_on_with_the_same_batches(tmp_path):
+    make = batches(open_source(write_shards(tmp_path, 30), image_size=24))
+    whole = list(stream(make, np.arange(8), 0, 6, workers=2, prefetch=3))
+    rest = list(stream(make, np.arange(8), 4, 6, workers=1, prefetch=1))
+    assert len(whole) == 6 and all(equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_a_batch_is_uint8_int32_int64(tmp_path):
+    batch = batches(open_source(write_shards(tmp_path, 9), image_size=24))(0, np.arange(8))
+    assert [(batch[k].dtype.name, batch[k].shape) for k in ("image", "text", "index")] == [
+        ("uint8", (8, 24, 24, 3)),
+        ("int32", (8, 1)),
+        ("int64", (8,)),
+    ]
+
+
+def faulty(tmp_path):
+    samples = [sample(i) for i in range(20)]
+    samples[3]["jpg"] = jpeg(3)[:200]
+    samples[7]["txt"] = b" "
+    return open_tar(str(write_shard(tmp_path / "0.tar", samples)))
+
+
+def test_a_bad_sample_is_replaced_deterministically_and_counted(tmp_path):
+    make = batches(faulty(tmp_path), batch_size=20)
+    first, again = make(0, np.arange(20)), make(0, np.arange(20))
+    assert equal(first, again)
+    assert not {3, 7} & set(first["index"].tolist())
+    assert first["replaced"].sum() == 2
+    assert make.faults.reasons["empty caption"] == 2  # once in each of the two batches
+    assert any("000000003" in example for example in make.faults.examples)
+    halves = [make(0, rows) for rows in np.split(np.arange(20), 2)]
+    assert equal(first, {name: np.concatenate([h[name] for h in halves]) for name in first})
+
+
+def test_too_many_bad_samples_stop_the_run_with_their_reasons(tmp_path):
+    make = batches(faulty(tmp_path), batch_size=20, max_share=0.01)
+    with pytest.raises(UserError, match=r"samples could not be used .*empty caption.*max_bad_share"):
+        for step in range(100):
+            make(step, np.arange(20))
+
+
+def test_nothing_usable_ends_with_one_line(tmp_path):
+    source = open_tar(str(write_shard(tmp_path / "0.tar", [{"jpg": b"no", "txt": b"words"}] * 3)))
+    with pytest.raises(UserError, match="100 samples in a row could not be used"):
+        batches(source, batch_size=2)(0, np.arange(2))
+
+
+def test_a_transient_fault_is_retried_and_a_lasting_one_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_jax.data.stream.FIRST_RETRY_SECONDS", 0.001)
+
+    class Flaky:
+        name, left = "tar:somewhere", 2
+
+        def __getitem__(self, index):
+            self.left -= 1
+            if self.left >= 0:
+                raise OSError("connection reset")
+            return index
+
+    assert read(Flaky(), 5) == 5
+    lasting = Flaky()
+    lasting.left = 99
+    with pytest.raises(UserError, match=r"tar:somewhere: sample 5 cannot be read: connection reset"):
+        read(lasting, 5)

@@ -1,0 +1,213 @@
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from clip_jax.reports import page
+from clip_jax.reports.page import Gallery
+from tests.reports.runs import ROWS, RUN, shapes_gallery, write_run
+
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: sections, text, tags that are left open, addresses it would fetch."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open, self.headings, self.addresses, self.text, self.tags = [], [], [], "", set()
+        self.addresses += re.findall(r"url\(([^)]{0,40})", html) + re.findall(r"@import.*", html)
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.open += [] if tag in VOID else [tag]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("h1", "h2", "summary"):
+            self.headings.append(data)
+        if self.open and self.open[-1] != "style":
+            self.text += f"{data}\n"
+
+
+def read(path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Page:
+    folder = write_run(tmp_path_factory.mktemp("runs") / "demo", ROWS)
+    return read(page.write(folder, shapes_gallery()))
+
+
+def test_the_page_tells_the_run_from_results_to_environment(demo):
+    assert demo.open == [], "every tag is closed"
+    assert demo.headings[:7] == [
+        "demo",
+        "Learning",
+        "Optimization and throughput",
+        "Evaluation",
+        "Similarity of held-out pairs: shapes",
+        "Images found by caption: shapes",
+        "Config",
+    ]
+    assert "Environment" in demo.headings and "Other metrics" not in demo.headings
+
+
+def test_the_page_needs_no_network_and_no_scripts(demo):
+    assert demo.addresses
+    assert all(address.startswith(("data:image/", "#")) for address in demo.addresses)
+    assert not demo.tags & {"script", "link", "iframe", "object", "embed"}
+
+
+def test_the_headline_is_the_last_logged_value_of_each_result(demo):
+    text = demo.text
+    last = {name: value for row in ROWS for name, value in row.items()}
+    for metric in ("train/loss", "eval/shapes/loss"):
+        assert f"\n{last[metric]:.3f}\n" in text
+    for metric in ("eval/shapes/zero_shot_top1", "eval/shapes/i2t_R@1", "eval/shapes/t2i_R@1"):
+        assert f"\n{100 * last[metric]:.1f}%\n" in text
+    assert f"R@5 {100 * last['eval/shapes/i2t_R@5']:.1f}%" in text
+    assert "ViT-Ti/8 · 8.69M parameters (image 5.48M, text 3.21M)" in text
+    assert "\n2,400 steps · batches of 256 pairs · 615k pairs seen" in text
+
+
+def test_a_held_out_loss_that_has_turned_up_tells_its_lowest_value(tmp_path):
+    rows = [{"step": step, "eval/x/loss": loss} for step, loss in ((0, 5.0), (100, 1.25), (200, 1.5))]
+    assert "x, lowest 1.25 at step 100" in read(page.write(write_run(tmp_path / "run", rows))).text
+    assert "lowest" not in read(page.write(write_run(tmp_path / "run", rows[:2]))).text
+
+
+def test_the_training_time_is_pairs_over_pairs_per_second(tmp_path):
+    rows = [
+        {"step": 0, "train/pairs": 100, "train/pairs_per_second": 10},  # 10 s
+        {"step": 1, "train/pairs": 300, "train/pairs_per_second": 100},  # 2 s
+        {"step": 2, "train/pairs": 500, "train/pairs_per_second": 4},  # 50 s
+    ]
+    assert "0:01:02" in read(page.write(write_run(tmp_path / "run", rows))).text
+
+
+def test_an_unfinished_run_tells_how_far_it_came(tmp_path):
+    text = read(page.write(write_run(tmp_path / "run", [{"step": 1190, "x": 1}, {"step": 1200, "x": 1}]))).text
+    assert "1,200 of 2,400 steps" in text
+
+
+def test_the_loss_of_guessing_is_drawn_for_the_softmax_loss_only(tmp_path):
+    rows = [{"step": 0, "train/loss": 5.6}, {"step": 10, "train/loss": 5.0}]
+    assert "guessing: ln 256 = 5.55" in read(page.write(write_run(tmp_path / "run", rows))).text
+    sigmoid = RUN | {"config": RUN["config"] | {"loss": {"name": "sigmoid"}}}
+    assert "guessing" not in read(page.write(write_run(tmp_path / "run", rows, sigmoid))).text
+
+
+def test_every_dataset_has_its_row_and_the_gallerys_leads(tmp_path, gallery):
+    rows = [{"step": s, "eval/coco/t2i_R@1": 0.3, "eval/a/b/loss": 2.0, "eval/shapes/t2i_R@1": 0.8} for s in (0, 100)]
+    text = read(page.write(write_run(tmp_path / "run", rows), gallery)).text
+    assert "\ntext → image R@1\n80.0%\nshapes\n" in text
+    assert text.index("\nshapes\n80.0%") < text.index("\ncoco\n30.0%") < text.index("\na/b\n2.00")
+
+
+def test_zero_shot_and_retrieval_on_different_datasets_share_the_figure_of_accuracies(tmp_path):
+    rows = [{"step": s, "eval/pairs/i2t_R@1": 0.25, "eval/classes/zero_shot_top1": 0.5} for s in (0, 100)]
+    text = read(page.write(write_run(tmp_path / "run", rows))).text
+    figure = text[text.index("\naccuracy\n") : text.index("\nEvaluation\n")]
+    assert "zero-shot 50.0%" in figure and "i2t R@1 25.0%" in figure
+    assert text.count("zero-shot 50.0%") == 1 and "image → text, pairs" not in text, "nothing is drawn twice"
+
+
+def test_counts_of_an_evaluation_stand_in_the_table_only(tmp_path):
+    rows = [{"step": s, "eval/x/loss": 1.5, "eval/x/images": 50_000, "eval/x/skipped": 3} for s in (0, 100)]
+    written = read(page.write(write_run(tmp_path / "run", rows)))
+    assert "\nloss\nimages\nskipped\nx\n1.50\n50,000\n3\n" in written.text
+    assert "Other metrics" not in written.headings
+
+
+def test_an_unknown_metric_gets_a_plain_curve(tmp_path):
+    rows = [{"step": s, "train/skipped_samples": s, "eval/x/linear_probe": 0.5} for s in range(3)]
+    written = read(page.write(write_run(tmp_path / "run", rows)))
+    assert "Other metrics" in written.headings
+    assert "\ntrain/skipped_samples\n" in written.text and "\neval/x/linear_probe\n" in written.text
+
+
+def test_values_that_are_not_finite_are_pointed_out(tmp_path):
+    rows = [{"step": s, "train/loss": 1.0 if s < 70 else float("nan")} for s in range(0, 100, 10)]
+    text = read(page.write(write_run(tmp_path / "run", rows))).text
+    assert "train/loss is not finite at 3 of 10 logged steps, first at step 70." in text
+
+
+@pytest.mark.parametrize("metrics", [None, "", "\n", '{"step": 0, "trai'])
+@pytest.mark.parametrize("run", [None, "", "[]", '{"config": ', '{"config": null, "model": {"parameters": 3}}'])
+def test_a_folder_without_metrics_or_settings_still_has_a_page(tmp_path, metrics, run):
+    for name, content in (("metrics.jsonl", metrics), ("run.json", run)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    written = read(page.write(tmp_path, None))
+    assert written.headings[0] == tmp_path.name
+    assert "No metrics have been logged yet." in written.text
+
+
+def test_a_half_written_last_line_does_not_change_the_page(tmp_path):
+    run_folder = write_run(tmp_path / "run", [{"step": 0, "train/loss": 5.6}, {"step": 10, "train/loss": 5.0}])
+    whole = page.write(run_folder).read_bytes()
+    with (run_folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 2410, "train/loss": 0.')
+    assert page.write(run_folder).read_bytes() == whole
+
+
+def test_everything_from_the_folder_is_escaped(tmp_path, gallery):
+    hostile = "<script>alert(1)</script>\"'&"
+    run = {
+        "config": {hostile: hostile, "a": {hostile: {hostile: [hostile]}}},
+        "devices": hostile,
+        "model": {"name": hostile},
+    }
+    rows = [
+        {"step": s, hostile: float("nan"), f"eval/{hostile}x/loss": 1.0, f"eval/{hostile}x/i2t_R@1": 0.5}
+        for s in range(2)
+    ]
+    named = Gallery(gallery.images, (hostile, *gallery.captions[1:]), gallery.similarity, hostile)
+    written = read(page.write(write_run(tmp_path / "a<script>b", rows, run), named))
+    assert "script" not in written.tags and written.open == []
+    assert written.text.count(hostile) >= 8, "it is still to be read"
+
+
+def test_a_large_run_with_photos_stays_far_below_two_megabytes(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [{"step": s} | {f"train/{name}": rng.random() for name in ("loss", "accuracy", "grad_norm", "param_norm")}
+            for s in range(20_000)]  # fmt: skip
+    n = 64  # Noise is the worst that JPEG can get.
+    images = rng.integers(0, 256, (n, 224, 224, 3), np.uint8)
+    similarity = rng.standard_normal((n, n)).astype(np.float32)
+    path = page.write(write_run(tmp_path / "run", rows), Gallery(images, ("caption",) * n, similarity, "noise"))
+    assert path.stat().st_size < 2e6
+
+
+def test_the_page_is_replaced_as_a_whole(tmp_path):
+    run_folder = write_run(tmp_path / "run", [{"step": 0, "train/loss": 5.6}])
+    (run_folder / "report.html").write_text("old")
+    assert page.write(run_folder) == run_folder / "report.html"
+    assert sorted(p.name for p in run_folder.iterdir()) == ["metrics.jsonl", "report.html", "run.json"]
+    assert (run_folder / "report.html").read_text().endswith("</html>\n")
+
+
+def test_config_values_read_as_they_were_written(demo):
+    text = demo.text
+    for key, value in (
+        ("learning_rate", "0.0005"),
+        ("micro_batch", "null"),
+        ("crop", "[0.9, 1.0]"),
+        ("remat", "false"),
+    ):
+        assert f"\n{key}\n{value}\n" in text
+    for package, version in RUN["versions"].items():
+        assert f"\n{package}\n{version}\n" in text

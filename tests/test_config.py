@@ -1,0 +1,157 @@
+"""A config is checked before anything heavy starts; every mistake is one line that names the key and the way out."""
+
+import re
+
+import pytest
+
+from clip_jax import config as configs
+from clip_jax.config import AUTO, check_lengths, defaults, differences, duration, from_json, load, override, to_json
+from clip_jax.errors import UserError
+
+
+def valid(**changes):
+    config = defaults()
+    config.steps = 10
+    for key, value in changes.items():
+        config[key] = value
+    return config
+
+
+def recipe(tmp_path, body: str) -> str:
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        f"from clip_jax.config import defaults\n\ndef get_config(arg=''):\n    config = defaults()\n    config.steps = 10\n{body}    return config\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("    config.model.patch_sise = 3\n", "model.patch_sise is not a setting (nearest: model.image.patch_size)"),
+        ("    config.batchsize = 3\n", "batchsize is not a setting (nearest: batch_size)"),
+        ("    config.batch_size = 'many'\n", "batch_size='many' must be a whole number"),
+        ("    config.batch_size = 2.5\n", "batch_size=2.5 must be a whole number"),
+        ("    config.model.scan = 1\n", "model.scan=1 must be true or false"),
+        ("    config.optimizer.learning_rate = None\n", "optimizer.learning_rate=None must be a number"),
+        ("    config.model.name = 'ViT-B/23'\n", "ViT-B/23: not a model (nearest: ViT-B/"),
+        ("    config.model.dtype = 'float23'\n", "model.dtype='float23' is not one of float32, bfloat16"),
+        ("    config.examples = 100\n", "are both given"),
+        ("    config.steps = -1\n", "give one of steps, examples, epochs"),
+        ("    config.data.crop_scale = (2.0, 1.0)\n", "data.crop_scale"),
+        ("    config.eval.templates = ('a photo',)\n", "has no {} for the class name"),
+        ("    config.tokenizer.train_captions = 7\n", "tokenizer.train_captions has no effect with tokenizer.kind=clip"),
+        ("    del config.data\n", "data.caption is missing"),
+        ("    config.checkpoint.every_steps = 0\n", "must be positive"),
+        ("    raise KeyError('x')\n", "KeyError"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line_with_its_place(tmp_path, body, message):
+    path = recipe(tmp_path, body)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    if "not a model" not in message:
+        assert path in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_sise", "8", "batch_sise is not a setting (nearest: batch_size)"),
+        ("learning_rate", "8", "nearest: optimizer.learning_rate"),
+        ("batch_size", "eight", "batch_size='eight' must be a whole number"),
+        ("optimizer.learning_rate", "fast", "must be a number"),
+        ("mesh.cpu_devices", "0", "must be at least 1"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(key, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        override(valid(), {key: value}, "recipe.py")
+
+
+def test_overrides_take_the_type_of_the_setting():
+    config = override(
+        valid(),
+        {
+            "optimizer.learning_rate": "1",
+            "batch_size": "64",
+            "model.scan": "false",
+            "model.name": "ViT-L/14",
+            "data.crop_scale": "(0.5, 1)",
+        },
+        "recipe.py",
+    )
+    assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
+    assert config.batch_size == 64 and config.model.scan is False and config.model.name == "ViT-L/14"
+    assert config.data.crop_scale == (0.5, 1)
+
+
+def test_of_several_durations_the_command_lines_wins():
+    config = override(valid(), {"epochs": "2"}, "recipe.py")
+    assert (config.steps, config.examples, config.epochs) == (AUTO, AUTO, 2.0)
+    config = override(config, {"eval.every_examples": "100"}, "recipe.py")
+    assert config.eval.every_steps == AUTO and config.epochs == 2.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("steps", 7, 7),
+        ("examples", 100, 12),
+        ("epochs", 1.0, 12),
+        ("epochs", 12.0, 150),
+        ("epochs", 0.05, 0),
+    ],
+)
+def test_durations_are_steps_examples_or_epochs(key, value, expected):
+    config = defaults()
+    config.batch_size = 8
+    config[key] = value
+    assert duration(config, "", samples=100) == expected
+
+
+def test_intervals_are_at_least_one_step_and_none_where_not_given():
+    config = valid()
+    assert duration(config, "eval.every_", 100) is None
+    config.eval.every_epochs = 0.001
+    assert duration(config, "eval.every_", 100) == 1
+
+
+def test_warmup_longer_than_the_run_and_a_run_without_steps_are_refused():
+    with pytest.raises(UserError, match="20 steps of warm-up in a run of 10"):
+        check_lengths(valid(), 10, 20, 100)
+    with pytest.raises(UserError, match="the run has no step"):
+        check_lengths(valid(), 0, 0, 100)
+
+
+def test_a_saved_config_comes_back_the_same_with_automatic_sizes_automatic():
+    config = valid()
+    saved = to_json(config)
+    assert saved["mesh"]["data"] == AUTO and saved["model"]["image"]["width"] == AUTO
+    assert to_json(from_json(saved, "run.json")) == saved
+    assert differences(saved, to_json(config)) == []
+
+
+def test_only_mesh_eval_checkpoint_and_log_may_change_on_a_restart():
+    config = valid()
+    changed = override(
+        config, {"mesh.fsdp": "2", "log.every_steps": "3", "seed": "5", "optimizer.beta1": "0.8"}, "recipe.py"
+    )
+    assert differences(to_json(config), to_json(changed)) == ["optimizer.beta1", "seed"]
+
+
+def test_sizes_of_the_model_can_be_overridden_and_must_go_together():
+    config = override(valid(), {"model.image.layers": "2", "model.activation": "quick_gelu"}, "recipe.py")
+    architecture = configs.resolve_preset(config, vocab_size=500).architecture
+    assert (architecture.image.layers, architecture.text.layers, architecture.text.vocab_size) == (2, 12, 500)
+    assert architecture.image.activation == architecture.text.activation == "quick_gelu"
+    with pytest.raises(UserError, match="image_size=100 is not a multiple of patch_size=32"):
+        configs.resolve_preset(override(valid(), {"model.image.image_size": "100"}, "recipe.py"))
+    with pytest.raises(UserError, match="width=770 does not divide into heads=12"):
+        configs.resolve_preset(override(valid(), {"model.image.width": "770"}, "recipe.py"))
+
+
+def test_a_missing_recipe_names_the_nearest():
+    with pytest.raises(UserError, match=re.escape("configs/emojy.py: no such recipe (nearest: configs/emoji.py)")):
+        load("configs/emojy.py")

@@ -1,0 +1,53 @@
+"""Every shipped recipe is valid, and its full-size model traces through a whole training step."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from clip_jax import config as configs
+from clip_jax.models.clip import CLIP
+from clip_jax.sharding import make_mesh
+from clip_jax.training.step import abstract_state, make_train_step
+
+RECIPES = sorted(Path("configs").glob("*.py"))
+
+
+def test_the_recipes_are_there():
+    assert {r.stem for r in RECIPES} >= {"demo", "emoji", "coco_captions", "clip_vit_b32", "clip_vit_b16", "clip_vit_l14"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_a_recipe_has_its_launch_line_on_top(recipe):
+    assert "python main.py --config=" in recipe.read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_a_recipe_traces_with_its_full_size_model(recipe):
+    config = configs.load(str(recipe))
+    preset = configs.resolve_preset(config)
+    mesh = make_mesh()
+    clip = CLIP(preset.architecture, jnp.dtype(config.model.dtype), config.model.scan, config.model.remat)
+    optimizer = optax.adamw(1e-3)
+    step = make_train_step(clip, preset.preprocess, optimizer, lambda _: 1e-3, mesh, max_logit_scale=100.0)
+    image, text = preset.architecture.image, preset.architecture.text
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, image.image_size, image.image_size, 3), jnp.uint8),
+        "text": jax.ShapeDtypeStruct((config.batch_size, text.context_length), jnp.int32),
+    }
+    state = abstract_state(clip, optimizer, mesh)
+    new_state, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize(("recipe", "rate"), [("clip_vit_b32", 5e-4), ("clip_vit_b16", 5e-4), ("clip_vit_l14", 4e-4)])
+def test_the_papers_recipes_have_the_papers_numbers(recipe, rate):
+    config = configs.load(f"configs/{recipe}.py:tfds:coco_captions/train")
+    assert config.data.train == "tfds:coco_captions/train"
+    assert (config.batch_size, config.epochs, config.optimizer.warmup_steps) == (32_768, 32, 2000)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (rate, 0.2)
+    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps) == (0.9, 0.98, 1e-6)
+    assert config.model.name.endswith("-quickgelu")
