@@ -1,7 +1,7 @@
 """clip_jax: pretrain CLIP models in JAX, from a laptop to a TPU pod.
 
-    model = clip_jax.load("runs/demo")
-    model.similarity(model.encode_image("photo.jpg"), model.encode_text(["a red circle", "a blue square"]))
+model = clip_jax.load("runs/demo")
+model.similarity(model.encode_image("photo.jpg"), model.encode_text(["a red circle", "a blue square"]))
 """
 
 from clip_jax.version import __version__

@@ -65,7 +65,9 @@ def defaults() -> ConfigDict:
                 "embed_dim": AUTO,
                 "activation": "",  # empty: the preset's, in both towers
                 "image": {name: AUTO for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_width")},
-                "text": {name: AUTO for name in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width")},
+                "text": {
+                    name: AUTO for name in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width")
+                },
                 "mean": (),  # of pixels in 0..1, three numbers; empty: the preset's
                 "std": (),
             },
@@ -197,7 +199,9 @@ def check(config: ConfigDict, place: str) -> None:
     for key, choices in CHOICES.items():
         if given[key] not in choices:
             known_choices = ", ".join(c or '""' for c in choices)
-            raise UserError(f"{place}: {key}={given[key]!r} is not one of {known_choices}{nearest(given[key], choices)}")
+            raise UserError(
+                f"{place}: {key}={given[key]!r} is not one of {known_choices}{nearest(given[key], choices)}"
+            )
     for key, bound in AT_LEAST.items():
         if given[key] < bound:
             raise UserError(f"{place}: {key}={given[key]} must be at least {bound}")
@@ -239,7 +243,9 @@ def duration(config: ConfigDict, key: str, samples: int) -> int | None:
         "steps": flat[f"{key}steps"],
         "examples": flat[f"{key}examples"] // batch if flat[f"{key}examples"] != AUTO else AUTO,
         # Rounded first: 12 epochs of 100 samples must not become 11.999... epochs.
-        "epochs": math.floor(round(flat[f"{key}epochs"] * samples / batch, 6)) if flat[f"{key}epochs"] != AUTO else AUTO,
+        "epochs": math.floor(round(flat[f"{key}epochs"] * samples / batch, 6))
+        if flat[f"{key}epochs"] != AUTO
+        else AUTO,
     }
     given = [value for value in steps.values() if value != AUTO]
     if not given:
@@ -329,7 +335,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"optimizer.learning_rate": 1e-3, ...}``"""
     flat = {}
     for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | ConfigDict) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping | ConfigDict) else {f"{prefix}{key}": value}
+        )
     return flat
 
 

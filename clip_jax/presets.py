@@ -76,8 +76,10 @@ _CLIP = {
 # Small models that train in minutes on a CPU.
 _SMALL = {
     "ViT-Emoji/16": Preset(Architecture(_image(128, 16, 256, 6), _text(256, 4, context=32), 256), HALF, "clip"),
-    "ViT-Shapes/8": Preset(
-        Architecture(_image(64, 8, 128, 4, head_dim=32), _text(128, 2, context=24, vocab=512, head_dim=32), 128),
+    "ViT-Shapes/16": Preset(
+        Architecture(
+            _image(64, 16, 192, 4, head_dim=32), _text(128, 2, context=32, vocab=1024, head_dim=32), embed_dim=128
+        ),
         HALF,
         "sentencepiece",
     ),

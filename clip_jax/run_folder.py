@@ -1,10 +1,10 @@
 """A run's folder on disk: what is in it, how it is recognised, and the tokenizer it carries.
 
-    run.json          the resolved config, the model, versions, data; ``clip_jax_version`` is what ``load`` recognises
-    metrics.jsonl     one JSON object a line
-    checkpoints/      one folder a step
-    tokenizer/        what turns captions into tokens, so that the folder needs nothing else
-    report.html
+run.json          the resolved config, the model, versions, data; ``clip_jax_version`` is what ``load`` recognises
+metrics.jsonl     one JSON object a line
+checkpoints/      one folder a step
+tokenizer/        what turns captions into tokens, so that the folder needs nothing else
+report.html
 """
 
 import json

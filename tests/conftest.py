@@ -24,3 +24,15 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not here")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    """The folder of a finished run of twelve steps over tar shards, trained here on eight devices."""
+    from clip_jax.training import loop
+    from tests.training import runs
+
+    folder = tmp_path_factory.mktemp("small run")  # with a space in its name
+    workdir = folder / "run"
+    assert loop.run(workdir=str(workdir), recipe=str(runs.write_recipe(folder)), overrides={}) == 0
+    return workdir

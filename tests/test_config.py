@@ -40,7 +40,10 @@ def recipe(tmp_path, body: str) -> str:
         ("    config.steps = -1\n", "give one of steps, examples, epochs"),
         ("    config.data.crop_scale = (2.0, 1.0)\n", "data.crop_scale"),
         ("    config.eval.templates = ('a photo',)\n", "has no {} for the class name"),
-        ("    config.tokenizer.train_captions = 7\n", "tokenizer.train_captions has no effect with tokenizer.kind=clip"),
+        (
+            "    config.tokenizer.train_captions = 7\n",
+            "tokenizer.train_captions has no effect with tokenizer.kind=clip",
+        ),
         ("    del config.data\n", "data.caption is missing"),
         ("    config.checkpoint.every_steps = 0\n", "must be positive"),
         ("    raise KeyError('x')\n", "KeyError"),

@@ -16,7 +16,14 @@ RECIPES = sorted(Path("configs").glob("*.py"))
 
 
 def test_the_recipes_are_there():
-    assert {r.stem for r in RECIPES} >= {"demo", "emoji", "coco_captions", "clip_vit_b32", "clip_vit_b16", "clip_vit_l14"}
+    assert {r.stem for r in RECIPES} >= {
+        "demo",
+        "emoji",
+        "coco_captions",
+        "clip_vit_b32",
+        "clip_vit_b16",
+        "clip_vit_l14",
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)

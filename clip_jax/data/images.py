@@ -47,7 +47,9 @@ def decode(data: bytes | np.ndarray, min_size: int | None = None) -> Image.Image
         return image.convert("RGB")
     except BadImageError:
         raise
-    except Exception as error:  # decoders raise whatever they like on broken files (OSError, ValueError, SyntaxError...)
+    except (
+        Exception
+    ) as error:  # decoders raise whatever they like on broken files (OSError, ValueError, SyntaxError...)
         raise BadImageError(f"undecodable image ({type(error).__name__})") from error
 
 

@@ -1,7 +1,7 @@
 """A source through both towers: every sample exactly once, whatever the batch size, devices and processes.
 
 The last batch is filled up with blank rows that are dropped again; a sample that cannot be used is left out and
-counted. Each process decodes the rows its devices hold, and every process gets all embeddings.
+counted. Every process reads and judges all samples, sends the rows its devices hold, and gets all embeddings.
 """
 
 import collections
@@ -102,8 +102,7 @@ def embed_images(
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
-            # With one process every row is ours; with several, the others' rows are decoded there, and the verdict on
-            # a broken image must be everybody's: so each process checks all, and sends its own to its devices.
+            # All rows, not only ours: the verdict on a broken image must be the same on every process.
             decoded = list(pool.map(decode, chunk))
             pixels = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
             pixels[: len(chunk)] = [image for image, _ in decoded]

@@ -43,6 +43,8 @@ def softmax(
 
 def _cross_entropy(queries, keys, positives, scale, first):
     """float32[b], bool[b]: the loss of each local query against all keys, and whether its own key comes first."""
-    logits = scale * jnp.dot(queries, jax.lax.all_gather(keys, BATCH_AXES, tiled=True).T, preferred_element_type=jnp.float32)
+    logits = scale * jnp.dot(
+        queries, jax.lax.all_gather(keys, BATCH_AXES, tiled=True).T, preferred_element_type=jnp.float32
+    )
     correct = jnp.argmax(logits, axis=1) == first + jnp.arange(len(logits))
     return jax.nn.logsumexp(logits, axis=1) - scale * positives, correct

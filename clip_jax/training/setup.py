@@ -28,7 +28,18 @@ from clip_jax.presets import Preset
 from clip_jax.sharding import batch_shards, make_mesh
 from clip_jax.training import optimizer as optimizers
 
-VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow", "sentencepiece", "tokenizers")
+VERSIONS = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "pillow",
+    "sentencepiece",
+    "tokenizers",
+)
 
 
 class Sources(NamedTuple):
@@ -212,6 +223,7 @@ def description(run: Run) -> dict[str, Any]:
             }
         },
         "flops_per_pair": flops.training(run.preset.architecture),
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in VERSIONS},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} on {jax.process_count()} process(es)",
     }

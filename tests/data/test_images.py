@@ -16,7 +16,9 @@ def test_jpegs_decode_to_the_bits_of_pillow(shared_data):
         assert np.array_equal(np.asarray(images.decode(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-@pytest.mark.parametrize(("mode", "format_"), [("RGBA", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("1", "PNG")])
+@pytest.mark.parametrize(
+    ("mode", "format_"), [("RGBA", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("1", "PNG")]
+)
 def test_every_mode_becomes_rgb(mode, format_):
     file = io.BytesIO()
     Image.new("RGB", (20, 10), (200, 30, 30)).convert(mode).save(file, format_)
@@ -41,7 +43,9 @@ def test_crops_cover_the_area_and_aspect_they_are_asked_for():
 @pytest.mark.parametrize(("width", "height"), [(400, 10), (10, 400)])
 def test_an_extreme_aspect_falls_back_to_the_middle(width, height):
     left, top, right, bottom = images._crop_box(width, height, np.random.default_rng(0), (0.9, 1.0), (3 / 4, 4 / 3))
-    assert min(right - left, bottom - top) == 10 and abs((left + right) - width) <= 1 and abs((top + bottom) - height) <= 1
+    assert (
+        min(right - left, bottom - top) == 10 and abs((left + right) - width) <= 1 and abs((top + bottom) - height) <= 1
+    )
 
 
 @pytest.mark.parametrize("size", [(100, 60), (60, 100), (64, 64), (65, 400)])
@@ -59,7 +63,9 @@ def test_squash_keeps_all_of_the_image():
     assert abs(images.resize_and_crop(image, 32, resize="squash").mean() / 255 - 0.25) < 0.01
 
 
-@pytest.mark.parametrize("data", [b"", b"<html></html>", jpeg(0)[:100], b"\xff\xd8\xff" + b"\0" * 50, b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize(
+    "data", [b"", b"<html></html>", jpeg(0)[:100], b"\xff\xd8\xff" + b"\0" * 50, b"\x89PNG\r\n\x1a\n"]
+)
 def test_what_is_no_image_is_a_bad_image(data):
     with pytest.raises(images.BadImageError):
         images.decode(data)

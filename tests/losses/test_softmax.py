@@ -43,7 +43,9 @@ def test_two_pairs_by_hand():
     assert float(metrics["accuracy"]) == 1.0
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 4)])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"), [(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 4)]
+)
 def test_loss_and_gradients_are_the_same_on_1_2_4_and_8_devices(data, fsdp, tensor):
     image, text = embeddings(32, 16)
     mesh = make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])

@@ -117,7 +117,10 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("CLIP_JAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_jax"
+    base = (
+        os.environ.get("CLIP_JAX_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_jax"
+    )
     return Path(base) / "tar_index"
 
 

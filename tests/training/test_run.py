@@ -1,0 +1,134 @@
+"""What a run leaves behind, and what it refuses before it starts."""
+
+import json
+import re
+
+import pytest
+
+from clip_jax import __version__
+from clip_jax.errors import UserError
+from clip_jax.training import loop
+from clip_jax.training.metrics import Writer, truncate
+from tests.data.shards import sample, write_shard
+from tests.training import runs
+
+
+def test_a_run_leaves_its_config_metrics_checkpoints_tokenizer_and_report(small_run):
+    run = json.loads((small_run / "run.json").read_text())
+    assert run["clip_jax_version"] == __version__
+    assert run["config"]["optimizer"]["warmup_steps"] == 3 and run["config"]["mesh"]["data"] == -1
+    assert run["data"]["train"]["samples"] == 50 and run["model"]["parameters"]["total"] > 10_000
+    assert (small_run / "tokenizer" / "sentencepiece.model").exists()
+    assert (small_run / "report.html").read_text().count("data:image/") >= 10
+    assert sorted(int(p.name) for p in (small_run / "checkpoints").iterdir()) == [9, 12]  # the last two
+    assert any((small_run / "tensorboard").iterdir())
+
+
+def test_metrics_have_a_line_a_step_and_one_an_evaluation(small_run):
+    lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in train] == list(range(1, 13))
+    assert [line["step"] for line in lines if "eval/heldout/loss" in line] == [5, 10, 12]
+    assert train[-1]["train/pairs"] == 12 * 16
+    wanted = {
+        "loss",
+        "accuracy",
+        "grad_norm",
+        "param_norm",
+        "update_norm",
+        "logit_scale",
+        "learning_rate",
+        "pairs",
+        "flops",
+    }
+    assert wanted | {"pairs_per_second", "data_wait_share"} <= {name.removeprefix("train/") for name in train[-1]}
+    last = lines[-1]
+    assert last["eval/heldout/images"] == 13 and 0 <= last["eval/heldout/i2t_R@1"] <= last["eval/heldout/i2t_R@10"] <= 1
+
+
+def test_the_first_loss_is_about_the_logarithm_of_the_batch(small_run):
+    assert runs.metrics(small_run)[0]["train/loss"] == pytest.approx(2.77, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"batch_size": "12"},
+            "config.batch_size=12 does not divide over 8 devices (data x fsdp); the nearest that does is",
+        ),
+        ({"optimizer.warmup_steps": "13"}, "13 steps of warm-up in a run of 12"),
+        ({"epochs": "0.1"}, "the run has no step: 50 samples at batch_size=16"),
+        ({"mesh.fsdp": "3"}, "does not divide over 8 devices"),
+        ({"data.train": "tar:nowhere"}, "nowhere: no such shard"),
+        ({"data.train": "tfds:nothing"}, "name the split too"),
+        ({"eval.zero_shot": "shapes:train"}, "its samples have no labels to classify"),
+        ({"model.text.vocab_size": "40"}, "vocab_size=40 is too small"),
+        ({"tokenizer.kind": "clip", "tokenizer.vocab": "nowhere.gz"}, "nowhere.gz: no such file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_heavy(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        loop.run(workdir=str(tmp_path / "run"), recipe=str(runs.write_recipe(tmp_path)), overrides=overrides)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_folder_and_its_run_belong_together(small_run, tmp_path):
+    recipe = str(small_run.parent / "recipe.py")
+    with pytest.raises(UserError, match=r"holds a run with other settings \(seed\)"):
+        loop.run(workdir=str(small_run), recipe=recipe, overrides={"seed": "4"})
+    with pytest.raises(UserError, match="holds no run yet"):
+        loop.run(workdir=str(tmp_path), recipe=None, overrides={})
+    with pytest.raises(UserError, match="--workdir is missing"):
+        loop.run(workdir=None, recipe=recipe, overrides={})
+    with pytest.raises(UserError, match="is a file"):
+        loop.run(workdir=recipe, recipe=recipe, overrides={})
+
+
+def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(small_run, copy)
+    run = json.loads((copy / "run.json").read_text())
+    write_shard(tmp_path / "other.tar", [sample(i) for i in range(50)])
+    run["config"]["data"]["train"] = f"tar:{tmp_path}/other.tar"
+    (copy / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match="is not the data this run began with"):
+        loop.run(workdir=str(copy), recipe=None, overrides={})
+
+
+def test_main_answers_a_mistake_with_one_line_and_code_2(tmp_path):
+    recipe = runs.write_recipe(tmp_path)
+    done = runs.main(tmp_path, f"--config={recipe}", "--workdir=run", "--config.optimizer.learnin_rate=1")
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "main.py: --config.optimizer.learnin_rate=1: optimizer.learnin_rate is not a setting "
+        "(nearest: optimizer.learning_rate)"
+    )
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_43_and_no_checkpoint(tmp_path, capsys):
+    recipe = str(runs.write_recipe(tmp_path))
+    code = loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides={"optimizer.learning_rate": "1e30"})
+    assert code == 43
+    assert "is not finite" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) == []
+
+
+def test_metrics_are_cut_to_the_restored_step_and_half_a_line_is_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    writer = Writer(tmp_path, enabled=True, tensorboard=False, first_step=0)
+    for step in (1, 2, 3):
+        writer.write(step, {"train/loss": float(step)})
+    writer.close()
+    with open(file, "a") as handle:
+        handle.write('{"step": 4, "tr')
+    truncate(file, 2)
+    assert file.read_text() == '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 2.0}\n'
+
+
+def test_a_value_that_is_not_finite_is_null_in_valid_json(tmp_path):
+    writer = Writer(tmp_path, enabled=True, tensorboard=False, first_step=0)
+    writer.write(1, {"train/loss": float("nan")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": None}
