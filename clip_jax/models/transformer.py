@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        batch, tokens, width = x.shape
+        _, tokens, width = x.shape
         head_dim = width // self.heads
         qkv_axes, out_axes = ("embed", None, "heads", None), ("heads", None, "embed")
         zeros = nn.initializers.zeros

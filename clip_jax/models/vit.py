@@ -1,4 +1,4 @@
-"""CLIP's vision transformer: patches, a class token, pre-norm blocks, a projection (Radford et al. 2021, section 2.4)."""
+"""CLIP's vision transformer: patches, a class token, pre-norm blocks, a projection (Radford et al. 2021, 2.4)."""
 
 from dataclasses import dataclass
 
