@@ -1,6 +1,7 @@
 """A CLIP on your own images with captions: a folder of images, tar shards or a TFDS dataset, by one argument.
 
-python main.py --config=configs/own_images.py:folder:photos/train --workdir=runs/photos --config.eval.heldout=folder:photos/heldout
+python main.py --config=configs/own_images.py:folder:photos/train --workdir=runs/photos \\
+    --config.eval.heldout=folder:photos/heldout
 
 A small model (5M + 8M parameters, 128 px) that trains on a CPU and learns its own vocabulary from the captions. With a
 GPU or a TPU, take more: --config.model.name=ViT-B/32 --config.model.dtype=bfloat16 --config.batch_size=1024

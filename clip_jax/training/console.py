@@ -1,7 +1,11 @@
 """What a run says to the person before it: header, a line an evaluation, and results with the report at the end."""
 
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 
@@ -53,13 +57,21 @@ def finish(run: Run, gallery: Gallery | None) -> None:
         for name, value in last.items()
         if name.startswith("eval/") and name.split("/")[-1] not in ("images", "skipped", "time_seconds")
     ]
-    terminal.results("Results", [("train/loss", f"{last['train/loss']:.3f}"), *rows])
+    terminal.results("Results", [("train/loss", f"{last['train/loss']:.3f}"), *rows, ("report", str(report))])
+    classes = run.sources.zero_shot.class_names if run.sources.zero_shot is not None else ("cat", "dog")
+    labels = ",".join(f"a {name}" for name in classes[:3])
     folder = shlex.quote(str(run.workdir))
-    labels = ",".join(f"a {name}" for name in run.sources.zero_shot.class_names[:3]) if run.sources.zero_shot else ""
     terminal.next_commands(
         [
-            f"open {shlex.quote(str(report))}",
-            f'clip-jax classify --model={folder} --image=PATH --labels="{labels or "a cat,a dog"}"',
-            f"python -c \"import clip_jax; print(clip_jax.load('{run.workdir}'))\"",
+            f'{_installed("clip-jax")} classify --model={folder} --image=PATH --labels="{labels}"',
+            f"{_installed('python')} main.py --workdir={folder}    # goes on where it stopped, or shows this again",
         ]
     )
+
+
+def _installed(program: str) -> str:
+    """How to call a program of this environment from here: by its name alone only where that is the same one."""
+    ours = Path(sys.executable).with_name(program)
+    if shutil.which(program) == str(ours):
+        return program
+    return shlex.quote(os.path.relpath(ours)) if ours.is_relative_to(Path.cwd()) else shlex.quote(str(ours))
