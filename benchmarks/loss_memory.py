@@ -44,6 +44,5 @@ def peak_mib(topology: str, batch: int, dim: int) -> float:
 
 if __name__ == "__main__":
     for topology, batch, dim, bound in CASES:
-        print(
-            f"{topology:10} B = {batch:9,}  D = {dim:5}  peak {peak_mib(topology, batch, dim):7.1f} MiB  (bound {bound})"
-        )
+        peak = peak_mib(topology, batch, dim)
+        print(f"{topology:10} B = {batch:9,}  D = {dim:5}  peak {peak:7.1f} MiB  (bound {bound})")

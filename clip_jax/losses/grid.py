@@ -177,12 +177,13 @@ class _Tile:
             p = p.astype(images.dtype)
             image_gradient = jnp.dot(p, self.texts, preferred_element_type=jnp.float32)
             text_gradient += jnp.dot(p.T, images, preferred_element_type=jnp.float32)
-            return (text_gradient, scale_gradient), image_gradient
+            # Kept and sent in the embeddings' own type: in bfloat16 half of the memory and of the traffic.
+            return (text_gradient, scale_gradient), image_gradient.astype(images.dtype)
 
         start = (_varying(jnp.zeros(self.texts.shape, jnp.float32)), _varying(jnp.zeros((), jnp.float32)))
         blocks = (*self.blocks(), row_whole.reshape(-1, self.block), row_positives.reshape(-1, self.block))
         (text_gradient, scale_gradient), image_gradient = jax.lax.scan(walk, start, blocks)
-        return image_gradient.reshape(self.images.shape), text_gradient, scale_gradient
+        return image_gradient.reshape(self.images.shape), text_gradient.astype(self.texts.dtype), scale_gradient
 
 
 def _varying(x):
