@@ -1,8 +1,9 @@
 """``.pt``, ``.bin`` and TorchScript archives: tensors only, without torch.
 
 Only ``clip-jax import`` uses this. Such a file is a zip of a pickle and the bytes of its tensors, and a pickle is a
-program. This one is run by an unpickler that knows six harmless names (``ALLOWED``); the first other name ends it, before anything is called. The
-classes of a TorchScript archive (``__torch__...``) become bags of attributes without any behaviour.
+program. This one is run by an unpickler that knows a handful of harmless names (``ALLOWED``); the first other name ends
+it, before anything is called. The classes of a TorchScript archive (``__torch__...``) become bags of attributes
+without any behaviour.
 """
 
 import io
