@@ -59,7 +59,8 @@ class TextTransformer(nn.Module):
         position_init = nn.with_logical_partitioning(normal(0.01), (None, "embed"))
         positions = self.param("position_embedding", position_init, (tower.context_length, width))
 
-        tokens = jnp.take(embedding.astype(self.dtype), text, axis=0)
+        # Looked up before it is rounded: the gradient of a frequent token is a sum that must be taken in float32.
+        tokens = jnp.take(embedding, text, axis=0).astype(self.dtype)
         tokens = tokens + positions[: text.shape[1]].astype(self.dtype)
         inits = text_block_init(width, tower.mlp_width, tower.layers)
         tokens = Stack(tower.layers, tower.block, inits, self.dtype, self.scan, self.remat, name="transformer")(tokens)
