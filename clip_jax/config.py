@@ -1,8 +1,7 @@
-"""What a run is: defaults, reading recipes and overrides, checking, resolving.
+"""What a run is: reading recipes and overrides, checking, resolving. The settings themselves are in ``settings.py``.
 
-``defaults()`` is complete: every setting exists in it, with its type and its reason, and nothing else is a setting.
-A recipe (``configs/*.py``) is a function ``get_config`` that starts from it. Everything is checked before anything
-heavy starts, and every mistake is one line.
+A recipe (``configs/*.py``) is a function ``get_config`` that starts from ``defaults()``. Everything is checked before
+anything heavy starts, and every mistake is one line.
 """
 
 import ast
@@ -18,130 +17,9 @@ from ml_collections import ConfigDict
 
 from clip_jax import presets
 from clip_jax.errors import UserError, nearest
-from clip_jax.models.transformer import ACTIVATIONS
+from clip_jax.settings import AT_LEAST, AUTO, CHOICES, ONLY_WITH, UNITS, defaults
 
-AUTO = -1
-"""A size or duration that is not given: sizes follow from the model's preset, durations from another unit."""
-
-UNITS = ("steps", "examples", "epochs")
-
-
-def _every(steps: int = AUTO, examples: int = AUTO, epochs: float = float(AUTO)) -> dict[str, Any]:
-    return {"every_steps": steps, "every_examples": examples, "every_epochs": epochs}
-
-
-def defaults() -> ConfigDict:
-    """Every setting there is. Lengths of time are given in one of three units, the others left at -1."""
-    return ConfigDict(
-        {
-            "seed": 0,  # order, crops and initialisation
-            "steps": AUTO,
-            "examples": AUTO,  # pairs seen
-            "epochs": float(AUTO),  # steps = floor(epochs * N / batch_size)
-            "batch_size": 256,  # pairs over all devices and processes
-            "data": {
-                "train": "shapes:train",  # kind:where, see clip_jax/data/sources
-                "caption": "txt",  # tar shards: txt, or a dotted path into the sample's JSON
-                "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
-                "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
-                "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
-                "crop_ratio": (3 / 4, 4 / 3),  # its aspect
-                "shuffle_block": 1,  # samples read together; 1: a full shuffle
-                "shuffle_window": 1,  # blocks mixed with each other
-                "max_bad_share": 0.01,  # of samples, before the run stops
-                "workers": 2,  # threads, each on a batch of its own
-                "prefetch": 4,  # batches ready before they are needed
-            },
-            "tokenizer": {
-                "kind": "",  # clip or sentencepiece; empty: the model's
-                "vocab": "",  # clip: path of bpe_simple_vocab_16e6.txt.gz; empty: Hugging Face cache or hub
-                "train_captions": 100_000,  # sentencepiece: learns its pieces from the first so many samples' captions
-            },
-            "model": {
-                "name": "ViT-B/32",  # clip_jax.list_models()
-                "dtype": "float32",  # of matrix products; parameters stay float32
-                "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
-                "remat": "none",  # none, dots, full: recompute activations in the backward pass
-                "embed_dim": AUTO,
-                "activation": "",  # empty: the preset's, in both towers
-                "image": {name: AUTO for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_width")},
-                "text": {
-                    name: AUTO for name in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width")
-                },
-                "mean": (),  # of pixels in 0..1, three numbers; empty: the preset's
-                "std": (),
-            },
-            "loss": {
-                "name": "softmax",
-                "max_logit_scale": 100.0,  # clamp of exp(logit_scale) after each update (Radford et al. 2021)
-            },
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 5e-4,  # after warm-up
-                "schedule": "cosine",  # cosine (to zero) or constant
-                "warmup_steps": AUTO,
-                "warmup_examples": AUTO,
-                "warmup_epochs": float(AUTO),
-                "weight_decay": 0.2,
-                "decay": "matrices",  # or matrices_and_positions: OpenCLIP 3 decays position embeddings too
-                "beta1": 0.9,
-                "beta2": 0.98,
-                "eps": 1e-6,
-                "clip_norm": 0.0,  # of the global gradient; 0: off
-            },
-            "mesh": {"data": AUTO, "fsdp": 1, "tensor": 1, "cpu_devices": 1},  # cpu_devices: simulated, on CPU only
-            "eval": {
-                "heldout": "",  # a source: held-out loss and retrieval
-                "heldout_name": "heldout",  # its name in metrics
-                "zero_shot": "",  # a source with labels
-                "zero_shot_name": "zero_shot",
-                "templates": ("a photo of a {}.",),  # of prompts; {} is the class name
-                "batch_size": AUTO,  # AUTO: the training batch
-                **_every(),  # none given: at the end only
-            },
-            "checkpoint": {
-                **_every(),  # none given: at the end only
-                "keep_last": 2,
-                "keep_every_steps": AUTO,  # and these for ever
-            },
-            "log": {"every_steps": 10, "tensorboard": True},
-        },
-        type_safe=False,  # check() compares types itself, with messages a user can act on
-    )
-
-
-CHOICES = {
-    "data.truncated": ("stop", "keep"),
-    "tokenizer.kind": ("", "clip", "sentencepiece"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
-    "model.activation": ("", *ACTIVATIONS),
-    "loss.name": ("softmax",),
-    "optimizer.name": ("adamw",),
-    "optimizer.schedule": ("cosine", "constant"),
-    "optimizer.decay": ("matrices", "matrices_and_positions"),
-}
-
-AT_LEAST = {
-    "batch_size": 1,
-    "data.shuffle_block": 1,
-    "data.shuffle_window": 1,
-    "data.workers": 1,
-    "data.prefetch": 1,
-    "optimizer.learning_rate": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0,
-    "tokenizer.train_captions": 1,
-    "checkpoint.keep_last": 1,
-    "log.every_steps": 1,
-    "mesh.cpu_devices": 1,
-}
-
-# A setting that another setting leaves without effect is a mistake, not a detail: (key, needs, value it needs).
-ONLY_WITH = (
-    ("tokenizer.vocab", "tokenizer.kind", "clip"),
-    ("tokenizer.train_captions", "tokenizer.kind", "sentencepiece"),
-)
+__all__ = ["AUTO", "check", "defaults", "duration", "load", "override", "resolve_preset"]
 
 MAY_CHANGE_ON_RESTART = ("mesh", "eval", "checkpoint", "log")
 
@@ -234,7 +112,7 @@ def check(config: ConfigDict, place: str) -> None:
 def duration(config: ConfigDict, key: str, samples: int) -> int | None:
     """A length of time in steps, or None where none of its three units is given.
 
-    ``key`` is the prefix: ``""`` for the whole run, ``"optimizer.warmup_"``, ``"eval.every_"``, ``"checkpoint.every_"``.
+    ``key`` is the prefix: ``""`` (the whole run), ``"optimizer.warmup_"``, ``"eval.every_"``, ``"checkpoint.every_"``.
     Epochs and examples are rounded down to whole steps (warm-up and intervals: at least one).
     """
     flat = flatten(config)

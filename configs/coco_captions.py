@@ -1,7 +1,8 @@
 """A CLIP ViT-B/32 from scratch on COCO captions (82,783 images, five captions each), read by TFDS without TensorFlow.
 
 Prepare the data once, in an environment with TensorFlow (pip install 'clip-jax-tpu[tfds-build]'):
-    python -c "import tensorflow_datasets as t; t.builder('coco_captions', file_format='array_record').download_and_prepare()"
+    python -c "import tensorflow_datasets as tfds
+    tfds.builder('coco_captions', file_format='array_record').download_and_prepare()"
 then, here:
 python main.py --config=configs/coco_captions.py --workdir=runs/coco --config.data.tfds_dir=DIR
 

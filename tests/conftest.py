@@ -7,13 +7,12 @@ os.environ["CLIP_JAX_CACHE"] = tempfile.mkdtemp(prefix="clip-jax-test-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-
 from pathlib import Path
 
+import jax
 import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

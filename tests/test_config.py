@@ -19,9 +19,8 @@ def valid(**changes):
 
 def recipe(tmp_path, body: str) -> str:
     path = tmp_path / "recipe.py"
-    path.write_text(
-        f"from clip_jax.config import defaults\n\ndef get_config(arg=''):\n    config = defaults()\n    config.steps = 10\n{body}    return config\n"
-    )
+    head = "from clip_jax.config import defaults\ndef get_config():\n    config = defaults()\n    config.steps = 10\n"
+    path.write_text(f"{head}{body}    return config\n")
     return str(path)
 
 

@@ -177,7 +177,7 @@ def _draw_thing(rng: random.Random, colour: str, shape: str, place: str, count: 
 
 
 def _coordinate(rng: random.Random, side: int) -> float:
-    """The middle of the named third, give or take a pixel at 64: places are told apart, and shapes are learned, sooner."""
+    """The middle of the named third, give or take a pixel at 64: shapes at any offset take far longer to learn."""
     return 0.5 + 0.24 * side + rng.uniform(-0.015, 0.015)
 
 

@@ -40,7 +40,7 @@ class Faults:
     def count(self, error: BadSampleError) -> None:
         with self.lock:
             self.reasons[error.reason] += 1
-            if len(self.examples) < 100:
+            if len(self.examples) < 1000:
                 self.examples.append(str(error))
 
     def seen(self, samples: int) -> None:
@@ -84,8 +84,7 @@ class TrainingBatches:
     faults: Faults
 
     def __call__(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """``image`` uint8[rows, H, W, 3], ``text`` int32[rows, L], ``index`` int64[rows] (of what was really taken),
-        ``replaced`` int64[rows] (1 where a bad sample was replaced)."""
+        """``image`` uint8[rows, H, W, 3], ``text`` int32[rows, L], ``index`` int64[rows] of what was really taken."""
         positions = self.order.positions(step)[rows]
         indices = self.order.indices(positions)
         pixels = np.empty((len(rows), self.image_size, self.image_size, 3), np.uint8)
@@ -94,8 +93,7 @@ class TrainingBatches:
             taken[row], caption = self._sample(position, index, pixels[row])
             captions.append(caption)
         self.faults.seen(len(rows))
-        replaced = (taken != indices).astype(np.int64)
-        return {"image": pixels, "text": self.tokenizer(captions), "index": taken, "replaced": replaced}
+        return {"image": pixels, "text": self.tokenizer(captions), "index": taken}
 
     def _sample(self, position: int, index: int, out: np.ndarray) -> tuple[int, str]:
         """Fills ``out`` with the crop; a bad sample gives way to another one, chosen by the position alone."""

@@ -11,6 +11,8 @@ import numpy as np
 from clip_jax.interop import table
 from clip_jax.interop.table import MATRIX, ROWS, SCALAR, VECTOR, Row, rows
 from clip_jax.models.clip import Architecture, Params
+from clip_jax.models.text import TextTower
+from clip_jax.models.vit import ImageTower
 
 # Buffers and sizes that older files carry beside the weights; OpenCLIP drops them too.
 IGNORED = ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size")
@@ -54,9 +56,17 @@ def _sizes(architecture: Architecture) -> dict[str, int]:
     return {"rgb": 3, "down": patch, "across": patch}
 
 
+def _custom_text(architecture: Architecture) -> bool:
+    """Whether OpenCLIP builds this model as CustomTextCLIP, whose text tensors are named below ``text.``."""
+    return architecture.image.from_timm
+
+
 def _canonical(name: str, architecture: Architecture) -> str:
     """The name that ``_table`` knows for one in a file."""
-    return name.removeprefix("text.")
+    if not _custom_text(architecture):
+        return name.removeprefix("text.")
+    text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+    return f"text.{name}" if name.startswith(text) else name
 
 
 def _norm(theirs: str, ours: str) -> tuple[tuple[str, str, str], ...]:
@@ -80,7 +90,6 @@ VIT = (
     ("conv1.weight", "patch_embedding", "width rgb down across -> (down across rgb) width"),
     ("class_embedding", "class_embedding", VECTOR),
     ("positional_embedding", "position_embedding", ROWS),
-    *_norm("ln_pre", "norm_pre"),
     *_norm("ln_post", "norm_post"),
     ("proj", "projection", ROWS),
 )
@@ -89,16 +98,37 @@ TEXT = (
     ("token_embedding.weight", "token_embedding", ROWS),
     ("positional_embedding", "position_embedding", ROWS),
     *_norm("ln_final", "norm_final"),
-    ("text_projection", "projection", ROWS),
+)
+
+PROJECTION = (("text_projection", "projection", ROWS),)
+PROJECTION_WITH_BIAS = (
+    ("text_projection.weight", "projection", MATRIX),
+    ("text_projection.bias", "projection_bias", VECTOR),
 )
 
 
 def _table(architecture: Architecture) -> list[Row]:
     """Every tensor of an architecture."""
     return [
-        *rows("visual.", "image/", *VIT),
-        *rows("visual.transformer.resblocks.{layer}.", "image/transformer/blocks/", *BLOCK),
-        *rows("", "text/", *TEXT),
-        *rows("transformer.resblocks.{layer}.", "text/transformer/blocks/", *BLOCK),
+        *_image(architecture.image),
+        *_text(architecture.text, "text." if _custom_text(architecture) else ""),
         Row("logit_scale", "logit_scale", SCALAR),
+        *([] if architecture.init_logit_bias is None else [Row("logit_bias", "logit_bias", SCALAR)]),
+    ]
+
+
+def _image(tower: ImageTower) -> list[Row]:
+    return [
+        *rows("visual.", "image/", *VIT),
+        *(rows("visual.", "image/", *_norm("ln_pre", "norm_pre")) if tower.norm_pre else ()),
+        *rows("visual.transformer.resblocks.{layer}.", "image/transformer/blocks/", *BLOCK),
+    ]
+
+
+def _text(tower: TextTower, prefix: str) -> list[Row]:
+    projection = PROJECTION_WITH_BIAS if tower.projection_bias else PROJECTION
+    return [
+        *rows(prefix, "text/", *TEXT),
+        *(rows(prefix, "text/", *projection) if tower.projection else ()),
+        *rows(f"{prefix}transformer.resblocks.{{layer}}.", "text/transformer/blocks/", *BLOCK),
     ]

@@ -2,7 +2,8 @@
 
     params = {"image": ..., "text": ..., "logit_scale": float32[]}
 
-``logit_scale`` is the logarithm of the factor that multiplies cosines (Radford et al. 2021, section 2.5).
+``logit_scale`` is the logarithm of the factor that multiplies cosines (Radford et al. 2021, section 2.5). Models for
+the sigmoid loss also have a ``logit_bias`` (Zhai et al. 2023).
 """
 
 import math
@@ -29,6 +30,8 @@ class Architecture:
     text: TextTower
     embed_dim: int
     init_logit_scale: float = math.log(1 / 0.07)
+    init_logit_bias: float | None = None
+    """None: the model has no bias."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,19 @@ class CLIP:
     """An architecture with the settings of its computation; every method is pure.
 
     ``dtype`` is the type of the matrix products; parameters, norms, softmax and embeddings are float32.
+    ``patch_dropout`` is the share of an image's patches that training leaves out (FLIP, Li et al. 2023).
     """
 
     architecture: Architecture
     dtype: jnp.dtype = jnp.float32
     scan: bool = True
     remat: Remat = "none"
+    patch_dropout: float = 0.0
 
     @property
     def image_tower(self) -> ViT:
-        return ViT(self.architecture.image, self.architecture.embed_dim, self.dtype, self.scan, self.remat)
+        tower, embed_dim = self.architecture.image, self.architecture.embed_dim
+        return ViT(tower, embed_dim, self.dtype, self.scan, self.remat, self.patch_dropout)
 
     @property
     def text_tower(self) -> TextTransformer:
@@ -57,8 +63,12 @@ class CLIP:
         size, length = self.architecture.image.image_size, self.architecture.text.context_length
         image = self.image_tower.init(image_rng, jnp.zeros((1, size, size, 3), jnp.float32))
         text = self.text_tower.init(text_rng, jnp.zeros((1, length), jnp.int32))
-        scale = nn.LogicallyPartitioned(jnp.asarray(self.architecture.init_logit_scale, jnp.float32), ())
-        return {"image": image["params"], "text": text["params"], "logit_scale": scale}
+        params = {"image": image["params"], "text": text["params"]}
+        starts = {"logit_scale": self.architecture.init_logit_scale, "logit_bias": self.architecture.init_logit_bias}
+        for name, start in starts.items():
+            if start is not None:
+                params[name] = nn.LogicallyPartitioned(jnp.asarray(start, jnp.float32), ())
+        return params
 
     def encode_image(self, params: Params, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch embed"]:
         """Normalised pixels to embeddings, not of unit length."""

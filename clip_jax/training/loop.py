@@ -23,12 +23,12 @@ from clip_jax.data.stream import stream
 from clip_jax.errors import NonFiniteError, UserError
 from clip_jax.evaluation.embed import make_encoders
 from clip_jax.evaluation.runner import Evaluator
-from clip_jax.models import flops
-from clip_jax.reports import page, terminal
+from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery
-from clip_jax.sharding import batch_shards, initialize_processes, process_rows, to_devices
+from clip_jax.sharding import initialize_processes, process_rows, to_devices
+from clip_jax.training import console, setup
 from clip_jax.training import metrics as metric_files
-from clip_jax.training import setup
+from clip_jax.training.meter import Meter
 from clip_jax.training.setup import Run
 from clip_jax.training.step import State, abstract_state, create_state, make_train_step
 
@@ -52,14 +52,14 @@ def run(
     check_same_data(parts, previous)
     if jax.process_index() == 0:
         run_folder.write(folder, setup.description(parts))
-        terminal.header(header(parts))
+        terminal.header(console.header(parts))
     try:
         gallery = train(parts)
     except NonFiniteError as error:
         print(f"main.py: {error}")
         return errors.EXIT_NON_FINITE
     if jax.process_index() == 0:
-        finish(parts, gallery)
+        console.finish(parts, gallery)
     return errors.EXIT_DONE
 
 
@@ -128,9 +128,9 @@ def train(run: Run) -> Gallery | None:
         run.workdir, enabled=first_process, tensorboard=config.log.tensorboard, first_step=first_step
     )
     progress = terminal.Progress(run.steps, first_step, enabled=first_process)
-    meter = Meter(run, first_step)
+    meter, evaluator = Meter(run, first_step), make_evaluator(run)
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-    gallery = None
+    gallery, told = None, Told()
 
     def settle(left: int) -> None:
         """Waits until no more than so many steps are unfinished, and logs those that are due."""
@@ -143,10 +143,8 @@ def train(run: Run) -> Gallery | None:
                 progress.update(
                     step, loss=values["train/loss"], pairs_per_second=values.get("train/pairs_per_second", math.nan)
                 )
-                if not (math.isfinite(values["train/loss"]) and math.isfinite(values["train/grad_norm"])):
-                    raise NonFiniteError(
-                        f"step {step}: the loss or its gradient is not finite; {run.workdir} keeps the last checkpoint"
-                    )
+                told.update(progress, run)
+                check_finite(run, step, metrics)
 
     rows = process_rows(run.mesh, config.batch_size)
     batches = stream(
@@ -165,21 +163,20 @@ def train(run: Run) -> Gallery | None:
             if due(step, run.eval_every, last):
                 settle(0)
                 with meter.paused():
-                    values, gallery = evaluate(run, state, show=last)
+                    values, gallery = evaluate(run, evaluator, state, show=last)
                 log.write(step, values)
-                progress.line(summary(step, values))
+                progress.line(console.summary(step, values))
             if due(step, run.checkpoint_every, last):
                 settle(0)
                 check_finite(run, step, metrics)
                 log.sync()  # the lines of these steps are on disk before a checkpoint that follows them exists
                 with meter.paused():
                     checkpoints.save(step, state)
+        told.update(progress, run)
     checkpoints.close()
     log.close()
-    if run.batches.faults.reasons:
-        print(f"replaced bad samples: {run.batches.faults.summary()} (first: {run.batches.faults.examples[0]})")
     if gallery is None and not (run.workdir / "report.html").exists():
-        _, gallery = evaluate(run, state, show=True)
+        _, gallery = evaluate(run, evaluator, state, show=True)
     return gallery
 
 
@@ -189,6 +186,21 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
     if step is None:
         return create_state(run.model, run.optimizer, run.mesh, run.config.seed), 0
     return checkpoints.restore(step, abstract_state(run.model, run.optimizer, run.mesh)), step
+
+
+class Told:
+    """How many bad samples a person has been told of; all that are known by name are in ``bad_samples.txt``."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def update(self, progress: terminal.Progress, run: Run) -> None:
+        faults = run.batches.faults
+        if faults.reasons.total() > self.count:
+            self.count = faults.reasons.total()
+            progress.line(f"replaced {self.count} bad samples so far ({faults.summary()}); see bad_samples.txt")
+            name = "bad_samples.txt" if jax.process_index() == 0 else f"bad_samples.{jax.process_index()}.txt"
+            (run.workdir / name).write_text("\n".join(faults.examples) + "\n", encoding="utf-8")
 
 
 def due(step: int, every: int | None, last: bool) -> bool:
@@ -204,18 +216,23 @@ def check_finite(run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
         )
 
 
-def evaluate(run: Run, state: State, *, show: bool) -> tuple[dict[str, float], Gallery | None]:
-    """``eval/...`` metrics of the held-out sources and, where asked, pairs to show."""
-    evaluation, sources = run.config.eval, run.sources
-    evaluator = Evaluator(
+def make_evaluator(run: Run) -> Evaluator:
+    """Both towers, compiled once for all evaluations of the run."""
+    batch_size = run.config.eval.batch_size
+    return Evaluator(
         encoders=make_encoders(run.model, run.preset.preprocess, run.mesh),
         tokenizer=run.tokenizer,
         image_size=run.preset.architecture.image.image_size,
         preprocess=run.preset.preprocess,
         mesh=run.mesh,
-        batch_size=run.config.batch_size if evaluation.batch_size == configs.AUTO else evaluation.batch_size,
+        batch_size=run.config.batch_size if batch_size == configs.AUTO else batch_size,
         workers=run.config.data.workers,
     )
+
+
+def evaluate(run: Run, evaluator: Evaluator, state: State, *, show: bool) -> tuple[dict[str, float], Gallery | None]:
+    """``eval/...`` metrics of the held-out sources and, where asked, pairs to show."""
+    evaluation, sources = run.config.eval, run.sources
     started, values, gallery = time.perf_counter(), {}, None
     if sources.heldout is not None:
         scale = float(jnp.exp(state.params["logit_scale"]))
@@ -228,101 +245,3 @@ def evaluate(run: Run, state: State, *, show: bool) -> tuple[dict[str, float], G
     if values:
         values["eval/time_seconds"] = time.perf_counter() - started
     return values, gallery
-
-
-class Meter:
-    """Speed since the last log line, without evaluation and checkpoints, and what the step's numbers add up to."""
-
-    def __init__(self, run: Run, first_step: int):
-        self._batch, self._peak = run.config.batch_size, run.peak_flops
-        self._flops_per_pair = flops.training(run.preset.architecture)
-        self._step, self._since, self._waited = first_step, time.perf_counter(), 0.0
-
-    def waiting(self):
-        return _Timed(self._add_wait)
-
-    def paused(self):
-        return _Timed(self._skip)
-
-    def _add_wait(self, seconds: float) -> None:
-        self._waited += seconds
-
-    def _skip(self, seconds: float) -> None:
-        self._since += seconds
-
-    def read(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The log line of a step."""
-        pairs = step * self._batch
-        values = {f"train/{name}": value for name, value in metrics.items()}
-        values |= {"train/pairs": pairs, "train/flops": pairs * self._flops_per_pair}
-        now = time.perf_counter()
-        seconds = now - self._since
-        if step > 1 and seconds > 0:  # the first step's time is the compiler's
-            speed = (step - self._step) * self._batch / seconds
-            values |= {"train/pairs_per_second": speed, "train/data_wait_share": min(1.0, self._waited / seconds)}
-            if self._peak is not None:
-                values["train/mfu"] = speed * self._flops_per_pair / self._peak
-        self._step, self._since, self._waited = step, now, 0.0
-        return values
-
-
-class _Timed:
-    def __init__(self, report):
-        self._report = report
-
-    def __enter__(self):
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_):
-        self._report(time.perf_counter() - self._started)
-
-
-def header(run: Run) -> list[tuple[str, str]]:
-    """What is about to run, for a person."""
-    counts, mesh, batch = run.parameters, run.mesh, run.config.batch_size
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    train = run.sources.train
-    rows = [
-        ("model", f"{run.config.model.name}, {counts['total'] / 1e6:.1f}M parameters"),
-        ("towers", f"image {counts['image'] / 1e6:.1f}M, text {counts['text'] / 1e6:.1f}M, {run.config.model.dtype}"),
-        ("mesh", f"{axes} on {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
-        ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} a device"),
-        ("steps", f"{run.steps} ({run.steps * batch / len(train):.1f} epochs)"),
-        ("data", f"{train.name}, {len(train)} samples"),
-    ]
-    if run.sources.heldout is not None:
-        rows.append(("held out", f"{run.sources.heldout.name}, {len(run.sources.heldout)} samples"))
-    if run.sources.zero_shot is not None:
-        classes = len(run.sources.zero_shot.class_names)
-        rows.append(("zero-shot", f"{run.sources.zero_shot.name}, {classes} classes"))
-    return [*rows, ("folder", str(run.workdir))]
-
-
-def summary(step: int, values: Mapping[str, float]) -> str:
-    """One line of an evaluation's numbers."""
-    shown = ("loss", "zero_shot_top1", "i2t_R@1", "t2i_R@1", "i2t_R@5", "t2i_R@5")
-    parts = [f"{name.removeprefix('eval/')} {v:.3f}" for name, v in values.items() if name.split("/")[-1] in shown]
-    return f"evaluation at step {step}: " + "  ".join(parts)
-
-
-def finish(run: Run, gallery: Gallery | None) -> None:
-    """The report, the table of results, and what to try next."""
-    report = run.workdir / "report.html"
-    if gallery is not None or not report.exists():
-        page.write(run.workdir, gallery)
-    last: dict[str, float] = {}
-    for line in page.read_metrics(run.workdir / metric_files.FILE):
-        last |= line
-    rows = [
-        (name.removeprefix("eval/"), f"{value:.3f}")
-        for name, value in last.items()
-        if name.startswith("eval/") and name.split("/")[-1] not in ("images", "skipped", "time_seconds")
-    ]
-    terminal.results("Results", [("train/loss", f"{last['train/loss']:.3f}"), *rows])
-    terminal.next_commands(
-        [
-            f"open {report}",
-            f'clip-jax classify --model={run.workdir} --image=PATH --labels="a red circle,a blue square"',
-            f"python -c \"import clip_jax; print(clip_jax.load('{run.workdir}'))\"",
-        ]
-    )

@@ -39,7 +39,7 @@ class Writer:
     """Appends lines; writes nothing on processes other than the first."""
 
     def __init__(self, workdir: Path, *, enabled: bool, tensorboard: bool, first_step: int):
-        self._file = open(workdir / FILE, "a", encoding="utf-8") if enabled else None
+        self._file = (workdir / FILE).open("a", encoding="utf-8") if enabled else None
         # purge_step hides what an interrupted run had written after the checkpoint it was resumed from.
         self._board = (
             SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step) if enabled and tensorboard else None

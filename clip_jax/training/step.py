@@ -66,7 +66,7 @@ def make_train_step(
     *,
     max_logit_scale: float,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """``(state, {"image": uint8[B, H, W, 3], "text": int32[B, L]}) -> (state, metrics)``, jitted; the state is donated."""
+    """``(state, {"image": uint8[B, H, W, 3], "text": int32[B, L]}) -> (state, metrics)``; the state is donated."""
     abstract = abstract_state(model, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 

@@ -75,7 +75,7 @@ def test_an_empty_or_unreadable_caption_is_a_fault_of_its_sample(tmp_path, capti
 def test_a_missing_shard_says_what_was_looked_for(tmp_path):
     with pytest.raises(UserError, match=r"nothing-\*.tar: no such shard"):
         open_tar(f"{tmp_path}/nothing-*.tar")
-    with pytest.raises(UserError, match="no .tar shards in this folder"):
+    with pytest.raises(UserError, match=r"no \.tar shards in this folder"):
         open_tar(str(tmp_path))
 
 
@@ -107,5 +107,5 @@ def test_a_file_that_is_no_tar_is_named(tmp_path):
 
 
 def test_an_unknown_kind_of_source_names_the_nearest():
-    with pytest.raises(UserError, match="tarr:x: not a source .nearest: tar."):
+    with pytest.raises(UserError, match=r"tarr:x: not a source \(nearest: tar\)"):
         open_source("tarr:x", image_size=32)

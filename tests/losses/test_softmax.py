@@ -77,7 +77,7 @@ def test_gradients_equal_float64_differences():
 def test_random_embeddings_cost_the_logarithm_of_the_batch():
     image, text = embeddings(64, 512)
     loss, _ = reference.softmax(image, text, jnp.float32(1.0))
-    assert float(loss) == pytest.approx(np.log(64), abs=0.01)
+    assert float(loss) == pytest.approx(np.log(64), abs=0.02)
 
 
 def test_no_device_holds_the_whole_logit_matrix():

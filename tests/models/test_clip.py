@@ -49,11 +49,12 @@ def test_parameters_and_flops_are_the_published_ones(name):
 
 
 def test_flops_equal_the_compilers_count_of_an_unrolled_model():
-    clip, (image, text) = CLIP(SMALL, scan=False), inputs(1)
+    clip, (image, _) = CLIP(SMALL, scan=False), inputs(1)
     params = params_of(clip)
     compiled = jax.jit(clip.encode_image).lower(params, image).compile()
-    # The compiler counts norms and activations too, which the analytic count leaves out.
-    assert flops.forward(SMALL)["image"] == pytest.approx(compiled.cost_analysis()["flops"], rel=0.1)
+    # The compiler counts norms and activations too: a sixth of so narrow a model.
+    counted = compiled.cost_analysis()["flops"]
+    assert 0.8 * counted < flops.forward(SMALL)["image"] < counted
 
 
 def moments(x):

@@ -1,4 +1,4 @@
-"""A run killed at any moment and started again by the same command equals one that was never killed, digit for digit."""
+"""A run killed at any moment and started again equals one that was never killed, digit for digit."""
 
 import signal
 import subprocess

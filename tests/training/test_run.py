@@ -61,7 +61,7 @@ def test_the_first_loss_is_about_the_logarithm_of_the_batch(small_run):
         ({"epochs": "0.1"}, "the run has no step: 50 samples at batch_size=16"),
         ({"mesh.fsdp": "3"}, "does not divide over 8 devices"),
         ({"data.train": "tar:nowhere"}, "nowhere: no such shard"),
-        ({"data.train": "tfds:nothing"}, "name the split too"),
+        ({"data.train": "tfds:coco_captions", "data.tfds_dir": "nowhere"}, "coco_captions is not in nowhere"),
         ({"eval.zero_shot": "shapes:train"}, "its samples have no labels to classify"),
         ({"model.text.vocab_size": "40"}, "vocab_size=40 is too small"),
         ({"tokenizer.kind": "clip", "tokenizer.vocab": "nowhere.gz"}, "nowhere.gz: no such file"),

@@ -52,7 +52,7 @@ class Source(Protocol):
 KINDS = {
     "shapes": "the bundled dataset: shapes:train, shapes:heldout, shapes:zero_shot",
     "tar": "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar",
-    "tfds": "a prepared TFDS dataset: tfds:coco_captions/train",
+    "tfds": "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
     "folder": "images with a .txt each: folder:DIR",
 }
 
@@ -75,9 +75,7 @@ def open_source(where: str, *, image_size: int, caption: str = "txt", truncated:
         from clip_jax.data.sources.tfds import open_tfds
 
         name, slash, split = rest.rpartition("/")
-        if not slash:
-            raise UserError(f"{where}: name the split too, for example {where}/train")
-        return open_tfds(name, split, data_dir=tfds_dir)
+        return open_tfds(name if slash else rest, split if slash else "train", data_dir=tfds_dir)
     if kind == "folder":
         from clip_jax.data.sources.folder import open_folder
 

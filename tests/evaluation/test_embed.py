@@ -1,0 +1,61 @@
+"""Every sample is embedded exactly once, whatever the batch size and mesh; unusable ones are left out and counted."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from clip_jax import presets
+from clip_jax.data.sources.tar import open_tar
+from clip_jax.evaluation.embed import embed_source, make_encoders
+from clip_jax.models.clip import CLIP
+from clip_jax.sharding import make_mesh
+from tests.data.shards import jpeg, sample, write_shard
+from tests.models.test_clip import SMALL
+
+
+class Letters:
+    """A tokenizer for tests: the codes of the first letters."""
+
+    context_length, vocab_size, fingerprint = 12, 100, "letters"
+
+    def __call__(self, texts):
+        return np.array([[ord(c) % 100 for c in text[:12].ljust(12)] for text in texts], np.int32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    samples = [sample(i) for i in range(21)]
+    samples[4]["jpg"] = jpeg(4)[:150]
+    samples[9]["txt"] = b""
+    return open_tar(str(write_shard(tmp_path_factory.mktemp("shards") / "0.tar", samples)))
+
+
+def embed(source, devices, batch_size):
+    mesh, clip = make_mesh(devices, devices=jax.devices()[:devices]), CLIP(SMALL)
+    params = nn.meta.unbox(clip.init(jax.random.key(0)))
+    encoders = make_encoders(clip, presets.HALF, mesh)
+    return embed_source(source, encoders, params, Letters(), 32, presets.HALF, mesh, batch_size)
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(8, 8), (8, 5), (2, 16), (1, 100)])
+def test_every_usable_sample_once_for_any_batch_and_mesh(source, devices, batch_size):
+    expected, found = embed(source, 1, 21), embed(source, devices, batch_size)
+    assert found.indices.tolist() == [i for i in range(21) if i not in (4, 9)]
+    assert found.captions == tuple(f"picture number {i}" for i in found.indices)
+    assert found.owner.tolist() == list(range(19))
+    np.testing.assert_allclose(found.images, expected.images, atol=1e-5)
+    np.testing.assert_allclose(found.texts, expected.texts, atol=1e-5)
+
+
+def test_what_is_left_out_is_counted_by_reason(source):
+    skipped = embed(source, 8, 8).skipped
+    assert skipped.total() == 2 and skipped["empty caption"] == 1
+    assert any("undecodable image" in reason for reason in skipped)
+
+
+def test_all_captions_of_an_image_are_embedded_and_owned(source):
+    several = open_tar(str(source.shards[0]), caption="tags")
+    found = embed(several, 8, 8)
+    assert len(found.texts) == 2 * len(found.images) == 40
+    assert found.owner.tolist() == [i for i in range(20) for _ in range(2)]

@@ -1,0 +1,53 @@
+"""Meshes, parameter shardings and rows: everything lies where the rules say, on any shape of eight devices."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from clip_jax.errors import UserError
+from clip_jax.models.clip import CLIP
+from clip_jax.sharding import make_mesh, mesh_shape, parameter_shardings, process_rows, to_devices
+from tests.models.test_clip import SMALL
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((8, 1, 1), (8, 1, 1)), ((1, 1, -1), (1, 1, 8))],
+)
+def test_one_axis_takes_what_the_others_leave(sizes, shape):
+    assert mesh_shape(*sizes, devices=8) == shape
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, -1), (-1, -1, 1), (0, 1, 1), (4, 1, 1), (-1, 16, 1)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(UserError, match=r"config\.mesh"):
+        mesh_shape(*sizes, devices=8)
+
+
+def test_parameters_lie_by_their_logical_axes():
+    mesh = make_mesh(2, 2, 2)
+    shardings = parameter_shardings(jax.eval_shape(CLIP(SMALL).init, jax.random.key(0)), mesh)
+    block = shardings["image"]["transformer"]["blocks"]
+    assert block["attention"]["qkv"].spec == P(None, "fsdp", None, "tensor", None)
+    assert block["attention"]["out"].spec == P(None, "tensor", None, "fsdp")
+    assert block["mlp"]["up"].spec == P(None, "fsdp", "tensor")
+    assert block["mlp"]["down"].spec == P(None, "tensor", "fsdp")
+    assert shardings["text"]["token_embedding"].spec == P("tensor", "fsdp")
+    assert shardings["logit_scale"].spec == P()
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    shardings = parameter_shardings(jax.eval_shape(CLIP(SMALL).init, jax.random.key(0)), make_mesh(1, 1, 8))
+    assert shardings["image"]["transformer"]["blocks"]["attention"]["qkv"].spec == P(
+        None, "fsdp", None, None, None
+    )  # two heads
+
+
+def test_rows_reach_the_devices_in_their_global_order():
+    mesh = make_mesh(2, 2, 2)
+    rows = process_rows(mesh, 12)
+    assert rows.tolist() == list(range(12))  # one process holds them all
+    array = to_devices({"x": np.arange(12)[:, None]}, mesh, 12)["x"]
+    assert np.array_equal(array[:, 0], np.arange(12))
+    assert {shard.data.shape for shard in array.addressable_shards} == {(3, 1)}
