@@ -1,4 +1,4 @@
-"""``load``: a run's folder or anybody's weights -> a ``Model`` that embeds, compares and classifies images and texts."""
+"""``load``: a run's folder or anybody's weights -> a ``Model`` that embeds and compares images and texts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -30,7 +30,13 @@ WEIGHTS = {
     "bigvision": (),
 }
 CONFIGS = {"openclip": "open_clip_config.json", "huggingface": "config.json"}
-TOKENIZERS = ("tokenizer.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.model")
+TOKENIZERS = {
+    "clip": ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz"),
+    "siglip": ("tokenizer.json", "spiece.model"),
+    "siglip2": ("tokenizer.json", "tokenizer.model"),
+    "wordpiece": ("vocab.txt", "tokenizer.json"),
+}
+"""By kind, the files that its tokenizer can be built from, the surest first."""
 
 
 class Found(NamedTuple):
@@ -72,8 +78,8 @@ def find(folder: Path) -> Found:
     every = _layouts(folder)
     if not every:
         raise UserError(
-            f"{folder}: holds no model that is known: neither {run_folder.RUN_FILE} (a run of ours), nor "
-            f"{' or '.join(CONFIGS.values())} with weights, nor one .npz"
+            f"{folder}: not a run folder, nor one of weights: it has neither {run_folder.RUN_FILE}, nor "
+            f"{' or '.join(CONFIGS.values())} with its weights, nor one .npz"
         )
     first = every[0]
     if len(every) > 1:
@@ -124,6 +130,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def tokenizer_file(folder: Path) -> Path | None:
-    """The file of a folder that its tokenizer is built from."""
-    return next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
+def tokenizer_file(folder: Path, kind: str) -> Path | None:
+    """The file of a folder that a tokenizer of this kind is built from."""
+    return next((folder / name for name in TOKENIZERS[kind] if (folder / name).is_file()), None)

@@ -105,7 +105,14 @@ def _place(params: Params, shardings: Params) -> Params:
 def open_tokenizer(foreign: Foreign) -> Tokenizer:
     """The tokenizer of the folder, or of the model's kind where the folder has none."""
     kind, length = foreign.preset.tokenizer, foreign.preset.architecture.text.context_length
-    file = folders.tokenizer_file(foreign.folder)
+    file = folders.tokenizer_file(foreign.folder, kind)
     if kind == "clip":
         return tokenizers.clip(file, length)
-    raise UserError(f"{foreign.folder}: no tokenizer of the kind {kind!r} there")
+    if file is None:
+        raise UserError(
+            f"{foreign.folder}: has none of {', '.join(folders.TOKENIZERS[kind])}, which the texts of this model need; "
+            "copy one there from where the model was published (images need none)"
+        )
+    if kind == "wordpiece":
+        return tokenizers.wordpiece(file, length)
+    return tokenizers.siglip(file, length, version=2 if kind == "siglip2" else 1)

@@ -130,7 +130,7 @@ def test_a_setting_of_open_clip_that_is_not_built_is_named(tmp_path):
 
 def test_what_is_not_a_model_is_one_clear_error(tmp_path):
     for source, message in [
-        (tmp_path, "holds no model"),
+        (tmp_path, "nor one of weights"),
         (tmp_path / "nothing", "no such folder"),
         ("ViT-B/32", "weights="),
         ("hf://nobody/nothing", "not in the Hugging Face cache"),
@@ -143,7 +143,7 @@ def test_what_is_not_a_model_is_one_clear_error(tmp_path):
 
 def test_the_tokenizer_is_the_folders(tmp_path, shared_data):
     folder = folders_of.open_clip_folder(tmp_path)
-    shutil.copy(shared_data / "clip_bpe" / "merges.txt", folder)
+    shutil.copy(shared_data / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz", folder)
     model = clip_jax.load(folder)
     assert model.tokenize("a cat")[0, :4].tolist() == [49406, 320, 2368, 49407]
     assert model.encode_text(["a cat", "a dog"]).shape == (2, 24)
