@@ -226,7 +226,7 @@ def test_peer_to_clip_jax_to_peer_changes_no_bit(name, made, exported):
 
 TOKENIZE = """
 import json, sys
-from transformers import AutoTokenizer, CLIPImageProcessor
+from transformers import AutoTokenizer
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 texts = json.loads(open(folder + "/texts.json").read())
