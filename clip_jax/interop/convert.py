@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clip_jax import presets
 from clip_jax.errors import UserError
-from clip_jax.interop import export, files, folders, huggingface, open_clip, open_clip_config, openai, torch_files
+from clip_jax.interop import export, files, folders, huggingface_config, open_clip, open_clip_config, openai, torch_files
 from clip_jax.interop.state import State
 from clip_jax.presets import Preset
 
@@ -58,7 +58,7 @@ def _write_config(to: Path, layout: str, preset: Preset) -> None:
     if layout == "openclip":
         export.write_json(to / "open_clip_config.json", open_clip_config.from_preset(preset))
         return
-    config, preprocessor = huggingface.from_preset(preset)
+    config, preprocessor = huggingface_config.from_preset(preset)
     export.write_json(to / "config.json", config)
     export.write_json(to / "preprocessor_config.json", preprocessor)
 

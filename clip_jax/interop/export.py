@@ -14,7 +14,7 @@ import numpy as np
 from clip_jax import __version__
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.interop import files, folders, huggingface, open_clip, open_clip_config
+from clip_jax.interop import files, folders, huggingface, huggingface_config, open_clip, open_clip_config
 from clip_jax.interop.state import State, from_arrays
 from clip_jax.models.clip import Params, parameter_counts
 from clip_jax.presets import Preset
@@ -45,7 +45,7 @@ def _open_clip(to: Path, preset: Preset, state: State) -> list[str]:
 
 
 def _hugging_face(to: Path, preset: Preset, state: State) -> list[str]:
-    config, preprocessor = huggingface.from_preset(preset)
+    config, preprocessor = huggingface_config.from_preset(preset)
     files.write_safetensors(to / "model.safetensors", huggingface.from_open_clip(state, preset.architecture))
     write_json(to / "config.json", config)
     write_json(to / "preprocessor_config.json", preprocessor)

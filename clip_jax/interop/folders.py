@@ -34,7 +34,7 @@ TOKENIZERS = {
     "clip": ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz"),
     "siglip": ("tokenizer.json", "spiece.model"),
     "siglip2": ("tokenizer.json", "tokenizer.model"),
-    "wordpiece": ("vocab.txt", "tokenizer.json"),
+    "clipa": ("vocab.txt", "tokenizer.json"),
 }
 """By kind, the files that its tokenizer can be built from, the surest first."""
 

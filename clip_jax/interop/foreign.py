@@ -15,7 +15,7 @@ from clip_jax import sharding
 from clip_jax.data import tokenizers
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.interop import files, folders, huggingface, open_clip, open_clip_config
+from clip_jax.interop import files, folders, huggingface, huggingface_config, open_clip, open_clip_config
 from clip_jax.interop.state import State
 from clip_jax.models.clip import CLIP, Architecture, Params
 from clip_jax.presets import Preset
@@ -46,7 +46,7 @@ def open_folder(folder: Path) -> Foreign:
     else:
         file = folder / "preprocessor_config.json"
         preprocessor = folders.read_json(file) if file.is_file() else None
-        preset = huggingface.to_preset(config, preprocessor, str(found.config))
+        preset = huggingface_config.to_preset(config, preprocessor, str(found.config))
     return Foreign(folder.resolve().name, preset, files.read(found.weights), found.layout, folder)
 
 
@@ -113,6 +113,6 @@ def open_tokenizer(foreign: Foreign) -> Tokenizer:
             f"{foreign.folder}: has none of {', '.join(folders.TOKENIZERS[kind])}, which the texts of this model need; "
             "copy one there from where the model was published (images need none)"
         )
-    if kind == "wordpiece":
+    if kind == "clipa":
         return tokenizers.wordpiece(file, length)
     return tokenizers.siglip(file, length, version=2 if kind == "siglip2" else 1)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from clip_jax.interop import files, huggingface, open_clip, open_clip_config
+from clip_jax.interop import files, huggingface, huggingface_config, open_clip, open_clip_config
 from clip_jax.interop.state import from_arrays
 from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.text import TextTower
@@ -44,7 +44,7 @@ def hugging_face_folder(folder: Path, preset: Preset = PRESET, seed: int = 0) ->
     folder.mkdir(parents=True, exist_ok=True)
     state = from_arrays("", open_clip.from_params(parameters(preset, seed), preset.architecture))
     files.write_safetensors(folder / "model.safetensors", huggingface.from_open_clip(state, preset.architecture))
-    config, preprocessor = huggingface.from_preset(preset)
+    config, preprocessor = huggingface_config.from_preset(preset)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
