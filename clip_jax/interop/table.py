@@ -2,12 +2,13 @@
 
 One table serves both directions. A layout is written as in einops: ``(three heads dim) width -> width three heads
 dim`` reads a fused matrix of theirs (left) as our four axes (right), and backwards the other way round; ``()`` is an
-axis of size one. ``{layer}`` in a foreign name counts blocks, which our tree keeps stacked along its first axis.
+axis of size one. ``{layer}`` in a foreign name counts blocks, which our tree keeps stacked along its first axis;
+``{layer+1}`` counts them from one.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,11 +31,13 @@ class Row(NamedTuple):
     theirs: str
     ours: str
     layout: str
+    part: int | None = None
+    """Where several tensors of theirs make up one leaf: the index of this one on the axis that is called ``part``."""
 
 
-def rows(theirs: str, ours: str, *table: tuple[str, str, str]) -> list[Row]:
+def rows(theirs: str, ours: str, *table: tuple) -> list[Row]:
     """Rows below a prefix on each side."""
-    return [Row(theirs + their_name, ours + our_name, layout) for their_name, our_name, layout in table]
+    return [Row(theirs + their_name, ours + our_name, *layout) for their_name, our_name, *layout in table]
 
 
 def read(state: Mapping[str, np.ndarray], table: Sequence[Row], shapes: Mapping[str, tuple], sizes: Mapping[str, int]):
@@ -44,41 +47,39 @@ def read(state: Mapping[str, np.ndarray], table: Sequence[Row], shapes: Mapping[
     """
     expected = {name for row in table for name in _names(row, shapes)}
     _check_names(state.keys(), expected)
-    params = {}
+    params = {name: np.empty(shapes[name], np.float32) for name in {row.ours for row in table}}
     for row in table:
-        shape, layers = _block_shape(row, shapes)
-        source, target = _sides(row.layout)
-        axes = _sizes(target, shape, sizes)
-        leaf = np.empty(shapes[row.ours], np.float32)
-        for layer, name in enumerate(_names(row, shapes)):
+        source, target, axes = _layout(row, shapes, sizes)
+        for name, place in _places(row, shapes):
             tensor = np.asarray(state[name])
             wanted = _shape(source, axes)
             if tensor.shape != wanted:
                 raise UserError(f"{name}: has the shape {list(tensor.shape)}, this model's is {list(wanted)}")
-            leaf[layer if layers else ...] = _rearrange(tensor, source, target, axes)
-        params[row.ours] = leaf
+            params[row.ours][place] = _rearrange(tensor, source, target, axes)
     return unflatten_dict(params, sep="/")
 
 
 def write(params: Any, table: Sequence[Row], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Our tree -> their tensors, the inverse of ``read``."""
-    leaves = flatten_dict(params, sep="/")
+    leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     state = {}
     for row in table:
-        shape, layers = _block_shape(row, shapes)
-        source, target = _sides(row.layout)
-        axes = _sizes(target, shape, sizes)
-        leaf = np.asarray(leaves[row.ours])
-        for layer, name in enumerate(_names(row, shapes)):
-            tensor = _rearrange(leaf[layer] if layers else leaf, target, source, axes)
+        source, target, axes = _layout(row, shapes, sizes)
+        for name, place in _places(row, shapes):
+            tensor = _rearrange(leaves[row.ours][place], target, source, axes)
             state[name] = np.ascontiguousarray(tensor).reshape(_shape(source, axes))  # a scalar must stay one
     return state
 
 
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of an architecture's tree by its path, ``image/transformer/blocks/mlp/up``."""
-    tree = nn.meta.unbox(jax.eval_shape(CLIP(architecture).init, jax.random.key(0)))
+    return shapes_of(CLIP(architecture).init, jax.random.key(0))
+
+
+def shapes_of(function: Callable[..., Any], *arguments: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tree that a function would return, by path; nothing is computed."""
+    tree = nn.meta.unbox(jax.eval_shape(function, *arguments))
     return {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
 
 
@@ -92,16 +93,26 @@ def _check_names(given, expected: set[str]) -> None:
         raise UserError(f"{extra[0]}{more}: in the weights, but not a tensor of this model")
 
 
+LAYER = re.compile(r"\{layer(?:\+(\d+))?\}")
+
+
 def _names(row: Row, shapes: Mapping[str, tuple]) -> list[str]:
-    if "{layer}" not in row.theirs:
+    found = LAYER.search(row.theirs)
+    if not found:
         return [row.theirs]
-    return [row.theirs.replace("{layer}", str(layer)) for layer in range(shapes[row.ours][0])]
+    first = int(found[1] or 0)
+    return [LAYER.sub(str(first + layer), row.theirs) for layer in range(shapes[row.ours][0])]
 
 
-def _block_shape(row: Row, shapes: Mapping[str, tuple]) -> tuple[tuple[int, ...], bool]:
-    """The shape of our leaf without the axis that stacks blocks, and whether it has one."""
-    stacked = "{layer}" in row.theirs
-    return shapes[row.ours][1:] if stacked else shapes[row.ours], stacked
+def _places(row: Row, shapes: Mapping[str, tuple]) -> list[tuple[str, tuple]]:
+    """Each tensor's name, and the index of what it is in our leaf."""
+    inside = ()
+    if row.part is not None:
+        before = next(i for i, names in enumerate(_sides(row.layout)[1]) if names == ["part"])
+        inside = (*(slice(None),) * before, row.part)
+    stacked = LAYER.search(row.theirs)
+    names = _names(row, shapes)
+    return [(name, ((layer,) if stacked else ()) + (inside or (...,))) for layer, name in enumerate(names)]
 
 
 Side = list[list[str]]
@@ -113,8 +124,12 @@ def _sides(layout: str) -> tuple[Side, Side]:
     return left, right
 
 
-def _sizes(side: Side, shape: tuple[int, ...], sizes: Mapping[str, int]) -> dict[str, int]:
-    return {**sizes, **{names[0]: size for names, size in zip(side, shape, strict=True) if len(names) == 1}}
+def _layout(row: Row, shapes: Mapping[str, tuple], sizes: Mapping[str, int]) -> tuple[Side, Side, dict[str, int]]:
+    """Both sides of one tensor, without our axes of blocks and parts, and the size of every named axis."""
+    source, target = _sides(row.layout)
+    shape = shapes[row.ours][1:] if LAYER.search(row.theirs) else shapes[row.ours]
+    known = {names[0]: size for names, size in zip(target, shape, strict=True) if len(names) == 1}
+    return source, [names for names in target if names != ["part"]], {**sizes, **known}
 
 
 def _shape(side: Side, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -197,7 +197,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; with ``norm_last``, ``x + norm(attention(x))`` and so on."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; with ``norm_last`` the norms come after: ``x + norm(mlp(x))``."""
 
     shape: BlockShape
     inits: BlockInit

@@ -90,7 +90,7 @@ class ViT(nn.Module):
     """float32[B, H, W, 3] (normalised) -> float32[B, embed_dim], not normalised.
 
     ``patch_dropout`` is the share of patches that training leaves out, others for each image (FLIP, Li et al. 2023);
-    it needs the random stream ``patch_dropout``. ``tokens_only`` stops behind the last block: float32[B, tokens, width].
+    it needs the random stream ``patch_dropout``. ``tokens_only`` stops behind the last block: [B, tokens, width].
     """
 
     tower: ImageTower
