@@ -41,6 +41,8 @@ class Model:
     """Called when the first text comes: a model whose vocabulary is nowhere still encodes images."""
     step: int
     """How many of our training steps the parameters have seen."""
+    batch_stats: Any = dataclasses.field(default_factory=dict)
+    """The running statistics of batch norm; a ViT has none."""
 
     def __repr__(self) -> str:
         return f"clip_jax.Model({self.name!r}, image {self.image_size} px, {self.embed_dim} features, step {self.step})"
@@ -88,7 +90,7 @@ class Model:
         self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True
     ) -> Float[Array, "n dim"]:
         """Embeddings of normalised pixels; jitted, and differentiable with respect to them."""
-        encoded = self._encode_pixels(self.params, pixels)
+        encoded = self._encode_pixels(self.params, pixels, self.batch_stats)
         return unit(encoded) if normalize else encoded
 
     def encode_tokens(self, tokens: Int[Array, "n length"], *, normalize: bool = True) -> Float[Array, "n dim"]:
@@ -181,9 +183,11 @@ def _run(folder: Path, mesh: Mesh | None, dtype: str) -> Model:
 
 def _foreign(found: foreign.Foreign, mesh: Mesh | None, dtype: str) -> Model:
     architecture = found.preset.architecture
-    params = foreign.place(foreign.read_params(found), architecture, mesh)
+    params, batch_stats = foreign.read_params(found)
+    params = foreign.place(params, architecture, mesh)
     clip = CLIP(architecture, jnp.dtype(dtype))
-    return Model(found.name, found.preset, clip, params, partial(foreign.open_tokenizer, found), step=0)
+    open_tokenizer = partial(foreign.open_tokenizer, found)
+    return Model(found.name, found.preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)
 
 
 def _as_list(images: Images) -> list:

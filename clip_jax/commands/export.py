@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         name=model.name,
         preset=model.preset,
         params=model.params,
+        batch_stats=model.batch_stats,
         tokenizer=tokenizer,
         source=source,
     ):

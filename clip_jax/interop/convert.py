@@ -8,7 +8,16 @@ from pathlib import Path
 
 from clip_jax import presets
 from clip_jax.errors import UserError
-from clip_jax.interop import export, files, folders, huggingface_config, open_clip, open_clip_config, openai, torch_files
+from clip_jax.interop import (
+    export,
+    files,
+    folders,
+    huggingface_config,
+    open_clip,
+    open_clip_config,
+    openai,
+    torch_files,
+)
 from clip_jax.interop.state import State
 from clip_jax.presets import Preset
 

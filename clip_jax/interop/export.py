@@ -17,18 +17,27 @@ from clip_jax.errors import UserError
 from clip_jax.interop import files, folders, huggingface, huggingface_config, open_clip, open_clip_config
 from clip_jax.interop.state import State, from_arrays
 from clip_jax.models.clip import Params, parameter_counts
+from clip_jax.models.resnet import ResNetTower
 from clip_jax.presets import Preset
 
 FORMATS = ("openclip", "huggingface", "bigvision")
 
 
 def export(
-    to: Path, layout: str, *, name: str, preset: Preset, params: Params, tokenizer: Tokenizer | None, source: Path
+    to: Path,
+    layout: str,
+    *,
+    name: str,
+    preset: Preset,
+    params: Params,
+    batch_stats: Params,
+    tokenizer: Tokenizer | None,
+    source: Path,
 ) -> list[str]:
     """Writes the folder ``to``; ``source`` is the folder that the model came from. Raises UserError."""
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to}: not empty; give a new folder")
-    state = from_arrays(name, open_clip.from_params(jax.tree.map(np.asarray, params), preset.architecture))
+    state = from_arrays(name, open_clip.from_params(jax.tree.map(np.asarray, params), preset.architecture, batch_stats))
     write = {"openclip": _open_clip, "huggingface": _hugging_face, "bigvision": _big_vision}[layout]
     to.mkdir(parents=True, exist_ok=True)
     lines = write(to, preset, state)
@@ -107,6 +116,10 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 def model_card(name: str, layout: str, preset: Preset, params: Params) -> str:
     """README.md: what the model is and how it wants its input; what only its maker knows is left to fill in."""
     image, text, pixels = preset.architecture.image, preset.architecture.text, preset.preprocess
+    if isinstance(image, ResNetTower):
+        shape, activation = f"{image.width}, {list(image.stages)}, {image.heads}", "relu"
+    else:
+        shape, activation = f"{image.width}, {image.layers}, {image.heads}", image.activation
     millions = {tower: f"{count / 1e6:.1f} M" for tower, count in parameter_counts(params).items()}
     library = {"openclip": "open_clip", "huggingface": "transformers", "bigvision": "big_vision"}[layout]
     return f"""---
@@ -122,8 +135,8 @@ A CLIP model of {millions["total"]} parameters, exported by clip_jax {__version_
 | | image tower | text tower |
 |---|---|---|
 | input | {image.image_size} x {image.image_size} pixels | {text.context_length} tokens of {text.vocab_size} |
-| width, layers, heads | {image.width}, {image.layers}, {image.heads} | {text.width}, {text.layers}, {text.heads} |
-| activation | {image.activation} | {text.activation} |
+| width, layers, heads | {shape} | {text.width}, {text.layers}, {text.heads} |
+| activation | {activation} | {text.activation} |
 | parameters | {millions["image"]} | {millions["text"]} |
 
 Both towers give {preset.architecture.embed_dim} features. Pixels: resized ({pixels.resize}, {pixels.interpolation}),

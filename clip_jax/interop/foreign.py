@@ -57,10 +57,11 @@ def open_weights(path: Path, name: str, preset: Preset) -> Foreign:
     return Foreign(name, preset, state, folders.layout_of(list(state), str(weights)), weights.parent)
 
 
-def read_params(foreign: Foreign) -> Params:
-    """All tensors in our tree, as NumPy arrays in float32; each is read from the file once."""
+def read_params(foreign: Foreign) -> tuple[Params, Params]:
+    """(params, batch_stats) in our tree, as NumPy arrays in float32; each tensor is read from the file once."""
     try:
-        return open_clip.to_params(as_open_clip(foreign), foreign.preset.architecture)
+        state, architecture = as_open_clip(foreign), foreign.preset.architecture
+        return open_clip.to_params(state, architecture), open_clip.to_batch_stats(state, architecture)
     except UserError as error:
         place = foreign.state.source
         raise error if str(error).startswith(place) else UserError(f"{place}: {error}") from error

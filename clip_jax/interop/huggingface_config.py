@@ -40,7 +40,9 @@ def to_preset(config: dict[str, Any], preprocessor: dict[str, Any] | None, place
     """The preset of a ``config.json`` and a ``preprocessor_config.json``; ``place`` is the former's name in errors."""
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
-        raise UserError(f"{place}: model_type {kind!r}: CLIPModel (clip) and SiglipModel (siglip) are what is supported")
+        raise UserError(
+            f"{place}: model_type {kind!r}: CLIPModel (clip) and SiglipModel (siglip) are what is supported"
+        )
     # Old configs keep a second, complete dict, which wins in Transformers too.
     text, image = (
         {**DEFAULTS[kind, tower], **(config.get(f"{tower}_config") or {}), **(config.get(f"{tower}_config_dict") or {})}

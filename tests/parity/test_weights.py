@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import clip_jax
-from clip_jax import commands
+from clip_jax import commands, presets
+from clip_jax.interop import open_clip_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = Path(os.environ.get("CLIP_JAX_PEERS") or ROOT / ".venv-peers")
@@ -78,7 +79,12 @@ for name, job in jobs.items():
     to.mkdir()
     torch.manual_seed(0)
     if job["library"] == "open_clip":
-        model = perturb(open_clip.model.CLIP(**job["model"]))
+        model = dict(job["model"])
+        kind = open_clip.model.CustomTextCLIP if model.pop("custom_text", False) else open_clip.model.CLIP
+        model = perturb(kind(**model))
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
         (to / "open_clip_config.json").write_text(json.dumps({"model_cfg": job["model"], "preprocess_cfg": {}}))
         save_file(weights(model), to / "open_clip_model.safetensors")
         torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / f"{name}.pt")
@@ -119,6 +125,26 @@ def open_clip_job(**more):
     return {"library": "open_clip", **SIZES, "model": {"embed_dim": 40, "vision_cfg": vision, "text_cfg": text, **more}}
 
 
+RESNET = {"image_size": 32, "layers": [1, 2, 1, 1], "width": 16}
+CLIPA_IMAGE = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+SIGLIP_TEXT = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "norm_kwargs": {"eps": 1e-6}}
+SIGLIP_TOWER = {"timm_model_name": "vit_base_patch32_siglip_256", "timm_pool": "map", "timm_proj": "none"}
+
+
+def with_image(job, vision, text=None, **more):
+    """An OpenCLIP job with another image tower."""
+    model = {**job["model"], "vision_cfg": vision, "text_cfg": {**job["model"]["text_cfg"], **(text or {})}, **more}
+    return {**job, "size": vision["image_size"], "model": model}
+
+
+def siglip_job():
+    tower = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160}
+    text = {**tower, "num_attention_heads": 4, "vocab_size": 300, "max_position_embeddings": 16}
+    vision = {**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    model = {"text_config": text, "vision_config": vision}
+    return {"library": "transformers", "class": "SiglipModel", "config": "SiglipConfig", **SIZES, "model": model}
+
+
 def hugging_face_job(activation, **more):
     tower = {"hidden_act": activation, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160}
     text = {**tower, "num_attention_heads": 4, "vocab_size": 300, "max_position_embeddings": 16, "eos_token_id": 299}
@@ -132,6 +158,21 @@ def hugging_face_job(activation, **more):
 JOBS = {
     "open_clip_gelu": open_clip_job(),
     "open_clip_quick_gelu": open_clip_job(quick_gelu=True),
+    "open_clip_resnet": with_image(open_clip_job(), RESNET),
+    "open_clip_clipa": with_image(
+        open_clip_job(),
+        {**open_clip_job()["model"]["vision_cfg"], **CLIPA_IMAGE},
+        {"no_causal_mask": True, "pool_type": "last"},
+    ),
+    "open_clip_siglip": with_image(
+        open_clip_job(),
+        {"image_size": 256, **SIGLIP_TOWER},
+        SIGLIP_TEXT,
+        embed_dim=768,
+        custom_text=True,
+        init_logit_bias=-10,
+    ),
+    "hf_siglip": siglip_job(),
     "hf_quick_gelu": hugging_face_job("quick_gelu"),
     "hf_gelu_in_shards": hugging_face_job("gelu", shard="100KB"),
 }
@@ -163,7 +204,7 @@ def exported(made, tmp_path_factory) -> Path:
     for name, layout in CONVERSIONS:
         path = folder / f"{name}_as_{layout}_model"
         assert commands.main(["export", f"--model={made / name}", f"--format={layout}", f"--to={path}"]) == 0
-        jobs[f"{name}_as_{layout}"] = {"format": layout, "path": str(path), **SIZES}
+        jobs[f"{name}_as_{layout}"] = {"format": layout, "path": str(path), **SIZES, "size": JOBS[name]["size"]}
     peers_run(READ, folder, jobs)
     return folder
 
@@ -224,6 +265,17 @@ def test_peer_to_clip_jax_to_peer_changes_no_bit(name, made, exported):
         assert back[tensor].shape == value.shape and back[tensor].tobytes() == value.tobytes(), tensor
 
 
+def test_every_configuration_of_open_clip_is_the_preset_of_its_name():
+    folder = next((PEERS / "lib").glob("python3*/site-packages/open_clip/model_configs"))
+    known = {name.replace("/", "-"): name for name in presets.PRESETS}
+    found = [file for file in folder.glob("*.json") if file.stem in known]
+    assert len(found) > 70
+    for file in found:
+        preset = open_clip_config.to_preset({"model_cfg": json.loads(file.read_text())}, str(file))
+        expected = presets.preset(known[file.stem])
+        assert (preset.architecture, preset.tokenizer) == (expected.architecture, expected.tokenizer), file.stem
+
+
 TOKENIZE = """
 import json, sys
 from transformers import AutoTokenizer
@@ -247,6 +299,7 @@ def test_transformers_reads_the_exported_tokenizer_as_we_do(tmp_path):
         name="test",
         preset=folders_of.PRESET,
         params=folders_of.parameters(),
+        batch_stats={},
         tokenizer=tokenizer,
         source=tmp_path,
     )
