@@ -1,8 +1,8 @@
-"""``load``: a run's folder -> a ``Model`` that embeds, compares and classifies images and texts."""
+"""``load``: a run's folder or anybody's weights -> a ``Model`` that embeds and compares images and texts."""
 
 import dataclasses
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
@@ -18,6 +19,7 @@ from clip_jax.data import images as image_files
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluation import zero_shot
+from clip_jax.interop import folders, foreign
 from clip_jax.models.clip import CLIP, unit
 from clip_jax.presets import Preset
 
@@ -35,12 +37,19 @@ class Model:
     preset: Preset
     clip: CLIP
     params: Any
-    tokenizer: Tokenizer
+    open_tokenizer: Callable[[], Tokenizer]
+    """Called when the first text comes: a model whose vocabulary is nowhere still encodes images."""
     step: int
-    """How many training steps the parameters have seen."""
+    """How many of our training steps the parameters have seen."""
+    batch_stats: Any = dataclasses.field(default_factory=dict)
+    """The running statistics of batch norm; a ViT has none."""
 
     def __repr__(self) -> str:
         return f"clip_jax.Model({self.name!r}, image {self.image_size} px, {self.embed_dim} features, step {self.step})"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self.open_tokenizer()
 
     @property
     def image_size(self) -> int:
@@ -81,7 +90,7 @@ class Model:
         self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True
     ) -> Float[Array, "n dim"]:
         """Embeddings of normalised pixels; jitted, and differentiable with respect to them."""
-        encoded = self._encode_pixels(self.params, pixels)
+        encoded = self._encode_pixels(self.params, pixels, self.batch_stats)
         return unit(encoded) if normalize else encoded
 
     def encode_tokens(self, tokens: Int[Array, "n length"], *, normalize: bool = True) -> Float[Array, "n dim"]:
@@ -128,20 +137,57 @@ class Model:
             raise UserError(f"{image if isinstance(image, str | Path) else 'image'}: {error}") from error
 
 
-def load(folder: str | Path, *, dtype: str = "float32") -> Model:
-    """The newest checkpoint of a run's folder. Raises UserError where there is no run or no checkpoint."""
-    folder = Path(folder)
+def load(
+    source: str | Path, weights: str | Path | None = None, *, mesh: Mesh | None = None, dtype: str = "float32"
+) -> Model:
+    """A run's folder, an OpenCLIP or Hugging Face folder, or ``hf://org/name``; or a model's name with its ``weights``.
+
+    ``load("runs/demo")`` takes the newest checkpoint; ``load("ViT-B/32", weights="ViT-B-32.safetensors")`` takes a file
+    or folder in anybody's layout. With a ``mesh`` each shard is placed where it belongs, else all is on one device.
+    Raises UserError; no pickle is opened (``clip-jax import`` converts those).
+    """
+    if weights is not None:
+        name = str(source)
+        return _foreign(foreign.open_weights(folders.local(weights), name, presets.preset(name)), mesh, dtype)
+    folder = folders.local(source)
+    if folder.is_file():
+        raise UserError(f"{folder}: does not say which model it is: load(NAME, weights={str(folder)!r})")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the --workdir of a run")
+        if _is_name(str(source)):
+            raise UserError(f"{source}: a name says the architecture alone; load({str(source)!r}, weights=PATH_OR_HF)")
+        raise UserError(f"{folder}: no such folder; give the --workdir of a run, or a folder of weights")
+    if run_folder.is_run(folder):
+        return _run(folder, mesh, dtype)
+    return _foreign(foreign.open_folder(folder), mesh, dtype)
+
+
+def _is_name(text: str) -> bool:
+    return text.replace("/", "-") in {name.replace("/", "-") for name in presets.list_models()}
+
+
+def _run(folder: Path, mesh: Mesh | None, dtype: str) -> Model:
     run = run_folder.read(folder)
     preset = presets.from_json(run["model"])
     clip = CLIP(preset.architecture, jnp.dtype(dtype))
     abstract = nn.meta.unbox(jax.eval_shape(clip.init, jax.random.key(0)))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        foreign.shardings(preset.architecture, mesh),
+    )
     step, params = checkpoint.load_params(folder, abstract)
-    tokenizer = run_folder.open_tokenizer(folder, preset.tokenizer, preset.architecture.text.context_length)
-    return Model(run["model"]["name"], preset, clip, params, tokenizer, step)
+    length = preset.architecture.text.context_length
+    open_tokenizer = partial(run_folder.open_tokenizer, folder, preset.tokenizer, length)
+    return Model(run["model"]["name"], preset, clip, params, open_tokenizer, step)
+
+
+def _foreign(found: foreign.Foreign, mesh: Mesh | None, dtype: str) -> Model:
+    architecture = found.preset.architecture
+    params, batch_stats = foreign.read_params(found)
+    params = foreign.place(params, architecture, mesh)
+    clip = CLIP(architecture, jnp.dtype(dtype))
+    open_tokenizer = partial(foreign.open_tokenizer, found)
+    return Model(found.name, found.preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)
 
 
 def _as_list(images: Images) -> list:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, UInt8
 
 from clip_jax.errors import UserError, nearest
 from clip_jax.models.clip import Architecture
+from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
 
@@ -36,8 +37,12 @@ class Preset(NamedTuple):
     architecture: Architecture
     preprocess: Preprocess
     tokenizer: str
-    """``clip`` (byte-pair encoding) or ``sentencepiece`` (trained on the run's own captions)."""
+    """``clip`` (byte-pair encoding), ``clipa`` (WordPiece), ``siglip``, ``siglip2``, or ``sentencepiece`` (trained on
+    the run's own captions)."""
 
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALVES = (0.5, 0.5, 0.5)
 
 OPENAI = Preprocess(
     mean=(0.48145466, 0.4578275, 0.40821073),
@@ -45,32 +50,215 @@ OPENAI = Preprocess(
     resize="shortest",
     interpolation="bicubic",
 )
-HALF = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="shortest", interpolation="bicubic")
+HALF = Preprocess(HALVES, HALVES, resize="shortest", interpolation="bicubic")
+SIGLIP = Preprocess(HALVES, HALVES, resize="squash", interpolation="bicubic")
+CLIPA = Preprocess(IMAGENET_MEAN, IMAGENET_STD, resize="squash", interpolation="bilinear")
+
+# OpenCLIP prepares images for SigLIP 2 as for SigLIP.
+PREPROCESS = {"openai": OPENAI, "siglip": SIGLIP, "siglip2": SIGLIP, "clipa": CLIPA}
 
 
-def _image(size: int, patch: int, width: int, layers: int, head_dim: int = 64) -> ImageTower:
-    return ImageTower(size, patch, width, layers, width // head_dim, 4 * width)
+def _image(size: int, patch: int, width: int, layers: int, head_dim: int = 64, mlp_ratio: float = 4.0) -> ImageTower:
+    return ImageTower(size, patch, width, layers, width // head_dim, int(mlp_ratio * width))
 
 
-def _text(width: int, layers: int, context: int = 77, vocab: int = 49408, head_dim: int = 64) -> TextTower:
-    return TextTower(context, vocab, width, layers, width // head_dim, 4 * width)
+def _text(
+    width: int, layers: int, context: int = 77, vocab: int = 49408, head_dim: int = 64, mlp_ratio: float = 4.0
+) -> TextTower:
+    return TextTower(context, vocab, width, layers, width // head_dim, int(mlp_ratio * width))
+
+
+def siglip_image(
+    size: int, patch: int, width: int, layers: int, heads: int, mlp_width: int, activation: str
+) -> ImageTower:
+    """SigLIP's image tower (Zhai et al. 2023): no class token, attention pooling, no projection."""
+    return ImageTower(
+        size,
+        patch,
+        width,
+        layers,
+        heads,
+        mlp_width,
+        activation,
+        class_token=False,
+        patch_bias=True,
+        norm_pre=False,
+        norm_epsilon=1e-6,
+        pooling="attention",
+        norm_before_pooling=True,
+        projection=False,
+    )
+
+
+def eva_image(
+    size: int, patch: int, width: int, layers: int, heads: int, mlp_width: int, *, enormous: bool = False
+) -> ImageTower:
+    """EVA-02-CLIP's image tower (Sun et al. 2023): rotary embeddings, SwiGLU and norms inside, but not for E."""
+    return ImageTower(
+        size,
+        patch,
+        width,
+        layers,
+        heads,
+        mlp_width,
+        patch_bias=True,
+        norm_pre=False,
+        norm_epsilon=1e-6,
+        projection_bias=True,
+        norm_last=enormous,
+        swiglu=not enormous,
+        key_bias=False,
+        rotary_grid=None if enormous else 16,
+    )
+
+
+def _clip(image: ImageTower | ResNetTower, text: TextTower) -> Preset:
+    """Embeddings as wide as the text tower, as in most models."""
+    return Preset(Architecture(image, text, text.width), OPENAI, "clip")
+
+
+def _clipa(preset: Preset, size: int) -> Preset:
+    """CLIPA (Li et al. 2023): patches are averaged; a short text that is seen whole, pooled at its last position."""
+    architecture = preset.architecture
+    image = dataclasses.replace(architecture.image, image_size=size, norm_pre=False, pooling="average")
+    text = dataclasses.replace(architecture.text, context_length=32, vocab_size=32000, causal=False, pooling="last")
+    return Preset(Architecture(image, text, architecture.embed_dim), CLIPA, "clipa")
+
+
+def _siglip(
+    image: tuple[int, ...],
+    text: tuple[int, ...],
+    *,
+    version: int = 1,
+    context: int = 64,
+    vocab: int | None = None,
+    image_activation: str = "gelu",
+    projection: bool = True,
+) -> Preset:
+    """``image``: size, patch, width, layers, heads, MLP width; ``text``: width, layers, heads, MLP width.
+
+    The activations are those that OpenCLIP computes with; the original models were trained with the tanh
+    approximation throughout, which a recipe of ours sets by ``model.activation``.
+    """
+    width, layers, heads, mlp_width = text
+    tower = TextTower(
+        context,
+        vocab or (32_000 if version == 1 else 256_000),
+        width,
+        layers,
+        heads,
+        mlp_width,
+        "gelu" if version == 1 else "gelu_tanh",
+        causal=False,
+        pooling="last",
+        norm_epsilon=1e-6,
+        projection=projection,
+        projection_bias=projection,
+    )
+    architecture = Architecture(siglip_image(*image, image_activation), tower, image[2], init_logit_bias=-10.0)
+    return Preset(architecture, SIGLIP, "siglip" if version == 1 else "siglip2")
 
 
 def _quickgelu(preset: Preset) -> Preset:
     image, text = preset.architecture.image, preset.architecture.text
-    architecture = dataclasses.replace(
-        preset.architecture,
-        image=dataclasses.replace(image, activation="quick_gelu"),
-        text=dataclasses.replace(text, activation="quick_gelu"),
-    )
-    return preset._replace(architecture=architecture)
+    if isinstance(image, ImageTower):  # a ResNet has ReLU either way
+        image = dataclasses.replace(image, activation="quick_gelu")
+    text = dataclasses.replace(text, activation="quick_gelu")
+    return preset._replace(architecture=dataclasses.replace(preset.architecture, image=image, text=text))
 
 
-# Radford et al. 2021, table 20.
+def _resnet(size: int, stages: tuple[int, int, int, int], width: int, text: TextTower, embed_dim: int) -> Preset:
+    return Preset(Architecture(ResNetTower(size, stages, width, width // 2), text, embed_dim), OPENAI, "clip")
+
+
+_TEXT_B, _TEXT_L, _TEXT_H = _text(512, 12), _text(768, 12), _text(1024, 24)
+_TEXT_G, _TEXT_E = _text(1280, 32), _text(1280, 36)
+_BIG_G = {"head_dim": 104, "mlp_ratio": 4.9231}
+
+# Radford et al. 2021, tables 19 and 20; OpenCLIP's configurations of the same names.
 _CLIP = {
-    "ViT-B/32": Preset(Architecture(_image(224, 32, 768, 12), _text(512, 12), 512), OPENAI, "clip"),
-    "ViT-B/16": Preset(Architecture(_image(224, 16, 768, 12), _text(512, 12), 512), OPENAI, "clip"),
-    "ViT-L/14": Preset(Architecture(_image(224, 14, 1024, 24), _text(768, 12), 768), OPENAI, "clip"),
+    "RN50": _resnet(224, (3, 4, 6, 3), 64, _TEXT_B, 1024),
+    "RN101": _resnet(224, (3, 4, 23, 3), 64, _TEXT_B, 512),
+    "RN50x4": _resnet(288, (4, 6, 10, 6), 80, _text(640, 12), 640),
+    "RN50x16": _resnet(384, (6, 8, 18, 8), 96, _TEXT_L, 768),
+    "RN50x64": _resnet(448, (3, 15, 36, 10), 128, _text(1024, 12), 1024),
+    "ViT-B/32": _clip(_image(224, 32, 768, 12), _TEXT_B),
+    "ViT-B/32-256": _clip(_image(256, 32, 768, 12), _TEXT_B),
+    "ViT-B/16": _clip(_image(224, 16, 768, 12), _TEXT_B),
+    "ViT-B/16-plus-240": _clip(_image(240, 16, 896, 12), _text(640, 12)),
+    "ViT-L/16": _clip(_image(224, 16, 1024, 24), _TEXT_L),
+    "ViT-L/14": _clip(_image(224, 14, 1024, 24), _TEXT_L),
+    "ViT-L/14-280": _clip(_image(280, 14, 1024, 24), _TEXT_L),
+    "ViT-L/14-336": _clip(_image(336, 14, 1024, 24), _TEXT_L),
+    "ViT-H/14": _clip(_image(224, 14, 1280, 32, head_dim=80), _TEXT_H),
+    "ViT-H/14-378": _clip(_image(378, 14, 1280, 32, head_dim=80), _TEXT_H),
+    "ViT-g/14": _clip(_image(224, 14, 1408, 40, head_dim=88, mlp_ratio=4.3637), _TEXT_H),
+    "ViT-bigG/14": _clip(_image(224, 14, 1664, 48, **_BIG_G), _TEXT_G),
+}
+
+# OpenCLIP's, without a QuickGELU twin.
+_OPEN_CLIP = {
+    "ViT-S/32": _clip(_image(224, 32, 384, 12), _text(384, 12)),
+    "ViT-S/32-alt": _clip(_image(224, 32, 384, 12), _text(256, 10)),
+    "ViT-S/16": _clip(_image(224, 16, 384, 12), _text(384, 12)),
+    "ViT-S/16-alt": _clip(_image(224, 16, 384, 12), _text(256, 10)),
+    "ViT-M/32": _clip(_image(224, 32, 512, 12), _TEXT_B),
+    "ViT-M/16": _clip(_image(224, 16, 512, 12), _TEXT_B),
+    "ViT-e/14": _clip(_image(224, 14, 1792, 56, head_dim=112, mlp_ratio=8.5715), _TEXT_E),
+}
+
+_CLIPA = {
+    f"{name}-CLIPA{suffix}": _clipa(_CLIP[name], size)
+    for name in ("ViT-L/14", "ViT-H/14", "ViT-bigG/14")
+    for suffix, size in (("", 224), ("-336", 336))
+}
+
+_B, _L, _SO400M = (768, 12, 12, 3072), (1024, 24, 16, 4096), (1152, 27, 16, 4304)
+_TANH = {"image_activation": "gelu_tanh"}
+
+# Zhai et al. 2023 and Tschannen et al. 2025, as OpenCLIP has them.
+_SIGLIP = {
+    "ViT-B/16-SigLIP": _siglip((224, 16, *_B), _B),
+    "ViT-B/16-SigLIP-256": _siglip((256, 16, *_B), _B),
+    "ViT-B/16-SigLIP-384": _siglip((384, 16, *_B), _B),
+    "ViT-B/16-SigLIP-512": _siglip((512, 16, *_B), _B),
+    "ViT-B/16-SigLIP-i18n-256": _siglip((256, 16, *_B), _B, vocab=250_000),
+    "ViT-L/16-SigLIP-256": _siglip((256, 16, *_L), _L),
+    "ViT-L/16-SigLIP-384": _siglip((384, 16, *_L), _L),
+    "ViT-SO400M/14-SigLIP": _siglip((224, 14, *_SO400M), _SO400M, context=16),
+    "ViT-SO400M/14-SigLIP-378": _siglip((378, 14, *_SO400M), _SO400M),
+    "ViT-SO400M/14-SigLIP-384": _siglip((384, 14, *_SO400M), _SO400M),
+    "ViT-SO400M/16-SigLIP-i18n-256": _siglip((256, 16, *_SO400M), _SO400M, vocab=250_000, projection=False, **_TANH),
+    "ViT-B/32-SigLIP2-256": _siglip((256, 32, *_B), _B, version=2, **_TANH),
+    "ViT-B/16-SigLIP2": _siglip((224, 16, *_B), _B, version=2),
+    "ViT-B/16-SigLIP2-256": _siglip((256, 16, *_B), _B, version=2),
+    "ViT-B/16-SigLIP2-384": _siglip((384, 16, *_B), _B, version=2),
+    "ViT-B/16-SigLIP2-512": _siglip((512, 16, *_B), _B, version=2),
+    "ViT-L/16-SigLIP2-256": _siglip((256, 16, *_L), _L, version=2),
+    "ViT-L/16-SigLIP2-384": _siglip((384, 16, *_L), _L, version=2),
+    "ViT-L/16-SigLIP2-512": _siglip((512, 16, *_L), _L, version=2, **_TANH),
+    "ViT-SO400M/14-SigLIP2": _siglip((224, 14, *_SO400M), _SO400M, version=2),
+    "ViT-SO400M/14-SigLIP2-378": _siglip((378, 14, *_SO400M), _SO400M, version=2),
+    "ViT-SO400M/16-SigLIP2-256": _siglip((256, 16, *_SO400M), _SO400M, version=2, **_TANH),
+    "ViT-SO400M/16-SigLIP2-384": _siglip((384, 16, *_SO400M), _SO400M, version=2, **_TANH),
+    "ViT-SO400M/16-SigLIP2-512": _siglip((512, 16, *_SO400M), _SO400M, version=2, **_TANH),
+    "ViT-gopt/16-SigLIP2-256": _siglip((256, 16, 1536, 40, 16, 6144), _SO400M, version=2, **_TANH),
+    "ViT-gopt/16-SigLIP2-384": _siglip((384, 16, 1536, 40, 16, 6144), _SO400M, version=2, **_TANH),
+}
+
+
+def _eva(image: ImageTower, text: TextTower, embed_dim: int) -> Preset:
+    return Preset(Architecture(image, text, embed_dim), OPENAI, "clip")
+
+
+_EVA_E = eva_image(224, 14, 1792, 64, 16, 15360, enormous=True)
+
+_EVA = {
+    "EVA02-B/16": _eva(eva_image(224, 16, 768, 12, 12, 2048), _TEXT_B, 512),
+    "EVA02-L/14": _eva(eva_image(224, 14, 1024, 24, 16, 2730), _TEXT_L, 768),
+    "EVA02-L/14-336": _eva(eva_image(336, 14, 1024, 24, 16, 2730), _TEXT_L, 768),
+    "EVA02-E/14": _eva(_EVA_E, _TEXT_H, 1024),
+    "EVA02-E/14-plus": _eva(_EVA_E, _TEXT_G, 1024),
 }
 
 # Small models that train in minutes on a CPU.
@@ -85,7 +273,15 @@ _SMALL = {
     ),
 }
 
-PRESETS = {**_CLIP, **{f"{name}-quickgelu": _quickgelu(preset) for name, preset in _CLIP.items()}, **_SMALL}
+PRESETS = {
+    **_CLIP,
+    **{f"{name}-quickgelu": _quickgelu(preset) for name, preset in _CLIP.items()},
+    **_OPEN_CLIP,
+    **_CLIPA,
+    **_SIGLIP,
+    **_EVA,
+    **_SMALL,
+}
 
 
 def list_models() -> list[str]:
@@ -94,9 +290,9 @@ def list_models() -> list[str]:
 
 
 def preset(name: str) -> Preset:
-    """The preset of a name, with ``-`` for ``/`` accepted; UserError for an unknown one."""
+    """The preset of a name, with ``-`` for ``/`` and OpenAI's ``@336px`` accepted; UserError for an unknown one."""
     by_dashes = {known.replace("/", "-"): known for known in PRESETS}
-    known = by_dashes.get(name.replace("/", "-"))
+    known = by_dashes.get(name.replace("/", "-").replace("@336px", "-336"))
     if known is None:
         raise UserError(f"{name}: not a model{nearest(name, PRESETS)}; clip_jax.list_models() lists them")
     return PRESETS[known]
@@ -114,6 +310,7 @@ def to_json(preset: Preset) -> dict[str, Any]:
 def from_json(values: dict[str, Any]) -> Preset:
     """The preset that ``to_json`` wrote."""
     architecture = dict(values["architecture"])
-    image, text = ImageTower(**architecture.pop("image")), TextTower(**architecture.pop("text"))
+    image, text = architecture.pop("image"), TextTower(**architecture.pop("text"))
+    image = ResNetTower(**image | {"stages": tuple(image["stages"])}) if "stages" in image else ImageTower(**image)
     preprocess = {k: tuple(v) if isinstance(v, list) else v for k, v in values["preprocess"].items()}
     return Preset(Architecture(image, text, **architecture), Preprocess(**preprocess), values["tokenizer"])

@@ -4,15 +4,15 @@ import argparse
 import sys
 
 from clip_jax import __version__
-from clip_jax.commands import classify
+from clip_jax.commands import classify, export, import_
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
-COMMANDS = {"classify": classify}
+COMMANDS = {"classify": classify, "import": import_, "export": export}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a user's mistake is one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="clip-jax", description="Use what clip_jax has trained.")
+    parser = argparse.ArgumentParser(prog="clip-jax", description="Use, convert and export CLIP models.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

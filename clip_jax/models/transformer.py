@@ -9,6 +9,7 @@ Every parameter names its logical axes; only ``sharding.py`` knows what mesh axe
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +27,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+zeros = nn.initializers.zeros
 
 
 def normal(stddev: float) -> Initializer:
@@ -73,17 +77,46 @@ def text_block_init(width: int, mlp_width: int, layers: int) -> BlockInit:
     )
 
 
+def timm_block_init() -> BlockInit:
+    """The image towers that OpenCLIP takes from timm: N(0, 0.02), and biases zero."""
+    return BlockInit(normal(0.02), normal(0.02), normal(0.02), zeros, normal(0.02), zeros)
+
+
+class Rotary(NamedTuple):
+    """Sines and cosines of the angle by which each token turns each feature of its queries and keys."""
+
+    sin: Float[Array, "#batch tokens dim"]
+    cos: Float[Array, "#batch tokens dim"]
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Everything that decides a block's parameters and what it computes."""
+
+    heads: int
+    mlp_width: int
+    activation: str = "gelu"
+    causal: bool = False
+    norm_epsilon: float = 1e-5
+    norm_last: bool = False
+    """Norms behind attention and MLP, before the residual sum, instead of in front (EVA-02 E)."""
+    swiglu: bool = False
+    """A gated MLP with norms inside it and inside the attention (EVA-02; Sun et al. 2023)."""
+    key_bias: bool = True
+
+
 class LayerNorm(nn.Module):
     """Layer norm over the last axis, computed in float32 whatever comes in."""
 
     dtype: jnp.dtype = jnp.float32
     epsilon: float = 1e-5
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         width = x.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (width,))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (width,))
+        bias = self.param("bias", nn.with_logical_partitioning(zeros, (self.axis,)), (width,))
         x = x.astype(jnp.float32)
         mean = jnp.mean(x, axis=-1, keepdims=True)
         centred = x - mean
@@ -94,69 +127,94 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values."""
 
-    heads: int
+    shape: BlockShape
     inits: BlockInit
-    causal: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], rotary: Rotary | None
+    ) -> Float[Array, "batch tokens width"]:
         _, tokens, width = x.shape
-        head_dim = width // self.heads
+        heads = self.shape.heads
+        head_dim = width // heads
         qkv_axes, out_axes = ("embed", None, "heads", None), ("heads", None, "embed")
-        zeros = nn.initializers.zeros
-        shape = (3, self.heads, head_dim)
+        shape = (3, heads, head_dim)
         qkv = self.param("qkv", nn.with_logical_partitioning(self.inits.qkv, qkv_axes), (width, *shape))
-        qkv_bias = self.param("qkv_bias", nn.with_logical_partitioning(zeros, qkv_axes[1:]), shape)
+        bias_shape = shape if self.shape.key_bias else (2, *shape[1:])
+        qkv_bias = self.param("qkv_bias", nn.with_logical_partitioning(zeros, qkv_axes[1:]), bias_shape)
         out = self.param("out", nn.with_logical_partitioning(self.inits.attention_out, out_axes), (*shape[1:], width))
         out_bias = self.param("out_bias", nn.with_logical_partitioning(zeros, ("embed",)), (width,))
+        if not self.shape.key_bias:
+            qkv_bias = jnp.stack([qkv_bias[0], jnp.zeros_like(qkv_bias[0]), qkv_bias[1]])
 
         projected = jnp.einsum("btw,wshd->btshd", x, qkv.astype(self.dtype)) + qkv_bias.astype(self.dtype)
         query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
-        if self.causal:
+        if self.shape.causal:
             logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        if self.shape.swiglu:
+            norm = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm")
+            mixed = norm(mixed.reshape(x.shape)).reshape(mixed.shape)
         return jnp.einsum("bthd,hdw->btw", mixed, out.astype(self.dtype)) + out_bias.astype(self.dtype)
 
 
-class MLP(nn.Module):
-    """Two layers with an activation between them."""
+def rotate(x: Float[Array, "batch tokens heads dim"], rotary: Rotary) -> Float[Array, "batch tokens heads dim"]:
+    """Turns each pair of neighbouring features by its angle, in float32 (Su et al. 2021, eq. 34)."""
+    exact = x.astype(jnp.float32)
+    turned = jnp.stack([-exact[..., 1::2], exact[..., ::2]], axis=-1).reshape(x.shape)
+    return (exact * rotary.cos[:, :, None] + turned * rotary.sin[:, :, None]).astype(x.dtype)
 
-    width: int
-    activation: str
+
+class MLP(nn.Module):
+    """Two layers with an activation between them; SwiGLU has two first layers, one gating the other, and a norm."""
+
+    shape: BlockShape
     inits: BlockInit
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        inner, outer = self.width, x.shape[-1]
+        inner, outer = self.shape.mlp_width, x.shape[-1]
         init = self.inits
         up = self.param("up", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
         up_bias = self.param("up_bias", nn.with_logical_partitioning(init.mlp_up_bias, ("mlp",)), (inner,))
         down = self.param("down", nn.with_logical_partitioning(init.mlp_down, ("mlp", "embed")), (inner, outer))
         down_bias = self.param("down_bias", nn.with_logical_partitioning(init.mlp_down_bias, ("embed",)), (outer,))
-        hidden = ACTIVATIONS[self.activation](x @ up.astype(self.dtype) + up_bias.astype(self.dtype))
+        hidden = x @ up.astype(self.dtype) + up_bias.astype(self.dtype)
+        if self.shape.swiglu:
+            gate = self.param("gate", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
+            gate_bias = self.param("gate_bias", nn.with_logical_partitioning(init.mlp_up_bias, ("mlp",)), (inner,))
+            hidden = nn.silu(x @ gate.astype(self.dtype) + gate_bias.astype(self.dtype)) * hidden
+            hidden = LayerNorm(self.dtype, self.shape.norm_epsilon, "mlp", name="norm")(hidden)
+        else:
+            hidden = ACTIVATIONS[self.shape.activation](hidden)
         return hidden @ down.astype(self.dtype) + down_bias.astype(self.dtype)
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; with ``norm_last`` the norms come after: ``x + norm(mlp(x))``."""
 
-    heads: int
-    mlp_width: int
-    activation: str
+    shape: BlockShape
     inits: BlockInit
-    causal: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"], _=None) -> tuple[Array, None]:
-        attention = Attention(self.heads, self.inits, self.causal, self.dtype, name="attention")
-        mlp = MLP(self.mlp_width, self.activation, self.inits, self.dtype, name="mlp")
-        x = x + attention(LayerNorm(self.dtype, name="norm_1")(x))
-        x = x + mlp(LayerNorm(self.dtype, name="norm_2")(x))
+    def __call__(self, x: Float[Array, "batch tokens width"], rotary: Rotary | None) -> tuple[Array, None]:
+        attention = Attention(self.shape, self.inits, self.dtype, name="attention")
+        mlp = MLP(self.shape, self.inits, self.dtype, name="mlp")
+        norm_1 = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm_1")
+        norm_2 = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm_2")
+        if self.shape.norm_last:
+            x = x + norm_1(attention(x, rotary))
+            x = x + norm_2(mlp(x))
+        else:
+            x = x + attention(norm_1(x), rotary)
+            x = x + mlp(norm_2(x))
         return x, None
 
 
@@ -169,17 +227,16 @@ class Stack(nn.Module):
     """
 
     layers: int
-    heads: int
-    mlp_width: int
-    activation: str
+    shape: BlockShape
     inits: BlockInit
-    causal: bool = False
     dtype: jnp.dtype = jnp.float32
     scan: bool = True
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], rotary: Rotary | None = None
+    ) -> Float[Array, "batch tokens width"]:
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
@@ -187,10 +244,10 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
+            in_axes=nn.broadcast,
             length=self.layers,
             unroll=1 if self.scan else self.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        arguments = (self.heads, self.mlp_width, self.activation, self.inits, self.causal, self.dtype)
-        x, _ = stacked(*arguments, name="blocks")(x, None)
+        x, _ = stacked(self.shape, self.inits, self.dtype, name="blocks")(x, rotary)
         return x

@@ -1,0 +1,119 @@
+"""A foreign checkpoint -> a preset and parameters: finds the layout, reads its config, translates its names.
+
+The one place that knows all layouts; each has a module of its own for its names and its config.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from clip_jax import sharding
+from clip_jax.data import tokenizers
+from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.errors import UserError
+from clip_jax.interop import files, folders, huggingface, huggingface_config, open_clip, open_clip_config
+from clip_jax.interop.state import State
+from clip_jax.models.clip import CLIP, Architecture, Params
+from clip_jax.presets import Preset
+
+
+class Foreign(NamedTuple):
+    """A checkpoint whose tensors are still in their file."""
+
+    name: str
+    preset: Preset
+    state: State
+    layout: str
+    folder: Path
+    """Where the tokenizer's files may be."""
+
+
+def open_folder(folder: Path) -> Foreign:
+    """A folder whose config says which model it is. Raises UserError."""
+    found = folders.find(folder)
+    if found.config is None:
+        raise UserError(
+            f"{found.weights}: does not say which model it is; give its name too: "
+            f'clip_jax.load("ViT-B/16-SigLIP", weights="{found.weights}")'
+        )
+    config = folders.read_json(found.config)
+    if found.layout == "openclip":
+        preset = open_clip_config.to_preset(config, str(found.config))
+    else:
+        file = folder / "preprocessor_config.json"
+        preprocessor = folders.read_json(file) if file.is_file() else None
+        preset = huggingface_config.to_preset(config, preprocessor, str(found.config))
+    return Foreign(folder.resolve().name, preset, files.read(found.weights), found.layout, folder)
+
+
+def open_weights(path: Path, name: str, preset: Preset) -> Foreign:
+    """A file or folder of weights for a model that is known by name; a config beside them is not asked."""
+    weights = folders.find(path).weights if path.is_dir() else path
+    state = files.read(weights)
+    return Foreign(name, preset, state, folders.layout_of(list(state), str(weights)), weights.parent)
+
+
+def read_params(foreign: Foreign) -> tuple[Params, Params]:
+    """(params, batch_stats) in our tree, as NumPy arrays in float32; each tensor is read from the file once."""
+    try:
+        state, architecture = as_open_clip(foreign), foreign.preset.architecture
+        return open_clip.to_params(state, architecture), open_clip.to_batch_stats(state, architecture)
+    except UserError as error:
+        place = foreign.state.source
+        raise error if str(error).startswith(place) else UserError(f"{place}: {error}") from error
+
+
+def as_open_clip(foreign: Foreign) -> State:
+    """The state under OpenCLIP's names."""
+    if foreign.layout == "huggingface":
+        return huggingface.to_open_clip(foreign.state, foreign.preset.architecture)
+    return foreign.state
+
+
+def place(params: Params, architecture: Architecture, mesh: Mesh | None = None) -> Params:
+    """Host arrays onto the devices, each shard where it belongs on the mesh (or all on the first device).
+
+    ``params`` is emptied on the way, so that no more than one tensor is in memory twice.
+    """
+    return _place(params, shardings(architecture, mesh))
+
+
+def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
+    """Where each leaf of the tree belongs."""
+    boxed = jax.eval_shape(CLIP(architecture).init, jax.random.key(0))
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: here, nn.meta.unbox(boxed))
+    return sharding.parameter_shardings(boxed, mesh)
+
+
+def _place(params: Params, shardings: Params) -> Params:
+    placed = {}
+    for name in list(params):
+        value = params.pop(name)
+        if isinstance(value, dict):
+            placed[name] = _place(value, shardings[name])
+        else:
+            placed[name] = jax.block_until_ready(jax.device_put(np.asarray(value), shardings[name]))
+        del value
+    return placed
+
+
+def open_tokenizer(foreign: Foreign) -> Tokenizer:
+    """The tokenizer of the folder, or of the model's kind where the folder has none."""
+    kind, length = foreign.preset.tokenizer, foreign.preset.architecture.text.context_length
+    file = folders.tokenizer_file(foreign.folder, kind)
+    if kind == "clip":
+        return tokenizers.clip(file, length)
+    if file is None:
+        raise UserError(
+            f"{foreign.folder}: has none of {', '.join(folders.TOKENIZERS[kind])}, which the texts of this model need; "
+            "copy one there from where the model was published (images need none)"
+        )
+    if kind == "clipa":
+        return tokenizers.wordpiece(file, length)
+    return tokenizers.siglip(file, length, version=2 if kind == "siglip2" else 1)

@@ -1,0 +1,109 @@
+"""Loaded parameters into the tree of another model: what fits is taken, positions are resized, the rest is said.
+
+A model is loaded at another image size or text length this way, and a run starts from published weights
+(``config.model.init_from``). Pure functions of trees.
+"""
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from clip_jax.errors import UserError, nearest
+from clip_jax.models.clip import Params
+
+POSITIONS = "position_embedding"
+
+
+class Report(NamedTuple):
+    """Every tensor by its path, ``image/norm_post/scale``, under what became of it."""
+
+    loaded: tuple[str, ...]
+    resized: tuple[str, ...]
+    initialised: tuple[str, ...]
+    """In the model and not in the weights, or in another shape: left as the model starts."""
+    ignored: tuple[str, ...]
+    """In the weights and not in the model."""
+
+    def lines(self) -> list[str]:
+        """For people: how many were loaded, and each that was not."""
+        return [
+            f"{len(self.loaded)} tensors loaded",
+            *(f"{kind} {name}" for kind in ("resized", "initialised", "ignored") for name in getattr(self, kind)),
+        ]
+
+
+def merge(target: Params, loaded: Params, allow: Sequence[str] = ()) -> tuple[Params, Report]:
+    """``target`` (arrays, or their shapes) with the leaves of ``loaded`` in their places.
+
+    Position embeddings of another length are resized as OpenCLIP does it. A leaf that is missing, left over or of
+    another shape is a UserError unless a pattern in ``allow`` (``text/*``) matches its path; then the target's own leaf
+    stays.
+    """
+    wanted, given = flatten_dict(target, sep="/"), flatten_dict(loaded, sep="/")
+    result, kinds, refused = {}, {"loaded": [], "resized": [], "initialised": []}, []
+    for name, leaf in wanted.items():
+        value = given.get(name)
+        kind = "loaded"
+        if value is not None and value.shape != leaf.shape and _resizable(name, value, leaf):
+            value, kind = resize_positions(value, leaf.shape[0], image=name.startswith("image/")), "resized"
+        elif value is None or value.shape != leaf.shape:
+            what = (
+                "missing" if value is None else f"{list(value.shape)} in the weights, {list(leaf.shape)} in the model"
+            )
+            if not _allowed(name, allow):
+                refused.append(f"{name} ({what})")
+            value, kind = leaf, "initialised"
+        result[name] = value
+        kinds[kind].append(name)
+    ignored = [name for name in given if name not in wanted]
+    refused += [f"{name} (not in the model)" for name in ignored if not _allowed(name, allow)]
+    if refused:
+        more = f", and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise UserError(
+            f"weights that do not fit the model: {', '.join(refused[:3])}{more}; allow by name what may differ"
+        )
+    every = [*wanted, *given]
+    if unknown := [pattern for pattern in allow if not any(fnmatchcase(name, pattern) for name in every)]:
+        raise UserError(f"{unknown[0]}: allowed, but no tensor has that name{nearest(unknown[0], every)}")
+    return unflatten_dict(result, sep="/"), Report(**{k: tuple(v) for k, v in kinds.items()}, ignored=tuple(ignored))
+
+
+def resize_positions(positions: Any, length: int, *, image: bool) -> np.ndarray:
+    """Position embeddings [n, width] for another number of tokens, as OpenCLIP resizes them on loading.
+
+    An image's are a square grid, resized bicubically with antialiasing; a class token before it stays as it is.
+    A text's are a line, resized linearly.
+    """
+    positions = np.asarray(positions)
+    width = positions.shape[1]
+    if not image:
+        return np.asarray(jax.image.resize(positions, (length, width), "linear", antialias=False))
+    first = _class_tokens(len(positions))
+    old, new = math.isqrt(len(positions) - first), math.isqrt(length - first)
+    grid = positions[first:].reshape(old, old, width)
+    grid = jax.image.resize(grid, (new, new, width), "cubic", antialias=True)
+    return np.concatenate([positions[:first], np.asarray(grid).reshape(new * new, width)])
+
+
+def _resizable(name: str, value: Any, leaf: Any) -> bool:
+    if not name.endswith(POSITIONS) or value.shape[1:] != leaf.shape[1:]:
+        return False
+    lengths = len(value), leaf.shape[0]
+    if name.startswith("text/"):
+        return True
+    firsts = [_class_tokens(length) for length in lengths]
+    return firsts[0] == firsts[1] and all(math.isqrt(n - firsts[0]) ** 2 == n - firsts[0] for n in lengths)
+
+
+def _class_tokens(length: int) -> int:
+    """1 where the patches are one less than all tokens: no two squares differ by one."""
+    return int(math.isqrt(length) ** 2 != length)
+
+
+def _allowed(name: str, allow: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in allow)

@@ -1,0 +1,299 @@
+"""``open_clip_config.json`` <-> a preset: OpenCLIP's ``model_cfg`` and ``preprocess_cfg``.
+
+A setting that we do not build is refused by name, unless it has the value that means "off".
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from clip_jax.errors import UserError
+from clip_jax.models.clip import Architecture
+from clip_jax.models.resnet import ResNetTower
+from clip_jax.models.text import TextTower
+from clip_jax.models.vit import ImageTower
+from clip_jax.presets import OPENAI, PRESETS, Preprocess, Preset
+
+# OpenCLIP's defaults (open_clip/model.py: CLIPVisionCfg, CLIPTextCfg) of what we build.
+VISION = {
+    "layers": 12,
+    "width": 768,
+    "head_width": 64,
+    "mlp_ratio": 4.0,
+    "patch_size": 16,
+    "image_size": 224,
+    "no_ln_pre": False,
+    "pool_type": "tok",
+    "final_ln_after_pool": False,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "timm_model_name": None,
+}
+TEXT = {
+    "context_length": 77,
+    "vocab_size": 49408,
+    "width": 512,
+    "heads": 8,
+    "layers": 12,
+    "mlp_ratio": 4.0,
+    "no_causal_mask": False,
+    "pool_type": "argmax",
+    "eos_id": 2,
+    "proj_type": "linear",
+    "proj_bias": False,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "hf_tokenizer_name": None,
+    "tokenizer_kwargs": None,
+}
+POOLING = {"tok": "class", "avg": "average"}
+
+ANY = None
+# What may be there without changing the model: training settings, and settings at their "off".
+NEUTRAL = {
+    "patch_dropout": ANY,
+    "output_tokens": ANY,
+    "tokenizer_mode": ANY,
+    "pad_id": ANY,
+    "timm_drop": ANY,
+    "timm_drop_path": ANY,
+    "timm_model_pretrained": ANY,
+    "timm_proj_bias": ANY,
+    "timm_pool": ("map", "token"),  # what the towers below are
+    "timm_proj": ("none", "", None),
+    "final_ln_after_pool": ANY,  # of a text: one token is pooled, and the norm works on one token
+    "pos_embed_type": ("learnable",),
+    "attentional_pool": (False,),
+    "ls_init_value": (None,),
+    "embed_cls": (False,),
+}
+_SIGLIP_SIZES = {768: "base", 1024: "large", 1152: "so400m", 1536: "giantopt"}
+_EVA_SIZES = {768: "base", 1024: "large", 1792: "enormous"}
+
+
+def _timm_name(tower: ImageTower) -> str:
+    sizes, family = (_SIGLIP_SIZES, "siglip") if tower.pooling == "attention" else (_EVA_SIZES, "clip")
+    start = "vit" if family == "siglip" else "eva02"
+    return f"{start}_{sizes.get(tower.width)}_patch{tower.patch_size}_{family}_{tower.image_size}"
+
+
+def _is_timm(tower: ImageTower | ResNetTower) -> bool:
+    return isinstance(tower, ImageTower) and tower.from_timm
+
+
+TIMM = {
+    _timm_name(preset.architecture.image): preset.architecture.image
+    for preset in PRESETS.values()
+    if _is_timm(preset.architecture.image)
+}
+"""timm's towers that OpenCLIP uses for SigLIP and EVA-02; their names alone say what they are."""
+
+
+def to_preset(config: dict[str, Any], place: str) -> Preset:
+    """The preset of an ``open_clip_config.json``; ``place`` is its name in errors."""
+    try:
+        model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+        vision = _settings(model["vision_cfg"], VISION, f"{place}: model_cfg.vision_cfg")
+        text = _settings(model["text_cfg"], TEXT, f"{place}: model_cfg.text_cfg")
+        embed_dim = model["embed_dim"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place}: not a configuration of OpenCLIP ({error!r} is missing)") from error
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    architecture = Architecture(
+        _image(vision, activation, f"{place}: model_cfg.vision_cfg"),
+        _text(text, activation, f"{place}: model_cfg.text_cfg"),
+        embed_dim,
+        model.get("init_logit_scale", math.log(1 / 0.07)),
+        model.get("init_logit_bias"),
+    )
+    preprocess = Preprocess(
+        mean=tuple(preprocess.get("mean", OPENAI.mean)),
+        std=tuple(preprocess.get("std", OPENAI.std)),
+        resize=preprocess.get("resize_mode", "shortest"),
+        interpolation=preprocess.get("interpolation", "bicubic"),
+    )
+    return Preset(architecture, preprocess, _tokenizer(text))
+
+
+def _image(vision: dict[str, Any], activation: str, place: str) -> ImageTower | ResNetTower:
+    if name := vision["timm_model_name"]:
+        if name not in TIMM:
+            raise UserError(f"{place}.timm_model_name={name!r} is not supported")
+        return dataclasses.replace(TIMM[name], image_size=vision["image_size"])
+    width = vision["width"]
+    if isinstance(vision["layers"], list):
+        return ResNetTower(vision["image_size"], tuple(vision["layers"]), width, 32 * width // vision["head_width"])
+    if vision["pool_type"] not in POOLING:
+        raise UserError(f"{place}.pool_type={vision['pool_type']!r} is not supported")
+    pooling = POOLING[vision["pool_type"]]
+    return ImageTower(
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        width=width,
+        layers=vision["layers"],
+        heads=width // vision["head_width"],
+        mlp_width=int(width * vision["mlp_ratio"]),
+        activation=_activation(vision, activation, place),
+        norm_pre=not vision["no_ln_pre"],
+        norm_epsilon=_epsilon(vision, place),
+        pooling=pooling,
+        norm_before_pooling=pooling == "average" and not vision["final_ln_after_pool"],
+    )
+
+
+def _text(text: dict[str, Any], activation: str, place: str) -> TextTower:
+    if text["pool_type"] not in ("argmax", "eos", "first", "last") or text["proj_type"] not in ("linear", "none"):
+        raise UserError(f"{place}: pool_type={text['pool_type']!r}, proj_type={text['proj_type']!r} is not supported")
+    projection = text["proj_type"] == "linear"
+    return TextTower(
+        context_length=text["context_length"],
+        vocab_size=text["vocab_size"],
+        width=text["width"],
+        layers=text["layers"],
+        heads=text["heads"],
+        mlp_width=int(text["width"] * text["mlp_ratio"]),
+        activation=_activation(text, activation, place),
+        causal=not text["no_causal_mask"],
+        pooling=text["pool_type"],
+        eos_id=text["eos_id"] if text["pool_type"] == "eos" else None,
+        norm_epsilon=_epsilon(text, place),
+        projection=projection,
+        projection_bias=projection and text["proj_bias"],
+    )
+
+
+def _tokenizer(text: dict[str, Any]) -> str:
+    """The kind. OpenCLIP names a folder on the hub; its treatment of texts and the vocabulary tell them apart."""
+    if not text["hf_tokenizer_name"]:
+        return "clip"
+    if (text["tokenizer_kwargs"] or {}).get("strip_sep_token"):
+        return "clipa"
+    return "siglip2" if text["vocab_size"] == 256_000 else "siglip"
+
+
+def _activation(settings: dict[str, Any], activation: str, place: str) -> str:
+    arguments = settings["act_kwargs"]
+    if arguments not in (None, {}, {"approximate": "none"}, {"approximate": "tanh"}):
+        raise UserError(f"{place}.act_kwargs={arguments!r} is not supported")
+    return "gelu_tanh" if arguments == {"approximate": "tanh"} else activation
+
+
+def _epsilon(settings: dict[str, Any], place: str) -> float:
+    arguments = dict(settings["norm_kwargs"] or {})
+    epsilon = arguments.pop("eps", 1e-5)
+    if arguments:
+        raise UserError(f"{place}.norm_kwargs={settings['norm_kwargs']!r} is not supported")
+    return epsilon
+
+
+def _settings(given: dict[str, Any], defaults: dict[str, Any], place: str) -> dict[str, Any]:
+    for name, value in given.items():
+        if name not in defaults and not (name in NEUTRAL and (NEUTRAL[name] is ANY or value in NEUTRAL[name])):
+            raise UserError(f"{place}.{name}={value!r} is not supported")
+    return {**defaults, **{name: value for name, value in given.items() if name in defaults}}
+
+
+def from_preset(preset: Preset) -> dict[str, Any]:
+    """``open_clip_config.json`` of a preset. Raises UserError for what OpenCLIP does not build."""
+    architecture = preset.architecture
+    image, text = architecture.image, architecture.text
+    activations = {text.activation} | ({image.activation} if _has_gelu(image) else set())
+    if "quick_gelu" in activations and len(activations) > 1:
+        raise UserError("OpenCLIP has QuickGELU in both towers or in none; this model has it in one")
+    model = {
+        "embed_dim": architecture.embed_dim,
+        "quick_gelu": "quick_gelu" in activations,
+        "vision_cfg": _vision_config(image),
+        "text_cfg": _text_config(text, preset.tokenizer),
+    }
+    if architecture.init_logit_bias is not None:
+        model["init_logit_bias"] = architecture.init_logit_bias
+    if _is_timm(image):
+        model["custom_text"] = True
+    preprocess = {
+        "mean": list(preset.preprocess.mean),
+        "std": list(preset.preprocess.std),
+        "interpolation": preset.preprocess.interpolation,
+        "resize_mode": preset.preprocess.resize,
+    }
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def _has_gelu(image: ImageTower | ResNetTower) -> bool:
+    return isinstance(image, ImageTower) and not image.from_timm
+
+
+def _vision_config(image: ImageTower | ResNetTower) -> dict[str, Any]:
+    if isinstance(image, ResNetTower):
+        head_width = 32 * image.width // image.heads
+        return {
+            "image_size": image.image_size, "layers": list(image.stages), "width": image.width, "head_width": head_width
+        }  # fmt: skip
+    if image.from_timm:
+        name = _timm_name(image)
+        if TIMM.get(name) != image:
+            known = f"its {name} differs" if name in TIMM else "it takes them from timm, by name"
+            raise UserError(f"OpenCLIP has no image tower of these sizes and activation ({known})")
+        pool = "map" if image.pooling == "attention" else "token"
+        projection = "none" if image.pooling == "attention" else None
+        return {"image_size": image.image_size, "timm_model_name": name, "timm_pool": pool, "timm_proj": projection}
+    config = {
+        "image_size": image.image_size,
+        "layers": image.layers,
+        "width": image.width,
+        "head_width": image.width // image.heads,
+        "mlp_ratio": _ratio(image.mlp_width, image.width),
+        "patch_size": image.patch_size,
+        **_act_and_norm(image),
+    }
+    if not image.norm_pre:
+        config["no_ln_pre"] = True
+    if image.pooling == "average":
+        config |= {"pool_type": "avg", "final_ln_after_pool": not image.norm_before_pooling}
+    return config
+
+
+def _text_config(text: TextTower, tokenizer: str) -> dict[str, Any]:
+    config = {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.layers,
+        "mlp_ratio": _ratio(text.mlp_width, text.width),
+        **_act_and_norm(text),
+        **TOKENIZER_CONFIGS.get(tokenizer, {}),
+    }
+    if not text.causal:
+        config["no_causal_mask"] = True
+    if text.pooling != "argmax":
+        config["pool_type"] = text.pooling
+    if text.pooling == "eos":
+        config["eos_id"] = text.eos_id
+    if not text.projection:
+        config["proj_type"] = "none"
+    if text.projection_bias:
+        config["proj_bias"] = True
+    return config
+
+
+TOKENIZER_CONFIGS = {
+    "clipa": {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}},
+    "siglip": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}},
+    "siglip2": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP2", "tokenizer_kwargs": {"clean": "canonicalize"}},
+}
+
+
+def _act_and_norm(tower: ImageTower | TextTower) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if tower.activation == "gelu_tanh":
+        config["act_kwargs"] = {"approximate": "tanh"}
+    if tower.norm_epsilon != 1e-5:
+        config["norm_kwargs"] = {"eps": tower.norm_epsilon}
+    return config
+
+
+def _ratio(mlp_width: int, width: int) -> float:
+    """What OpenCLIP multiplies the width with, and cuts off to whole numbers."""
+    ratio = mlp_width / width
+    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)

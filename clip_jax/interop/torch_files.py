@@ -1,0 +1,221 @@
+"""``.pt``, ``.bin`` and TorchScript archives: tensors only, without torch.
+
+Only ``clip-jax import`` uses this. Such a file is a zip of a pickle and the bytes of its tensors, and a pickle is a
+program. This one is run by an unpickler that knows a handful of harmless names (``ALLOWED``); the first other name ends
+it, before anything is called. The classes of a TorchScript archive (``__torch__...``) become bags of attributes
+without any behaviour.
+"""
+
+import io
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from clip_jax.errors import UserError
+from clip_jax.interop.state import Entry, State
+
+MAX_PICKLE_BYTES = 64 << 20  # The pickle holds names and shapes; that of the largest CLIP has 0.3 MB.
+
+STORAGES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Under which of its names a training checkpoint keeps the model; the rest (optimizer, epoch) is left behind."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What data-parallel and compiled modules of PyTorch put before every name."""
+
+
+class _Storage(NamedTuple):
+    dtype: np.dtype
+    key: str
+    size: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Bag:
+    """An object of a TorchScript archive: attributes, and nothing that could be called."""
+
+
+def _tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None) -> _Tensor:
+    del requires_grad, hooks, metadata
+    tensor = _Tensor(storage, offset, tuple(shape), tuple(strides))
+    numbers = (offset, *tensor.shape, *tensor.strides)
+    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError("a tensor without a valid shape")
+    if len(tensor.shape) != len(tensor.strides):
+        raise pickle.UnpicklingError("a tensor with more strides than dimensions, or fewer")
+    last = offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+    if math.prod(tensor.shape) and last >= storage.size:
+        raise pickle.UnpicklingError("a tensor that reaches beyond its storage")
+    return tensor
+
+
+def _same(value, *_) -> Any:
+    return value
+
+
+ALLOWED = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _same,
+    ("torch", "Size"): tuple,
+    ("torch.jit._pickle", "build_intlist"): list,
+    ("torch.jit._pickle", "restore_type_tag"): _same,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if module.startswith("__torch__."):
+            return type(name, (_Bag,), {})
+        raise _Refused(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, size = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str) or type(size) is not int:
+            raise pickle.UnpicklingError(f"not a storage: {pid!r:.100}")
+        return _Storage(dtype, key, size)
+
+
+class _Refused(Exception):
+    pass
+
+
+def read(path: str | Path) -> State:
+    """The tensors of a file that torch wrote. UserError names what was refused where it holds anything but tensors."""
+    path = Path(path)
+    found = _unpickle(path)
+    tensors = _strip(_flatten(_model(found.root)))
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    entries = {}
+    for name, tensor in tensors.items():
+        member = found.members.get(f"{found.folder}data/{tensor.storage.key}")
+        if member is None:
+            raise UserError(f"{path}: the data of {name} is missing; the file is damaged")
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != _storage_bytes(tensor.storage):
+            raise UserError(f"{path}: the data of {name} does not have the size it should; the file is damaged")
+        entries[name] = Entry(tensor.shape, tensor.storage.dtype, _reader(path, member.filename, tensor))
+    return State(str(path), entries)
+
+
+class _Archive(NamedTuple):
+    root: Any
+    members: dict[str, zipfile.ZipInfo]
+    folder: str
+    """What stands before the name of every member."""
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether the file is a TorchScript archive, as OpenAI published CLIP."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _unpickle(path: Path) -> _Archive:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+            pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise UserError(f"{path}: not a file of torch.save (a zip with one data.pkl)")
+            folder = pickles[0].removesuffix("data.pkl")
+            order = members.get(f"{folder}byteorder")
+            if order is not None and archive.read(order).strip() != b"little":
+                raise UserError(f"{path}: was written on a big-endian machine, which is not supported")
+            if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
+                raise UserError(f"{path}: its pickle is larger than any model's; not opened")
+            return _Archive(_Unpickler(io.BytesIO(archive.read(pickles[0]))).load(), members, folder)
+    except _Refused as refused:
+        raise UserError(
+            f"{path}: refused, because its pickle asks for {refused}, which is not a tensor; nothing of it was run. "
+            "Save the state_dict alone, as safetensors, where the file was made"
+        ) from None
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{path}: not a zip of torch.save (truncated, or older than PyTorch 1.6: save it anew): {error}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # A hostile pickle can raise anything from the unpickler's own operations.
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: its pickle is damaged ({type(error).__name__}: {error})") from error
+
+
+def _model(root: Any) -> Any:
+    if isinstance(root, dict):
+        for name in WRAPPERS:
+            if isinstance(root.get(name), dict):
+                return root[name]
+    return root
+
+
+def _flatten(value: Any) -> dict[str, _Tensor]:
+    """Tensors under dotted names, out of nested dicts and bags; whatever else is there is no weight."""
+    tensors, stack, seen = {}, [("", value)], set()
+    while stack:
+        prefix, value = stack.pop()
+        if isinstance(value, _Tensor):
+            tensors[prefix.removesuffix(".")] = value
+            continue
+        children = value if isinstance(value, dict) else vars(value) if isinstance(value, _Bag) else {}
+        if children and id(value) not in seen:  # A pickle can hold itself.
+            seen.add(id(value))
+            stack += [(f"{prefix}{name}.", child) for name, child in reversed(list(children.items()))]
+    return tensors
+
+
+def _strip(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
+    for prefix in PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _storage_bytes(storage: _Storage) -> int:
+    return storage.size * storage.dtype.itemsize
+
+
+def _reader(path: Path, member: str, tensor: _Tensor):
+    def read() -> np.ndarray:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                data = np.frombuffer(archive.read(member), tensor.storage.dtype)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: {member} cannot be read ({error})") from error
+        strides = tuple(stride * data.itemsize for stride in tensor.strides)
+        # Shape and strides were checked against the storage, and the storage against the file.
+        return np.lib.stride_tricks.as_strided(data[tensor.offset :], tensor.shape, strides, writeable=False).copy()
+
+    return read

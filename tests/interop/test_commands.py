@@ -1,0 +1,109 @@
+"""``clip-jax import`` and ``clip-jax export``: weights travel unchanged, and each line printed is true."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import clip_jax
+from clip_jax import commands
+from clip_jax.interop import files, open_clip
+from tests.interop import folders_of, pickles
+from tests.interop.folders_of import PRESET
+
+
+def state():
+    return open_clip.from_params(folders_of.parameters(), PRESET.architecture)
+
+
+def torch_state(arrays):
+    return {name: pickles.tensor(x) for name, x in arrays.items()}
+
+
+def same(folder, arrays, name="open_clip_model.safetensors"):
+    read = files.read(folder / name)
+    assert set(read) == set(arrays)
+    for name, array in arrays.items():
+        assert read[name].tobytes() == array.tobytes() and read.shape(name) == array.shape
+
+
+@pytest.mark.parametrize("layout", ["openclip", "huggingface"])
+def test_export_and_load_give_the_same_weights_bit_for_bit(tmp_path, capsys, layout):
+    folder, to = folders_of.open_clip_folder(tmp_path / "a model"), tmp_path / "out"
+    assert commands.main(["export", f"--model={folder}", f"--format={layout}", f"--to={to}"]) == 0
+    model = clip_jax.load(to)
+    assert model.preset == PRESET
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, model.params, folders_of.parameters())
+    card = (to / "README.md").read_text()
+    assert "# a model" in card and "32 x 32 pixels" in card
+    assert str(to) in capsys.readouterr().out
+
+
+def test_export_says_what_the_format_cannot_hold(small_run, tmp_path, capsys):
+    to = tmp_path / "out"
+    assert commands.main(["export", f"--model={small_run}", "--format=openclip", f"--to={to}"]) == 0
+    assert "tokenizer: left out" in capsys.readouterr().out
+    model, again = clip_jax.load(small_run), clip_jax.load(to)
+    tokens = model.tokenize(["a red circle"])
+    np.testing.assert_allclose(again.encode_tokens(tokens), model.encode_tokens(tokens), atol=1e-6)
+
+    assert commands.main(["export", f"--model={small_run}", "--format=bigvision", f"--to={tmp_path / 'bv'}"]) == 2
+    assert "SigLIP" in capsys.readouterr().err
+    assert commands.main(["export", f"--model={small_run}", "--format=openclip", f"--to={to}"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_torchscript_archive_of_openai_becomes_a_folder_that_loads(tmp_path, capsys):
+    arrays = {name: x.astype(np.float16) for name, x in state().items()}
+    # Heads have 64 features in OpenAI's models; this one's text tower has 32 in all.
+    arrays |= {"input_resolution": np.array(32, np.int64), "vocab_size": np.array(49408, np.int64)}
+    root = {}
+    for name, array in arrays.items():
+        *path, last = name.split(".")
+        node = root
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = pickles.tensor(array)
+
+    def bag(node):
+        return pickles.Bag(**{k: bag(v) if isinstance(v, dict) else v for k, v in node.items()})
+
+    path = pickles.write(tmp_path / "ViT-B-32.pt", bag(root), torchscript=True)
+    to = tmp_path / "out"
+    assert commands.main(["import", str(path), f"--to={to}"]) == 0
+    assert "an archive of OpenAI's" in capsys.readouterr().out
+    same(to, {name: x for name, x in arrays.items() if name not in open_clip.IGNORED})
+    config = json.loads((to / "open_clip_config.json").read_text())["model_cfg"]
+    assert config["quick_gelu"] and config["vision_cfg"]["layers"] == 2 and config["vision_cfg"]["image_size"] == 32
+
+
+def test_a_bin_beside_its_config_is_imported_with_the_folder(tmp_path):
+    folder, to = folders_of.hugging_face_folder(tmp_path / "theirs"), tmp_path / "out"
+    arrays = dict(files.read(folder / "model.safetensors"))
+    pickles.write(folder / "pytorch_model.bin", torch_state(arrays))
+    (folder / "model.safetensors").unlink()
+    assert commands.main(["import", str(folder), f"--to={to}"]) == 0
+    same(to, arrays, "model.safetensors")
+    assert clip_jax.load(to).preset == PRESET
+
+
+def test_a_file_that_does_not_say_its_model_needs_the_name(tmp_path, capsys, monkeypatch):
+    path, to = pickles.write(tmp_path / "epoch_1.pt", {"state_dict": torch_state(state())}), tmp_path / "out"
+    assert commands.main(["import", str(path), f"--to={to}"]) == 2
+    assert "--model=NAME" in capsys.readouterr().err and not to.exists()
+    monkeypatch.setitem(clip_jax.presets.PRESETS, "ViT-Test/16", PRESET)
+    assert commands.main(["import", str(path), f"--to={to}", "--model=ViT-Test/16"]) == 0
+    same(to, state())
+    assert clip_jax.load(to).preset == PRESET
+
+
+def test_import_of_a_pickle_that_would_run_code_ends_in_one_line(tmp_path, capsys):
+    canary = tmp_path / "canary"
+    path = pickles.write(tmp_path / "model.pt", {"a": pickles.Call("os", "system", f"touch '{canary}'")})
+    assert commands.main(["import", str(path), f"--to={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"refused.*os\.system", error) and error.count("\n") == 1
+    assert not canary.exists() and not (tmp_path / "out").exists()

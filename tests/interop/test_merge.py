@@ -1,0 +1,87 @@
+"""Weights into another model's tree: every tensor is loaded, resized, initialised or ignored, and none in silence."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from clip_jax.errors import UserError
+from clip_jax.interop.merge import merge, resize_positions
+from clip_jax.models.clip import CLIP
+from tests.interop import folders_of
+from tests.interop.folders_of import PRESET
+
+
+def shapes(**changes):
+    image = dataclasses.replace(PRESET.architecture.image, **changes.pop("image", {}))
+    text = dataclasses.replace(PRESET.architecture.text, **changes.pop("text", {}))
+    architecture = dataclasses.replace(PRESET.architecture, image=image, text=text, **changes)
+    return nn.meta.unbox(jax.eval_shape(CLIP(architecture).init, jax.random.key(0)))
+
+
+def test_the_same_model_is_loaded_whole():
+    loaded = folders_of.parameters()
+    params, report = merge(shapes(), loaded)
+    jax.tree.map(np.testing.assert_array_equal, params, loaded)
+    assert len(report.loaded) == len(jax.tree.leaves(loaded)) and report[1:] == ((), (), ())
+    assert report.lines() == [f"{len(report.loaded)} tensors loaded"]
+
+
+def test_another_image_size_and_text_length_resize_the_positions_and_nothing_else():
+    loaded = folders_of.parameters()
+    params, report = merge(shapes(image={"image_size": 64}, text={"context_length": 33}), loaded)
+    assert report.resized == ("image/position_embedding", "text/position_embedding")
+    assert params["image"]["position_embedding"].shape == (17, 64)
+    assert params["text"]["position_embedding"].shape == (33, 32)
+    class_token = loaded["image"]["position_embedding"][0]
+    np.testing.assert_array_equal(params["image"]["position_embedding"][0], class_token)
+    assert "resized image/position_embedding" in report.lines()
+
+
+def test_resizing_keeps_a_constant_and_a_linear_ramp():
+    ramp = np.linspace(0, 1, 8, dtype=np.float32)
+    grid = np.stack(np.meshgrid(ramp, ramp, indexing="ij"), axis=-1).reshape(64, 2)
+    resized = resize_positions(np.concatenate([np.full((1, 2), 9, np.float32), grid]), 257, image=True)
+    np.testing.assert_array_equal(resized[0], 9)
+    middle = resized[1:].reshape(16, 16, 2)[4:-4, 4:-4]  # The edges bend.
+    np.testing.assert_allclose(np.diff(middle[:, :, 0], axis=0), 1 / 14, atol=1e-4)
+    np.testing.assert_allclose(np.diff(middle[:, :, 1], axis=1), 1 / 14, atol=1e-4)
+    np.testing.assert_allclose(resize_positions(grid, 16, image=True).reshape(4, 4, 2)[:, 0, 1], 0.07, atol=0.08)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "allow"),
+    [
+        ({"embed_dim": 8}, r"image/projection \(\[64, 24\] in the weights, \[64, 8\] in the model\)", ["*/projection"]),
+        ({"text": {"vocab_size": 99}}, r"text/token_embedding", ["text/token_embedding"]),
+        ({"init_logit_bias": -10.0}, r"logit_bias \(missing\)", ["logit_bias"]),
+    ],
+)
+def test_what_does_not_fit_is_an_error_unless_allowed_by_name(changes, message, allow):
+    loaded, target = folders_of.parameters(), shapes(**changes)
+    with pytest.raises(UserError, match=message):
+        merge(target, loaded)
+    params, report = merge(target, loaded, allow)
+    assert report.initialised and all(
+        isinstance(_at(params, name), jax.ShapeDtypeStruct) for name in report.initialised
+    )
+
+
+def _at(tree, path):
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def test_what_the_model_lacks_is_ignored_only_by_name():
+    loaded = folders_of.parameters() | {"logit_bias": np.float32(-10)}
+    with pytest.raises(UserError, match=r"logit_bias \(not in the model\)"):
+        merge(shapes(), loaded)
+    assert merge(shapes(), loaded, ["logit_bias"])[1].ignored == ("logit_bias",)
+
+
+def test_a_pattern_that_matches_nothing_is_a_typing_mistake():
+    with pytest.raises(UserError, match=r"text/projektion: allowed, but .*nearest: text/projection"):
+        merge(shapes(), folders_of.parameters(), ["text/projektion"])
