@@ -51,6 +51,7 @@ def defaults() -> ConfigDict:
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
                 "remat": "none",  # none, dots, full: recompute activations in the backward pass
+                "patch_dropout": 0.0,  # share of an image's patches left out in training (FLIP: 0.5 to 0.75)
                 "embed_dim": AUTO,
                 "activation": "",  # empty: the preset's, in both towers
                 "image": {name: AUTO for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_width")},

@@ -22,6 +22,9 @@ from clip_jax.models.clip import CLIP, unit
 from clip_jax.presets import Preprocess
 from clip_jax.sharding import batch_sharding, batch_shards, process_rows, replicated, to_devices
 
+Weights = tuple[Any, Any]
+"""Parameters and batch statistics."""
+
 
 class Embedded(NamedTuple):
     """The embeddings of a source, all of unit length."""
@@ -39,7 +42,7 @@ class Embedded(NamedTuple):
 
 
 class Encoders(NamedTuple):
-    """Jitted towers on a mesh: (params, global batch) -> unit embeddings, the same on every process."""
+    """Jitted towers on a mesh: ((params, batch_stats), global batch) -> unit embeddings, the same on every process."""
 
     image: Callable[[Any, jax.Array], jax.Array]
     text: Callable[[Any, jax.Array], jax.Array]
@@ -49,10 +52,12 @@ def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh) -> Encoders:
     """Towers over uint8[B, H, W, 3] and int32[B, L]; the batch is split over the mesh, the result is everywhere."""
     rows, whole = batch_sharding(mesh), replicated(mesh)
 
-    def image(params, pixels):
-        return unit(model.encode_image(params, preprocess.normalize(pixels)))
+    def image(weights, pixels):
+        params, batch_stats = weights
+        return unit(model.encode_image(params, preprocess.normalize(pixels), batch_stats))
 
-    def text(params, tokens):
+    def text(weights, tokens):
+        params, _ = weights
         return unit(model.encode_text(params, tokens))
 
     return Encoders(
@@ -62,7 +67,7 @@ def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh) -> Encoders:
 
 
 def embed_texts(
-    texts: Sequence[str], encoders: Encoders, params: Any, tokenizer: Tokenizer, mesh: Mesh, batch_size: int
+    texts: Sequence[str], encoders: Encoders, weights: Weights, tokenizer: Tokenizer, mesh: Mesh, batch_size: int
 ) -> Float[np.ndarray, "texts dim"]:
     """Unit embeddings of texts, in their order."""
     batch_size = _round_up(batch_size, batch_shards(mesh))
@@ -72,14 +77,14 @@ def embed_texts(
         tokens = tokenizer(list(texts[start : start + batch_size]))
         padded = np.resize(tokens, (batch_size, tokens.shape[1]))
         batch = to_devices({"text": padded[rows]}, mesh, batch_size)
-        out.append(np.asarray(encoders.text(params, batch["text"]))[: len(tokens)])
+        out.append(np.asarray(encoders.text(weights, batch["text"]))[: len(tokens)])
     return np.concatenate(out)
 
 
 def embed_images(
     samples: Sequence[Sample],
     encoders: Encoders,
-    params: Any,
+    weights: Weights,
     image_size: int,
     preprocess: Preprocess,
     mesh: Mesh,
@@ -107,7 +112,7 @@ def embed_images(
             pixels = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
             pixels[: len(chunk)] = [image for image, _ in decoded]
             batch = to_devices({"image": pixels[rows]}, mesh, batch_size)
-            out.append(np.asarray(encoders.image(params, batch["image"]))[: len(chunk)])
+            out.append(np.asarray(encoders.image(weights, batch["image"]))[: len(chunk)])
             faults += [fault for _, fault in decoded]
     return np.concatenate(out), faults
 
@@ -115,7 +120,7 @@ def embed_images(
 def embed_source(
     source: Source,
     encoders: Encoders,
-    params: Any,
+    weights: Weights,
     tokenizer: Tokenizer,
     image_size: int,
     preprocess: Preprocess,
@@ -138,7 +143,7 @@ def embed_source(
         if not samples:
             continue
         arrays, faults = embed_images(
-            samples, encoders, params, image_size, preprocess, mesh, batch_size, workers=workers
+            samples, encoders, weights, image_size, preprocess, mesh, batch_size, workers=workers
         )
         good = np.array([not fault for fault in faults])
         skipped.update(fault for fault in faults if fault)
@@ -150,7 +155,7 @@ def embed_source(
     owner = np.array([i for i, (texts, _) in enumerate(kept) for _ in texts], np.int64)
     return Embedded(
         images=np.concatenate(embeddings),
-        texts=embed_texts(captions, encoders, params, tokenizer, mesh, batch_size),
+        texts=embed_texts(captions, encoders, weights, tokenizer, mesh, batch_size),
         owner=owner,
         labels=np.array([label for _, label in kept], np.int64),
         captions=captions,

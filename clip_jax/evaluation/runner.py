@@ -1,7 +1,7 @@
 """What is measured at an evaluation: held-out loss and retrieval of one source, zero-shot accuracy of another."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -10,7 +10,7 @@ from clip_jax.data import images
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.evaluation import retrieval, zero_shot
-from clip_jax.evaluation.embed import Embedded, Encoders, embed_source, embed_texts
+from clip_jax.evaluation.embed import Embedded, Encoders, Weights, embed_source, embed_texts
 from clip_jax.presets import Preprocess
 from clip_jax.reports.gallery import Gallery
 
@@ -28,11 +28,11 @@ class Evaluator(NamedTuple):
     batch_size: int
     workers: int
 
-    def embed(self, params: Any, source: Source) -> Embedded:
+    def embed(self, weights: Weights, source: Source) -> Embedded:
         return embed_source(
             source,
             self.encoders,
-            params,
+            weights,
             self.tokenizer,
             self.image_size,
             self.preprocess,
@@ -41,21 +41,21 @@ class Evaluator(NamedTuple):
             workers=self.workers,
         )
 
-    def heldout(self, params: Any, source: Source, scale: float) -> tuple[dict[str, float], Embedded]:
+    def heldout(self, weights: Weights, source: Source, scale: float) -> tuple[dict[str, float], Embedded]:
         """Loss over all pairs as one batch (an image's first caption is its pair), and recall at 1, 5 and 10."""
-        embedded = self.embed(params, source)
+        embedded = self.embed(weights, source)
         _, first = np.unique(embedded.owner, return_index=True)
         metrics = {"loss": retrieval.loss(embedded.images, embedded.texts[first], scale)}
         metrics |= retrieval.recall(embedded.images, embedded.texts, embedded.owner)
         metrics |= {"images": len(embedded.images), "skipped": embedded.skipped.total()}
         return metrics, embedded
 
-    def zero_shot(self, params: Any, source: Source, templates: Sequence[str]) -> dict[str, float]:
+    def zero_shot(self, weights: Weights, source: Source, templates: Sequence[str]) -> dict[str, float]:
         """Accuracy among the source's classes."""
-        embedded = self.embed(params, source)
+        embedded = self.embed(weights, source)
 
         def encode(prompts: Sequence[str]) -> np.ndarray:
-            return embed_texts(prompts, self.encoders, params, self.tokenizer, self.mesh, self.batch_size)
+            return embed_texts(prompts, self.encoders, weights, self.tokenizer, self.mesh, self.batch_size)
 
         classes = zero_shot.classifier(source.class_names, templates, encode)
         metrics = zero_shot.accuracy(embedded.images, embedded.labels, classes)

@@ -113,7 +113,13 @@ def train(run: Run) -> Gallery | None:
     """All steps that are left; returns what the last evaluation has to show."""
     config, first_process = run.config, jax.process_index() == 0
     train_step = make_train_step(
-        run.model, run.preset.preprocess, run.optimizer, run.rate, run.mesh, max_logit_scale=config.loss.max_logit_scale
+        run.model,
+        run.preset.preprocess,
+        run.optimizer,
+        run.rate,
+        run.mesh,
+        max_logit_scale=config.loss.max_logit_scale,
+        seed=config.seed,
     )
     keep_every = config.checkpoint.keep_every_steps
     checkpoints = Checkpoints(
@@ -232,15 +238,15 @@ def make_evaluator(run: Run) -> Evaluator:
 
 def evaluate(run: Run, evaluator: Evaluator, state: State, *, show: bool) -> tuple[dict[str, float], Gallery | None]:
     """``eval/...`` metrics of the held-out sources and, where asked, pairs to show."""
-    evaluation, sources = run.config.eval, run.sources
+    evaluation, sources, weights = run.config.eval, run.sources, (state.params, state.batch_stats)
     started, values, gallery = time.perf_counter(), {}, None
     if sources.heldout is not None:
         scale = float(jnp.exp(state.params["logit_scale"]))
-        found, embedded = evaluator.heldout(state.params, sources.heldout, scale)
+        found, embedded = evaluator.heldout(weights, sources.heldout, scale)
         values |= {f"eval/{evaluation.heldout_name}/{name}": value for name, value in found.items()}
         gallery = evaluator.gallery(embedded, sources.heldout) if show else None
     if sources.zero_shot is not None:
-        found = evaluator.zero_shot(state.params, sources.zero_shot, evaluation.templates)
+        found = evaluator.zero_shot(weights, sources.zero_shot, evaluation.templates)
         values |= {f"eval/{evaluation.zero_shot_name}/{name}": value for name, value in found.items()}
     if values:
         values["eval/time_seconds"] = time.perf_counter() - started

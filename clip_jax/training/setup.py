@@ -99,7 +99,13 @@ def make(workdir: Path, config: ConfigDict) -> Run:
             f"config.model.text.vocab_size={preset.architecture.text.vocab_size}: "
             f"the tokenizer has {tokenizer.vocab_size} tokens; leave it at -1"
         )
-    model = CLIP(preset.architecture, jnp.dtype(config.model.dtype), config.model.scan, config.model.remat)
+    model = CLIP(
+        preset.architecture,
+        jnp.dtype(config.model.dtype),
+        config.model.scan,
+        config.model.remat,
+        config.model.patch_dropout,
+    )
     optimizer = config.optimizer
     rate = optimizers.schedule(optimizer.schedule, optimizer.learning_rate, warmup, steps)
     return Run(

@@ -36,7 +36,7 @@ def boxed_state(model: CLIP, optimizer: optax.GradientTransformation, rng: Key[A
     params = model.init(rng)
     zero = jnp.zeros((), jnp.int32)
     # The optimizer sees boxed parameters, so that its moments are boxed, and thus sharded, in the same way.
-    return State(zero, zero, params, {}, optimizer.init(params))
+    return State(zero, zero, params, model.init_batch_stats(), optimizer.init(params))
 
 
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
@@ -65,20 +65,22 @@ def make_train_step(
     mesh: Mesh,
     *,
     max_logit_scale: float,
+    seed: int = 0,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """``(state, {"image": uint8[B, H, W, 3], "text": int32[B, L]}) -> (state, metrics)``; the state is donated."""
     abstract = abstract_state(model, optimizer, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    def loss(params, batch_stats, batch):
+    def loss(params, batch_stats, batch, rng):
         pixels = preprocess.normalize(batch["image"])
-        image, text, batch_stats = model.forward(params, batch_stats, pixels, batch["text"], train=True)
+        image, text, batch_stats = model.forward(params, batch_stats, pixels, batch["text"], train=True, rng=rng)
         value, metrics = grid.softmax(image, text, jnp.exp(params["logit_scale"]), mesh=mesh)
         return value, (metrics, batch_stats)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, (metrics, batch_stats)), gradients = gradient(state.params, state.batch_stats, batch)
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)  # of the step alone: a resumed run draws the same
+        (value, (metrics, batch_stats)), gradients = gradient(state.params, state.batch_stats, batch, rng)
         # Pinned: without it the partitioner may replicate the gradients of sharded parameters.
         gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

@@ -35,7 +35,7 @@ def embed(source, devices, batch_size):
     mesh, clip = make_mesh(devices, devices=jax.devices()[:devices]), CLIP(SMALL)
     params = nn.meta.unbox(clip.init(jax.random.key(0)))
     encoders = make_encoders(clip, presets.HALF, mesh)
-    return embed_source(source, encoders, params, Letters(), 32, presets.HALF, mesh, batch_size)
+    return embed_source(source, encoders, (params, {}), Letters(), 32, presets.HALF, mesh, batch_size)
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), [(8, 8), (8, 5), (2, 16), (1, 100)])
