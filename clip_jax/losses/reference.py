@@ -1,5 +1,6 @@
 """The definitions: ten lines each, the whole logit matrix at once. Tests trust them; training uses ``grid``."""
 
+import jax
 import jax.numpy as jnp
 from jax.nn import logsumexp
 from jaxtyping import Array, Float
@@ -22,3 +23,19 @@ def softmax(
     loss = jnp.mean((logsumexp(logits, axis=1) + logsumexp(logits, axis=0)) / 2 - positives)
     accuracy = jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))
     return loss, {"accuracy": accuracy}
+
+
+def sigmoid(
+    image: Float[Array, "batch dim"],
+    text: Float[Array, "batch dim"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+    """The pairwise sigmoid loss (Zhai et al. 2023, equation 1): every logit alone says pair or no pair.
+
+    Summed over columns and averaged over rows, as the original does.
+    """
+    logits = scale * jnp.dot(image, text.T, preferred_element_type=jnp.float32) + bias
+    signs = 2 * jnp.eye(len(logits)) - 1
+    loss = -jnp.mean(jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=1))
+    return loss, {"accuracy": jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.losses import grid, reference
+from clip_jax.losses import grid, reference, tile
 from clip_jax.sharding import make_mesh
 
 
@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_float64_on_1_to_8_devices(mesh, scale, 
 
 @pytest.mark.parametrize("block", [1, 4, 5, 1000])
 def test_the_size_of_a_block_does_not_matter(block, monkeypatch):
-    monkeypatch.setattr(grid, "BLOCK_ROWS", block)
+    monkeypatch.setattr(tile, "BLOCK_ROWS", block)
     image, text = embeddings(24, 8)
     loss, _, gradients = value_and_gradients(image, text, 14.3, make_mesh(2, devices=jax.devices()[:2]))
     assert loss == pytest.approx(float64_loss(image, text, 14.3), rel=1e-6)
@@ -125,7 +125,7 @@ def test_random_embeddings_cost_the_logarithm_of_the_batch():
 
 def test_no_device_holds_a_tile_of_the_logits_let_alone_all_of_them(monkeypatch):
     """Eight devices, 2 x 4: a tile is 64 x 32, a block 8 x 32; gathered are 64 images and 32 texts."""
-    monkeypatch.setattr(grid, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(tile, "BLOCK_ROWS", 8)
     image, text = embeddings(128, 24)
     gradient = jax.grad(lambda i, t: grid.softmax(i, t, jnp.float32(1.0), mesh=make_mesh(8))[0], (0, 1))
     program = jax.jit(gradient).lower(image, text).compile().as_text()
