@@ -168,6 +168,8 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
         text=text,
         embed_dim=architecture.embed_dim if config.model.embed_dim == AUTO else config.model.embed_dim,
     )
+    if config.loss.name == "sigmoid":  # Zhai et al. 2023, section 3.2: few of all logits are pairs
+        architecture = dataclasses.replace(architecture, init_logit_scale=math.log(10.0), init_logit_bias=-10.0)
     preprocess = named.preprocess._replace(
         mean=config.model.mean or named.preprocess.mean, std=config.model.std or named.preprocess.std
     )

@@ -62,7 +62,7 @@ def defaults() -> ConfigDict:
                 "std": (),
             },
             "loss": {
-                "name": "softmax",
+                "name": "softmax",  # CLIP's; or sigmoid, SigLIP's, which gives the model a bias
                 "max_logit_scale": 100.0,  # clamp of exp(logit_scale) after each update (Radford et al. 2021)
             },
             "optimizer": {
@@ -106,7 +106,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.activation": ("", *ACTIVATIONS),
-    "loss.name": ("softmax",),
+    "loss.name": ("softmax", "sigmoid"),
     "optimizer.name": ("adamw",),
     "optimizer.schedule": ("cosine", "constant"),
     "optimizer.decay": ("matrices", "matrices_and_positions"),

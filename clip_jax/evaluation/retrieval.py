@@ -5,6 +5,8 @@ caption of the image is a positive; text to image, the caption's one image. Ties
 candidate as near as the positive counts as nearer, so a constant model scores 0.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -55,17 +57,40 @@ def recall(
     return result
 
 
-def loss(images: Float[np.ndarray, "pairs dim"], texts: Float[np.ndarray, "pairs dim"], scale: float) -> float:
-    """Symmetric InfoNCE over all pairs as one batch, so that its value does not depend on any batch size."""
+def loss(
+    images: Float[np.ndarray, "pairs dim"],
+    texts: Float[np.ndarray, "pairs dim"],
+    scale: float,
+    bias: float | None = None,
+) -> float:
+    """The loss over all pairs as one batch, so that its value does not depend on any batch size.
 
-    def one_way(queries, keys):
-        total = 0.0
-        for start in range(0, len(queries), BLOCK):
-            logits = scale * (queries[start : start + BLOCK] @ keys.T).astype(np.float64)
-            rows = np.arange(len(logits))
-            right = logits[rows, start + rows]
-            largest = logits.max(axis=1)
-            total += float(np.sum(largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1)) - right))
-        return total / len(queries)
+    Symmetric InfoNCE, or with a ``bias`` the pairwise sigmoid loss.
+    """
+    if bias is not None:
+        return _sigmoid_loss(images, texts, scale, bias)
+    return (_cross_entropy(images, texts, scale) + _cross_entropy(texts, images, scale)) / 2
 
-    return (one_way(images, texts) + one_way(texts, images)) / 2
+
+def _logits(queries: np.ndarray, keys: np.ndarray, scale: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(float64[block, keys], its diagonal's entries) for blocks of queries."""
+    for start in range(0, len(queries), BLOCK):
+        logits = scale * (queries[start : start + BLOCK] @ keys.T).astype(np.float64)
+        rows = np.arange(len(logits))
+        yield logits, logits[rows, start + rows]
+
+
+def _cross_entropy(queries: np.ndarray, keys: np.ndarray, scale: float) -> float:
+    total = 0.0
+    for logits, right in _logits(queries, keys, scale):
+        largest = logits.max(axis=1)
+        total += float(np.sum(largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1)) - right))
+    return total / len(queries)
+
+
+def _sigmoid_loss(images: np.ndarray, texts: np.ndarray, scale: float, bias: float) -> float:
+    total = 0.0
+    for logits, right in _logits(images, texts, scale):
+        # Of a pair log(1 + exp(-l)), of all others log(1 + exp(l)); the two differ by l.
+        total += float(np.sum(np.logaddexp(0, logits + bias)) - np.sum(right + bias))
+    return total / len(images)

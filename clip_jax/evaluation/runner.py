@@ -41,11 +41,16 @@ class Evaluator(NamedTuple):
             workers=self.workers,
         )
 
-    def heldout(self, weights: Weights, source: Source, scale: float) -> tuple[dict[str, float], Embedded]:
-        """Loss over all pairs as one batch (an image's first caption is its pair), and recall at 1, 5 and 10."""
+    def heldout(
+        self, weights: Weights, source: Source, scale: float, bias: float | None = None
+    ) -> tuple[dict[str, float], Embedded]:
+        """Loss over all pairs as one batch (an image's first caption is its pair), and recall at 1, 5 and 10.
+
+        The loss is the softmax one, or with a ``bias`` the sigmoid one.
+        """
         embedded = self.embed(weights, source)
         _, first = np.unique(embedded.owner, return_index=True)
-        metrics = {"loss": retrieval.loss(embedded.images, embedded.texts[first], scale)}
+        metrics = {"loss": retrieval.loss(embedded.images, embedded.texts[first], scale, bias)}
         metrics |= retrieval.recall(embedded.images, embedded.texts, embedded.owner)
         metrics |= {"images": len(embedded.images), "skipped": embedded.skipped.total()}
         return metrics, embedded

@@ -120,6 +120,7 @@ def train(run: Run) -> Gallery | None:
         run.mesh,
         max_logit_scale=config.loss.max_logit_scale,
         seed=config.seed,
+        loss_name=config.loss.name,
     )
     keep_every = config.checkpoint.keep_every_steps
     checkpoints = Checkpoints(
@@ -241,8 +242,10 @@ def evaluate(run: Run, evaluator: Evaluator, state: State, *, show: bool) -> tup
     evaluation, sources, weights = run.config.eval, run.sources, (state.params, state.batch_stats)
     started, values, gallery = time.perf_counter(), {}, None
     if sources.heldout is not None:
-        scale = float(jnp.exp(state.params["logit_scale"]))
-        found, embedded = evaluator.heldout(weights, sources.heldout, scale)
+        scale, bias = float(jnp.exp(state.params["logit_scale"])), None
+        if run.config.loss.name == "sigmoid":
+            bias = float(state.params["logit_bias"])
+        found, embedded = evaluator.heldout(weights, sources.heldout, scale, bias)
         values |= {f"eval/{evaluation.heldout_name}/{name}": value for name, value in found.items()}
         gallery = evaluator.gallery(embedded, sources.heldout) if show else None
     if sources.zero_shot is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,6 +66,7 @@ def make_train_step(
     *,
     max_logit_scale: float,
     seed: int = 0,
+    loss_name: Literal["softmax", "sigmoid"] = "softmax",
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """``(state, {"image": uint8[B, H, W, 3], "text": int32[B, L]}) -> (state, metrics)``; the state is donated."""
     abstract = abstract_state(model, optimizer, mesh)
@@ -74,7 +75,11 @@ def make_train_step(
     def loss(params, batch_stats, batch, rng):
         pixels = preprocess.normalize(batch["image"])
         image, text, batch_stats = model.forward(params, batch_stats, pixels, batch["text"], train=True, rng=rng)
-        value, metrics = grid.softmax(image, text, jnp.exp(params["logit_scale"]), mesh=mesh)
+        scale = jnp.exp(params["logit_scale"])
+        if loss_name == "sigmoid":
+            value, metrics = grid.sigmoid(image, text, scale, params["logit_bias"], mesh=mesh)
+        else:
+            value, metrics = grid.softmax(image, text, scale, mesh=mesh)
         return value, (metrics, batch_stats)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -94,6 +99,8 @@ def make_train_step(
             "logit_scale": jnp.exp(state.params["logit_scale"]),
             "learning_rate": rate(state.step),
         }
+        if "logit_bias" in state.params:
+            metrics["logit_bias"] = state.params["logit_bias"]
         return State(state.step + 1, state.data_step + 1, params, batch_stats, opt_state), metrics
 
     return jax.jit(

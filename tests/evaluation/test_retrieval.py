@@ -72,3 +72,5 @@ def test_held_out_loss_is_the_training_loss_of_all_pairs_at_once(block, monkeypa
     images, texts, _ = random(30, 30)
     expected, _ = reference.softmax(images, texts, jnp.float32(20.0))
     assert retrieval.loss(images, texts, 20.0) == pytest.approx(float(expected), rel=1e-5)
+    expected, _ = reference.sigmoid(images, texts, jnp.float32(20.0), jnp.float32(-10.0))
+    assert retrieval.loss(images, texts, 20.0, -10.0) == pytest.approx(float(expected), rel=1e-5)

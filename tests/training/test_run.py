@@ -132,3 +132,15 @@ def test_a_value_that_is_not_finite_is_null_in_valid_json(tmp_path):
     writer = Writer(tmp_path, enabled=True, tensorboard=False, first_step=0)
     writer.write(1, {"train/loss": float("nan")})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": None}
+
+
+def test_a_run_with_the_sigmoid_loss_has_a_bias_and_evaluates_with_it(tmp_path):
+    overrides = {"loss.name": "sigmoid", "steps": "4", "model.patch_dropout": "0.5"}
+    recipe = str(runs.write_recipe(tmp_path))
+    assert loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides=overrides) == 0
+    lines = runs.metrics(tmp_path / "run")
+    assert lines[0]["train/logit_scale"] == pytest.approx(10, rel=1e-5)
+    assert lines[0]["train/logit_bias"] == pytest.approx(-10, rel=1e-5)
+    # At the start every pair costs about 10 - 10 cos and all else next to nothing.
+    assert lines[0]["train/loss"] == pytest.approx(10, abs=6)
+    assert "eval/heldout/loss" in lines[-1]

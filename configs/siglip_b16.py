@@ -1,0 +1,35 @@
+"""SigLIP ViT-B/16 after Zhai et al. 2023: sigmoid loss at a global batch of 32,768.
+
+python main.py --config='configs/siglip_b16.py:tar:/data/train-*.tar' --workdir=runs/siglip_b16
+AdamW stands in for the paper's Adafactor; the decay is big_vision's 1e-4 in optax's convention (times the learning rate).
+
+Expect: train/loss about 10 at the first step (bias -10); zero-shot ImageNet top-1 0.760 (the paper's weights on WebLI).
+"""
+
+from clip_jax.config import defaults
+
+
+def get_config(data: str = "tar:data/train-*.tar"):
+    config = defaults()
+    config.examples = 9_000_000_000
+    config.batch_size = 32_768
+    config.data.train = data
+    config.data.workers = 16
+
+    config.model.name = "ViT-B/16-SigLIP"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.model.activation = "gelu_tanh"  # in both towers, as the original was trained
+    config.tokenizer.kind = "sentencepiece"  # 32,000 pieces learned from the run's captions
+    config.loss.name = "sigmoid"
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 20000
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.beta2 = 0.95
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 1.0
+
+    config.checkpoint.every_steps = 1000
+    config.checkpoint.keep_every_steps = 50_000
+    return config
