@@ -15,7 +15,7 @@ from clip_jax import sharding
 from clip_jax.data import tokenizers
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.interop import files, folders, huggingface, huggingface_config, open_clip, open_clip_config
+from clip_jax.interop import big_vision, files, folders, huggingface, huggingface_config, open_clip, open_clip_config
 from clip_jax.interop.state import State
 from clip_jax.models.clip import CLIP, Architecture, Params
 from clip_jax.presets import Preset
@@ -54,7 +54,10 @@ def open_weights(path: Path, name: str, preset: Preset) -> Foreign:
     """A file or folder of weights for a model that is known by name; a config beside them is not asked."""
     weights = folders.find(path).weights if path.is_dir() else path
     state = files.read(weights)
-    return Foreign(name, preset, state, folders.layout_of(list(state), str(weights)), weights.parent)
+    layout = folders.layout_of(list(state), str(weights))
+    if layout == "bigvision":
+        preset = preset._replace(architecture=big_vision.activations(preset.architecture))
+    return Foreign(name, preset, state, layout, weights.parent)
 
 
 def read_params(foreign: Foreign) -> tuple[Params, Params]:
@@ -71,6 +74,8 @@ def as_open_clip(foreign: Foreign) -> State:
     """The state under OpenCLIP's names."""
     if foreign.layout == "huggingface":
         return huggingface.to_open_clip(foreign.state, foreign.preset.architecture)
+    if foreign.layout == "bigvision":
+        return big_vision.to_open_clip(foreign.state, foreign.preset.architecture)
     return foreign.state
 
 
