@@ -28,7 +28,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(TESTS) -m 'not slow and not parity'
+	$(TESTS) -n 2 -m 'not slow and not parity'
 
 test-all: $(VENV)/.installed-test
 	$(TESTS) -m 'slow or parity'

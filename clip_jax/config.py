@@ -184,7 +184,7 @@ def check_architecture(architecture: presets.Architecture) -> None:
         )
     for name, tower in (("image", image), ("text", text)):
         for size, value in dataclasses.asdict(tower).items():
-            if type(value) is int and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise UserError(f"config.model.{name}.{size}={value} must be at least 1")
         if tower.width % tower.heads:
             raise UserError(f"config.model.{name}: width={tower.width} does not divide into heads={tower.heads}")

@@ -183,8 +183,7 @@ def _run(folder: Path, mesh: Mesh | None, dtype: str) -> Model:
 
 def _foreign(found: foreign.Foreign, mesh: Mesh | None, dtype: str) -> Model:
     architecture = found.preset.architecture
-    params, batch_stats = foreign.read_params(found)
-    params = foreign.place(params, architecture, mesh)
+    params, batch_stats = foreign.read_params(found, foreign.onto_devices(architecture, mesh))
     clip = CLIP(architecture, jnp.dtype(dtype))
     open_tokenizer = partial(foreign.open_tokenizer, found)
     return Model(found.name, found.preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)

@@ -2,6 +2,13 @@
 
 python main.py --config=configs/emoji.py --workdir=runs/emoji
 python main.py --config=configs/emoji.py:DIR --workdir=runs/emoji          DIR holds train-*.tar and heldout-*.tar
+
+Held out are 184 new combinations of things seen in training (a person, an activity, a skin tone).
+Expect: after 12 epochs (161 steps, 8 minutes on two idle CPU cores at 80 to 110 pairs/s with
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in front), with seeds 0, 1, 2 and on average:
+    image to text R@1  0.848  0.826  0.853  -> 0.842        R@5  0.995  0.989  0.984  -> 0.989
+    text to image R@1  0.853  0.870  0.886  -> 0.870        R@5  1.000  1.000  1.000  -> 1.000
+One standard error at 184 pairs is 0.03. OpenCLIP with the same settings, one seed: 0.82 and 0.83, 0.98 and 0.99.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, a cache folder of its own, and no network."""
+"""Eight simulated devices for every test, programs compiled in a hurry, a cache folder of its own, and no network."""
 
 import os
 import tempfile
@@ -6,6 +6,7 @@ import tempfile
 os.environ["CLIP_JAX_CACHE"] = tempfile.mkdtemp(prefix="clip-jax-test-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time of a test is the compiler's
 
 from pathlib import Path
 

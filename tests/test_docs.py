@@ -43,7 +43,7 @@ def clone(tmp_path_factory) -> Path:
 
 
 def run(clone: Path, command: str, seconds: float) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "MAKEFLAGS")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS", "MAKEFLAGS")}
     done = subprocess.run(
         ["bash", "-c", command], cwd=clone, capture_output=True, text=True, timeout=seconds, env=environment
     )

@@ -125,9 +125,9 @@ def _pick(rng: random.Random, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
-# Lengths in 128ths of the side: halves of a pixel at 64, so that few stencils serve all scenes. A lone object uses the
-# room it has, for shape is the last thing to be learned; small and large stay a gap apart, alone or in company.
-_RADII = {"small": range(17, 21), "large": range(27, 31)}
+# Lengths in 128ths of the side: halves of a pixel at 64, so that few stencils serve all scenes. Two large objects side
+# by side do not touch; small and large stay a gap apart, so that they can be told from one picture alone.
+_RADII = {"small": range(17, 21), "large": range(27, 30)}
 
 _COLUMNS = {"left": -1, "right": 1}
 _ROWS = {"top": -1, "bottom": 1}
@@ -178,7 +178,7 @@ def _draw_thing(rng: random.Random, colour: str, shape: str, place: str, count: 
 
 def _coordinate(rng: random.Random, side: int) -> float:
     """The middle of the named third, give or take a pixel at 64: shapes at any offset take far longer to learn."""
-    return 0.5 + 0.24 * side + rng.uniform(-0.015, 0.015)
+    return 0.5 + 0.245 * side + rng.uniform(-0.0125, 0.0125)
 
 
 def _heldout_scenes() -> Iterator[Scene]:

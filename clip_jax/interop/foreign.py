@@ -3,12 +3,14 @@
 The one place that knows all layouts; each has a module of its own for its names and its config.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from clip_jax import sharding
@@ -60,11 +62,16 @@ def open_weights(path: Path, name: str, preset: Preset) -> Foreign:
     return Foreign(name, preset, state, layout, weights.parent)
 
 
-def read_params(foreign: Foreign) -> tuple[Params, Params]:
-    """(params, batch_stats) in our tree, as NumPy arrays in float32; each tensor is read from the file once."""
+def read_params(
+    foreign: Foreign, place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf
+) -> tuple[Params, Params]:
+    """(params, batch_stats) in our tree, in float32; each tensor is read from the file once.
+
+    ``place`` takes each NumPy leaf to where it shall be, before the next is read.
+    """
     try:
         state, architecture = as_open_clip(foreign), foreign.preset.architecture
-        return open_clip.to_params(state, architecture), open_clip.to_batch_stats(state, architecture)
+        return open_clip.to_params(state, architecture, place), open_clip.to_batch_stats(state, architecture)
     except UserError as error:
         place = foreign.state.source
         raise error if str(error).startswith(place) else UserError(f"{place}: {error}") from error
@@ -79,12 +86,11 @@ def as_open_clip(foreign: Foreign) -> State:
     return foreign.state
 
 
-def place(params: Params, architecture: Architecture, mesh: Mesh | None = None) -> Params:
-    """Host arrays onto the devices, each shard where it belongs on the mesh (or all on the first device).
-
-    ``params`` is emptied on the way, so that no more than one tensor is in memory twice.
-    """
-    return _place(params, shardings(architecture, mesh))
+def onto_devices(architecture: Architecture, mesh: Mesh | None = None) -> Callable[[str, np.ndarray], jax.Array]:
+    """What takes a leaf by its path to the devices: each shard where it belongs on the mesh, or all on the first."""
+    where = flatten_dict(shardings(architecture, mesh), sep="/")
+    # Waited for: the host's copy can go before the next leaf is read.
+    return lambda path, leaf: jax.block_until_ready(jax.device_put(leaf, where[path]))
 
 
 def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
@@ -94,18 +100,6 @@ def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: here, nn.meta.unbox(boxed))
     return sharding.parameter_shardings(boxed, mesh)
-
-
-def _place(params: Params, shardings: Params) -> Params:
-    placed = {}
-    for name in list(params):
-        value = params.pop(name)
-        if isinstance(value, dict):
-            placed[name] = _place(value, shardings[name])
-        else:
-            placed[name] = jax.block_until_ready(jax.device_put(np.asarray(value), shardings[name]))
-        del value
-    return placed
 
 
 def open_tokenizer(foreign: Foreign) -> Tokenizer:

@@ -197,7 +197,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; with ``norm_last`` the norms come after: ``x + norm(mlp(x))``."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
+
+    With ``norm_last`` the norm is the last step instead, ``x + norm(attention(x))``; ``rotary`` turns queries and keys.
+    """
 
     shape: BlockShape
     inits: BlockInit

@@ -9,7 +9,10 @@ import optax
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-DECAYED = ("qkv", "out", "up", "down", "patch_embedding", "token_embedding", "projection")
+DECAYED = (
+    *("qkv", "out", "up", "down", "gate", "query", "key", "value", "key_value", "kernel"),
+    *("patch_embedding", "token_embedding", "spatial_embedding", "projection"),
+)
 POSITIONS = ("position_embedding",)
 
 

@@ -36,7 +36,7 @@ def boxed_state(model: CLIP, optimizer: optax.GradientTransformation, rng: Key[A
     params = model.init(rng)
     zero = jnp.zeros((), jnp.int32)
     # The optimizer sees boxed parameters, so that its moments are boxed, and thus sharded, in the same way.
-    return State(zero, zero, params, {}, optimizer.init(params))
+    return State(zero, zero, params, model.init_batch_stats(), optimizer.init(params))
 
 
 def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:

@@ -23,6 +23,7 @@ from clip_jax import presets
 from clip_jax.errors import UserError
 from clip_jax.interop import open_clip
 from clip_jax.models.clip import CLIP, Architecture, unit
+from clip_jax.models.resize import resize
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
@@ -44,7 +45,7 @@ from pathlib import Path
 import torchvision_ops_stub  # before open_clip
 import timm
 import torch
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CLIP, CustomTextCLIP, resize_pos_embed, resize_text_pos_embed
 from safetensors.torch import save_file
 
 folder = Path(sys.argv[1])
@@ -68,13 +69,32 @@ for name, job in json.loads((folder / "jobs.json").read_text()).items():
         text_cfg = job["config"]["text_cfg"]
         image = torch.randn(3, 3, size, size)
         text = torch.randint(1, text_cfg["vocab_size"], (3, text_cfg["context_length"]))
+        tokens = {}
+        if job["tokens"]:  # behind the last block but one
+            model.visual.transformer.resblocks[-2].register_forward_hook(lambda *a: tokens.update(image_tokens=a[2]))
+            model.transformer.resblocks[-2].register_forward_hook(lambda *a: tokens.update(text_tokens=a[2]))
         result = {
             "image": image.permute(0, 2, 3, 1).contiguous(),
             "text": text,
             "image_embedding": model.encode_image(image),
             "text_embedding": model.encode_text(text),
+            **tokens,
         }
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
+        if job["resize"]:  # the same weights in a model of other sizes, where OpenCLIP resamples them
+            other = json.loads(json.dumps(job["config"]))
+            other["vision_cfg"]["image_size"], other["text_cfg"]["context_length"] = job["resize"]
+            state = model.state_dict()
+            resized = CLIP(**other).eval()
+            resize_pos_embed(state, resized)
+            resize_text_pos_embed(state, resized)
+            resized.load_state_dict(state)
+            image = torch.randn(3, 3, job["resize"][0], job["resize"][0])
+            text = torch.randint(1, text_cfg["vocab_size"], (3, job["resize"][1]))
+            result["resized_image"] = image.permute(0, 2, 3, 1)
+            result["resized_text"] = text
+            result["resized_image_embedding"] = resized.encode_image(image)
+            result["resized_text_embedding"] = resized.encode_text(text)
         if job["train"]:
             result["train_embedding"] = model.train().encode_image(image)
             statistics = {k: v for k, v in model.state_dict().items() if "running" in k}
@@ -177,6 +197,9 @@ MODELS = {
     "eva_e14": eva("eva02_enormous_patch14_clip_224", 56, 14, 64, 548, embed_dim=64, num_heads=2),
 }
 
+# Models that are also loaded at another image size and text length.
+RESIZED = {"vit": (56, 20), "clipa": (24, 8)}
+
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory) -> Path:
@@ -184,6 +207,7 @@ def peers(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("peers")
     jobs = {
         name: {"config": m.config, "custom_text": m.custom_text, "timm": dict(m.timm), "train": name == "rn"}
+        | {"resize": RESIZED.get(name), "tokens": name == "vit"}
         for name, m in MODELS.items()
     }
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -261,3 +285,28 @@ def test_batch_norm_in_training_equals_open_clip(peers):
     for name, value in expected.items():
         np.testing.assert_allclose(back[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
         assert not np.allclose(value, state[name], rtol=1e-3), name
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_other_sizes_equal_open_clip(name, peers):
+    """Both larger and smaller: position embeddings are resampled as OpenCLIP does it on loading."""
+    given = load_file(peers / f"{name}.results")
+    architecture = MODELS[name].architecture
+    params = open_clip.to_params(load_file(peers / f"{name}.safetensors"), architecture)
+    size, length = RESIZED[name]
+    params, architecture = resize(params, architecture, image_size=size, context_length=length)
+    assert (architecture.image.image_size, architecture.text.context_length) == (size, length)
+    clip = CLIP(architecture)
+    image = clip.encode_image(params, jnp.asarray(given["resized_image"]))
+    text = clip.encode_text(params, jnp.asarray(given["resized_text"], jnp.int32))
+    assert relative(image, given["resized_image_embedding"]) < 1e-5
+    assert relative(text, given["resized_text_embedding"]) < 1e-5
+
+
+def test_tokens_of_the_last_block_but_one_equal_open_clip(peers):
+    given, architecture = load_file(peers / "vit.results"), MODELS["vit"].architecture
+    params = open_clip.to_params(load_file(peers / "vit.safetensors"), architecture)
+    image = CLIP(architecture).image_tokens(params, jnp.asarray(given["image"]), -2)
+    text = CLIP(architecture).text_tokens(params, jnp.asarray(given["text"], jnp.int32), -2)
+    assert relative(image, given["image_tokens"]) < 1e-5
+    assert relative(text, given["text_tokens"]) < 1e-5
