@@ -138,17 +138,25 @@ class Model:
 
 
 def load(
-    source: str | Path, weights: str | Path | None = None, *, mesh: Mesh | None = None, dtype: str = "float32"
+    source: str | Path,
+    weights: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
 ) -> Model:
     """A run's folder, an OpenCLIP or Hugging Face folder, or ``hf://org/name``; or a model's name with its ``weights``.
 
     ``load("runs/demo")`` takes the newest checkpoint; ``load("ViT-B/32", weights="ViT-B-32.safetensors")`` takes a file
-    or folder in anybody's layout. With a ``mesh`` each shard is placed where it belongs, else all is on one device.
-    Raises UserError; no pickle is opened (``clip-jax import`` converts those).
+    or folder in anybody's layout. Foreign weights are adapted to another ``image_size`` or ``context_length`` by
+    resizing their position embeddings, and a line says so. With a ``mesh`` each shard is placed where it belongs, else
+    all is on one device. Raises UserError; no pickle is opened (``clip-jax import`` converts those).
     """
     if weights is not None:
         name = str(source)
-        return _foreign(foreign.open_weights(folders.local(weights), name, presets.preset(name)), mesh, dtype)
+        found = foreign.open_weights(folders.local(weights), name, presets.preset(name))
+        return _foreign(found, image_size, context_length, mesh, dtype)
     folder = folders.local(source)
     if folder.is_file():
         raise UserError(f"{folder}: does not say which model it is: load(NAME, weights={str(folder)!r})")
@@ -157,8 +165,10 @@ def load(
             raise UserError(f"{source}: a name says the architecture alone; load({str(source)!r}, weights=PATH_OR_HF)")
         raise UserError(f"{folder}: no such folder; give the --workdir of a run, or a folder of weights")
     if run_folder.is_run(folder):
+        if image_size or context_length:
+            raise UserError(f"{folder}: a run is loaded at its own size; image_size, context_length are for weights")
         return _run(folder, mesh, dtype)
-    return _foreign(foreign.open_folder(folder), mesh, dtype)
+    return _foreign(foreign.open_folder(folder), image_size, context_length, mesh, dtype)
 
 
 def _is_name(text: str) -> bool:
@@ -181,12 +191,14 @@ def _run(folder: Path, mesh: Mesh | None, dtype: str) -> Model:
     return Model(run["model"]["name"], preset, clip, params, open_tokenizer, step)
 
 
-def _foreign(found: foreign.Foreign, mesh: Mesh | None, dtype: str) -> Model:
-    architecture = found.preset.architecture
-    params, batch_stats = foreign.read_params(found, foreign.onto_devices(architecture, mesh))
-    clip = CLIP(architecture, jnp.dtype(dtype))
-    open_tokenizer = partial(foreign.open_tokenizer, found)
-    return Model(found.name, found.preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)
+def _foreign(
+    found: foreign.Foreign, image_size: int | None, context_length: int | None, mesh: Mesh | None, dtype: str
+) -> Model:
+    preset = foreign.resized(found.preset, image_size, context_length)
+    params, batch_stats = foreign.read_params(found, foreign.onto_devices(preset.architecture, mesh))
+    clip = CLIP(preset.architecture, jnp.dtype(dtype))
+    open_tokenizer = partial(foreign.open_tokenizer, found._replace(preset=preset))
+    return Model(found.name, preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)
 
 
 def _as_list(images: Images) -> list:

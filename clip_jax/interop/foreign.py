@@ -3,6 +3,7 @@
 The one place that knows all layouts; each has a module of its own for its names and its config.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,17 @@ from clip_jax import sharding
 from clip_jax.data import tokenizers
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.interop import big_vision, files, folders, huggingface, huggingface_config, open_clip, open_clip_config
+from clip_jax.interop import (
+    big_vision,
+    files,
+    folders,
+    huggingface,
+    huggingface_config,
+    open_clip,
+    open_clip_config,
+    table,
+)
+from clip_jax.interop.merge import resize_positions
 from clip_jax.interop.state import State
 from clip_jax.models.clip import CLIP, Architecture, Params
 from clip_jax.presets import Preset
@@ -87,10 +98,33 @@ def as_open_clip(foreign: Foreign) -> State:
 
 
 def onto_devices(architecture: Architecture, mesh: Mesh | None = None) -> Callable[[str, np.ndarray], jax.Array]:
-    """What takes a leaf by its path to the devices: each shard where it belongs on the mesh, or all on the first."""
+    """What takes a leaf by its path to the devices: each shard where it belongs on the mesh, or all on the first.
+
+    Position embeddings of another length than the architecture's are resized on the way, and a line says so.
+    """
     where = flatten_dict(shardings(architecture, mesh), sep="/")
-    # Waited for: the host's copy can go before the next leaf is read.
-    return lambda path, leaf: jax.block_until_ready(jax.device_put(leaf, where[path]))
+    shapes = table.parameter_shapes(architecture)
+
+    def place(path: str, leaf: np.ndarray) -> jax.Array:
+        if leaf.shape != shapes[path]:
+            folders.log.warning("%s: resized from %d to %d positions", path, len(leaf), shapes[path][0])
+            leaf = resize_positions(leaf, shapes[path][0], image=path.startswith("image/"))
+        # Waited for: the host's copy can go before the next leaf is read.
+        return jax.block_until_ready(jax.device_put(leaf, where[path]))
+
+    return place
+
+
+def resized(preset: Preset, image_size: int | None, context_length: int | None) -> Preset:
+    """The preset for images and texts of other sizes. Raises UserError for a size that is not whole patches."""
+    image, text = preset.architecture.image, preset.architecture.text
+    size, length = image_size or image.image_size, context_length or text.context_length
+    if size < image.patch_size or (image_size and size % image.patch_size):
+        raise UserError(f"image_size={size}: not a multiple of this model's patches of {image.patch_size} pixels")
+    if length < 1:
+        raise UserError(f"context_length={length}: must be at least 1")
+    image, text = dataclasses.replace(image, image_size=size), dataclasses.replace(text, context_length=length)
+    return preset._replace(architecture=dataclasses.replace(preset.architecture, image=image, text=text))
 
 
 def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
