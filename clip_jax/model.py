@@ -74,27 +74,47 @@ class Model:
         """Texts (one or several) -> token ids."""
         return self.tokenizer([texts] if isinstance(texts, str) else list(texts))
 
-    def encode_image(self, images: Images, *, normalize: bool = True) -> Float[np.ndarray, "n dim"]:
-        """Embeddings of paths, PIL images or uint8 arrays, decoded and encoded a batch at a time."""
+    def encode_image(
+        self, images: Images, *, normalize: bool = True, return_tokens: int | None = None
+    ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n tokens width"]:
+        """Embeddings of paths, PIL images or uint8 arrays, decoded and encoded a batch at a time.
+
+        ``return_tokens``: instead, all tokens behind that block, counted from 1, or from the end: -1 is the last. LLaVA
+        takes ``load("ViT-L/14-336-quickgelu", weights=...).encode_image(image, return_tokens=-2)[:, 1:]``.
+        """
         images = _as_list(images)
         chunks = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-        return _in_batches(lambda chunk: self.encode_pixels(self.preprocess(chunk), normalize=normalize), chunks)
+        encode = partial(self.encode_pixels, normalize=normalize, return_tokens=return_tokens)
+        return _in_batches(lambda chunk: encode(self.preprocess(chunk)), chunks)
 
-    def encode_text(self, texts: str | Sequence[str], *, normalize: bool = True) -> Float[np.ndarray, "n dim"]:
-        """Embeddings of texts."""
+    def encode_text(
+        self, texts: str | Sequence[str], *, normalize: bool = True, return_tokens: int | None = None
+    ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n length width"]:
+        """Embeddings of texts; ``return_tokens`` as in ``encode_image``.
+
+        Stable Diffusion 1 takes ``encode_text(prompts, return_tokens=-1)`` with the final norm applied to it
+        (``model.clip.text_tokens(..., normalize=True)``), Stable Diffusion XL -2 without.
+        """
         tokens = self.tokenize(texts)
         chunks = [tokens[i : i + BATCH] for i in range(0, len(tokens), BATCH)]
-        return _in_batches(lambda chunk: self.encode_tokens(chunk, normalize=normalize), chunks)
+        encode = partial(self.encode_tokens, normalize=normalize, return_tokens=return_tokens)
+        return _in_batches(encode, chunks)
 
     def encode_pixels(
-        self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True
-    ) -> Float[Array, "n dim"]:
+        self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True, return_tokens: int | None = None
+    ) -> Float[Array, "n dim"] | Float[Array, "n tokens width"]:
         """Embeddings of normalised pixels; jitted, and differentiable with respect to them."""
+        if return_tokens is not None:
+            return self._image_tokens(self.params, pixels, return_tokens)
         encoded = self._encode_pixels(self.params, pixels, self.batch_stats)
         return unit(encoded) if normalize else encoded
 
-    def encode_tokens(self, tokens: Int[Array, "n length"], *, normalize: bool = True) -> Float[Array, "n dim"]:
+    def encode_tokens(
+        self, tokens: Int[Array, "n length"], *, normalize: bool = True, return_tokens: int | None = None
+    ) -> Float[Array, "n dim"] | Float[Array, "n length width"]:
         """Embeddings of token ids; jitted."""
+        if return_tokens is not None:
+            return self._text_tokens(self.params, tokens, return_tokens)
         encoded = self._encode_tokens(self.params, tokens)
         return unit(encoded) if normalize else encoded
 
@@ -121,6 +141,14 @@ class Model:
     @cached_property
     def _encode_tokens(self):
         return jax.jit(self.clip.encode_text)
+
+    @cached_property
+    def _image_tokens(self):
+        return jax.jit(self.clip.image_tokens, static_argnums=2)
+
+    @cached_property
+    def _text_tokens(self):
+        return jax.jit(self.clip.text_tokens, static_argnums=2)
 
     def _pixels(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         if isinstance(image, str | Path):
