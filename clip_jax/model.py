@@ -74,27 +74,47 @@ class Model:
         """Texts (one or several) -> token ids."""
         return self.tokenizer([texts] if isinstance(texts, str) else list(texts))
 
-    def encode_image(self, images: Images, *, normalize: bool = True) -> Float[np.ndarray, "n dim"]:
-        """Embeddings of paths, PIL images or uint8 arrays, decoded and encoded a batch at a time."""
+    def encode_image(
+        self, images: Images, *, normalize: bool = True, return_tokens: int | None = None
+    ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n tokens width"]:
+        """Embeddings of paths, PIL images or uint8 arrays, decoded and encoded a batch at a time.
+
+        ``return_tokens``: instead, all tokens behind that block, counted from 1, or from the end: -1 is the last. LLaVA
+        takes ``load("ViT-L/14-336-quickgelu", weights=...).encode_image(image, return_tokens=-2)[:, 1:]``.
+        """
         images = _as_list(images)
         chunks = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-        return _in_batches(lambda chunk: self.encode_pixels(self.preprocess(chunk), normalize=normalize), chunks)
+        encode = partial(self.encode_pixels, normalize=normalize, return_tokens=return_tokens)
+        return _in_batches(lambda chunk: encode(self.preprocess(chunk)), chunks)
 
-    def encode_text(self, texts: str | Sequence[str], *, normalize: bool = True) -> Float[np.ndarray, "n dim"]:
-        """Embeddings of texts."""
+    def encode_text(
+        self, texts: str | Sequence[str], *, normalize: bool = True, return_tokens: int | None = None
+    ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n length width"]:
+        """Embeddings of texts; ``return_tokens`` as in ``encode_image``.
+
+        Stable Diffusion 1 takes ``encode_text(prompts, return_tokens=-1)`` with the final norm applied to it
+        (``model.clip.text_tokens(..., normalize=True)``), Stable Diffusion XL -2 without.
+        """
         tokens = self.tokenize(texts)
         chunks = [tokens[i : i + BATCH] for i in range(0, len(tokens), BATCH)]
-        return _in_batches(lambda chunk: self.encode_tokens(chunk, normalize=normalize), chunks)
+        encode = partial(self.encode_tokens, normalize=normalize, return_tokens=return_tokens)
+        return _in_batches(encode, chunks)
 
     def encode_pixels(
-        self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True
-    ) -> Float[Array, "n dim"]:
+        self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True, return_tokens: int | None = None
+    ) -> Float[Array, "n dim"] | Float[Array, "n tokens width"]:
         """Embeddings of normalised pixels; jitted, and differentiable with respect to them."""
+        if return_tokens is not None:
+            return self._image_tokens(self.params, pixels, return_tokens)
         encoded = self._encode_pixels(self.params, pixels, self.batch_stats)
         return unit(encoded) if normalize else encoded
 
-    def encode_tokens(self, tokens: Int[Array, "n length"], *, normalize: bool = True) -> Float[Array, "n dim"]:
+    def encode_tokens(
+        self, tokens: Int[Array, "n length"], *, normalize: bool = True, return_tokens: int | None = None
+    ) -> Float[Array, "n dim"] | Float[Array, "n length width"]:
         """Embeddings of token ids; jitted."""
+        if return_tokens is not None:
+            return self._text_tokens(self.params, tokens, return_tokens)
         encoded = self._encode_tokens(self.params, tokens)
         return unit(encoded) if normalize else encoded
 
@@ -122,6 +142,14 @@ class Model:
     def _encode_tokens(self):
         return jax.jit(self.clip.encode_text)
 
+    @cached_property
+    def _image_tokens(self):
+        return jax.jit(self.clip.image_tokens, static_argnums=2)
+
+    @cached_property
+    def _text_tokens(self):
+        return jax.jit(self.clip.text_tokens, static_argnums=2)
+
     def _pixels(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         if isinstance(image, str | Path):
             try:
@@ -138,17 +166,25 @@ class Model:
 
 
 def load(
-    source: str | Path, weights: str | Path | None = None, *, mesh: Mesh | None = None, dtype: str = "float32"
+    source: str | Path,
+    weights: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
 ) -> Model:
     """A run's folder, an OpenCLIP or Hugging Face folder, or ``hf://org/name``; or a model's name with its ``weights``.
 
     ``load("runs/demo")`` takes the newest checkpoint; ``load("ViT-B/32", weights="ViT-B-32.safetensors")`` takes a file
-    or folder in anybody's layout. With a ``mesh`` each shard is placed where it belongs, else all is on one device.
-    Raises UserError; no pickle is opened (``clip-jax import`` converts those).
+    or folder in anybody's layout. Foreign weights are adapted to another ``image_size`` or ``context_length`` by
+    resizing their position embeddings, and a line says so. With a ``mesh`` each shard is placed where it belongs, else
+    all is on one device. Raises UserError; no pickle is opened (``clip-jax import`` converts those).
     """
     if weights is not None:
         name = str(source)
-        return _foreign(foreign.open_weights(folders.local(weights), name, presets.preset(name)), mesh, dtype)
+        found = foreign.open_weights(folders.local(weights), name, presets.preset(name))
+        return _foreign(found, image_size, context_length, mesh, dtype)
     folder = folders.local(source)
     if folder.is_file():
         raise UserError(f"{folder}: does not say which model it is: load(NAME, weights={str(folder)!r})")
@@ -157,8 +193,10 @@ def load(
             raise UserError(f"{source}: a name says the architecture alone; load({str(source)!r}, weights=PATH_OR_HF)")
         raise UserError(f"{folder}: no such folder; give the --workdir of a run, or a folder of weights")
     if run_folder.is_run(folder):
+        if image_size or context_length:
+            raise UserError(f"{folder}: a run is loaded at its own size; image_size, context_length are for weights")
         return _run(folder, mesh, dtype)
-    return _foreign(foreign.open_folder(folder), mesh, dtype)
+    return _foreign(foreign.open_folder(folder), image_size, context_length, mesh, dtype)
 
 
 def _is_name(text: str) -> bool:
@@ -181,13 +219,14 @@ def _run(folder: Path, mesh: Mesh | None, dtype: str) -> Model:
     return Model(run["model"]["name"], preset, clip, params, open_tokenizer, step)
 
 
-def _foreign(found: foreign.Foreign, mesh: Mesh | None, dtype: str) -> Model:
-    architecture = found.preset.architecture
-    params, batch_stats = foreign.read_params(found)
-    params = foreign.place(params, architecture, mesh)
-    clip = CLIP(architecture, jnp.dtype(dtype))
-    open_tokenizer = partial(foreign.open_tokenizer, found)
-    return Model(found.name, found.preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)
+def _foreign(
+    found: foreign.Foreign, image_size: int | None, context_length: int | None, mesh: Mesh | None, dtype: str
+) -> Model:
+    preset = foreign.resized(found.preset, image_size, context_length)
+    params, batch_stats = foreign.read_params(found, foreign.onto_devices(preset.architecture, mesh))
+    clip = CLIP(preset.architecture, jnp.dtype(dtype))
+    open_tokenizer = partial(foreign.open_tokenizer, found._replace(preset=preset))
+    return Model(found.name, preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)
 
 
 def _as_list(images: Images) -> list:

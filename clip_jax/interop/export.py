@@ -14,7 +14,7 @@ import numpy as np
 from clip_jax import __version__
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.interop import files, folders, huggingface, huggingface_config, open_clip, open_clip_config
+from clip_jax.interop import big_vision, files, folders, huggingface, huggingface_config, open_clip, open_clip_config
 from clip_jax.interop.state import State, from_arrays
 from clip_jax.models.clip import Params, parameter_counts
 from clip_jax.models.resnet import ResNetTower
@@ -40,7 +40,11 @@ def export(
     state = from_arrays(name, open_clip.from_params(jax.tree.map(np.asarray, params), preset.architecture, batch_stats))
     write = {"openclip": _open_clip, "huggingface": _hugging_face, "bigvision": _big_vision}[layout]
     to.mkdir(parents=True, exist_ok=True)
-    lines = write(to, preset, state)
+    try:
+        lines = write(to, preset, state)
+    except UserError:
+        to.rmdir()  # Nothing was written: the formats refuse before they write.
+        raise
     lines += _tokenizer(to, layout, preset, tokenizer, source)
     (to / "README.md").write_text(model_card(name, layout, preset, params), encoding="utf-8")
     return lines
@@ -55,14 +59,19 @@ def _open_clip(to: Path, preset: Preset, state: State) -> list[str]:
 
 def _hugging_face(to: Path, preset: Preset, state: State) -> list[str]:
     config, preprocessor = huggingface_config.from_preset(preset)
-    files.write_safetensors(to / "model.safetensors", huggingface.from_open_clip(state, preset.architecture))
+    renamed = huggingface.from_open_clip(state, preset.architecture)
+    files.write_safetensors(to / "model.safetensors", renamed)
     write_json(to / "config.json", config)
     write_json(to / "preprocessor_config.json", preprocessor)
     return [f"transformers.AutoModel.from_pretrained('{to.resolve()}') loads it"]
 
 
 def _big_vision(to: Path, preset: Preset, state: State) -> list[str]:
-    raise UserError("--format=bigvision holds SigLIP's towers alone (no class token, attention pooling)")
+    files.write_npz(to / "model.npz", big_vision.from_open_clip(state, preset.architecture))
+    lines = ["config: left out, the format has no place for it; big_vision's has to say the sizes"]
+    if big_vision.activations(preset.architecture) != preset.architecture:
+        lines.append("activation: big_vision computes GELU by its tanh approximation, this model does not everywhere")
+    return lines
 
 
 def _tokenizer(to: Path, layout: str, preset: Preset, tokenizer: Tokenizer | None, source: Path) -> list[str]:

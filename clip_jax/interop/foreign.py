@@ -3,19 +3,32 @@
 The one place that knows all layouts; each has a module of its own for its names and its config.
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.data import tokenizers
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.interop import files, folders, huggingface, huggingface_config, open_clip, open_clip_config
+from clip_jax.interop import (
+    big_vision,
+    files,
+    folders,
+    huggingface,
+    huggingface_config,
+    open_clip,
+    open_clip_config,
+    table,
+)
+from clip_jax.interop.merge import resize_positions
 from clip_jax.interop.state import State
 from clip_jax.models.clip import CLIP, Architecture, Params
 from clip_jax.presets import Preset
@@ -54,14 +67,22 @@ def open_weights(path: Path, name: str, preset: Preset) -> Foreign:
     """A file or folder of weights for a model that is known by name; a config beside them is not asked."""
     weights = folders.find(path).weights if path.is_dir() else path
     state = files.read(weights)
-    return Foreign(name, preset, state, folders.layout_of(list(state), str(weights)), weights.parent)
+    layout = folders.layout_of(list(state), str(weights))
+    if layout == "bigvision":
+        preset = preset._replace(architecture=big_vision.activations(preset.architecture))
+    return Foreign(name, preset, state, layout, weights.parent)
 
 
-def read_params(foreign: Foreign) -> tuple[Params, Params]:
-    """(params, batch_stats) in our tree, as NumPy arrays in float32; each tensor is read from the file once."""
+def read_params(
+    foreign: Foreign, place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf
+) -> tuple[Params, Params]:
+    """(params, batch_stats) in our tree, in float32; each tensor is read from the file once.
+
+    ``place`` takes each NumPy leaf to where it shall be, before the next is read.
+    """
     try:
         state, architecture = as_open_clip(foreign), foreign.preset.architecture
-        return open_clip.to_params(state, architecture), open_clip.to_batch_stats(state, architecture)
+        return open_clip.to_params(state, architecture, place), open_clip.to_batch_stats(state, architecture)
     except UserError as error:
         place = foreign.state.source
         raise error if str(error).startswith(place) else UserError(f"{place}: {error}") from error
@@ -71,15 +92,39 @@ def as_open_clip(foreign: Foreign) -> State:
     """The state under OpenCLIP's names."""
     if foreign.layout == "huggingface":
         return huggingface.to_open_clip(foreign.state, foreign.preset.architecture)
+    if foreign.layout == "bigvision":
+        return big_vision.to_open_clip(foreign.state, foreign.preset.architecture)
     return foreign.state
 
 
-def place(params: Params, architecture: Architecture, mesh: Mesh | None = None) -> Params:
-    """Host arrays onto the devices, each shard where it belongs on the mesh (or all on the first device).
+def onto_devices(architecture: Architecture, mesh: Mesh | None = None) -> Callable[[str, np.ndarray], jax.Array]:
+    """What takes a leaf by its path to the devices: each shard where it belongs on the mesh, or all on the first.
 
-    ``params`` is emptied on the way, so that no more than one tensor is in memory twice.
+    Position embeddings of another length than the architecture's are resized on the way, and a line says so.
     """
-    return _place(params, shardings(architecture, mesh))
+    where = flatten_dict(shardings(architecture, mesh), sep="/")
+    shapes = table.parameter_shapes(architecture)
+
+    def place(path: str, leaf: np.ndarray) -> jax.Array:
+        if leaf.shape != shapes[path]:
+            folders.log.warning("%s: resized from %d to %d positions", path, len(leaf), shapes[path][0])
+            leaf = resize_positions(leaf, shapes[path][0], image=path.startswith("image/"))
+        # Waited for: the host's copy can go before the next leaf is read.
+        return jax.block_until_ready(jax.device_put(leaf, where[path]))
+
+    return place
+
+
+def resized(preset: Preset, image_size: int | None, context_length: int | None) -> Preset:
+    """The preset for images and texts of other sizes. Raises UserError for a size that is not whole patches."""
+    image, text = preset.architecture.image, preset.architecture.text
+    size, length = image_size or image.image_size, context_length or text.context_length
+    if size < image.patch_size or (image_size and size % image.patch_size):
+        raise UserError(f"image_size={size}: not a multiple of this model's patches of {image.patch_size} pixels")
+    if length < 1:
+        raise UserError(f"context_length={length}: must be at least 1")
+    image, text = dataclasses.replace(image, image_size=size), dataclasses.replace(text, context_length=length)
+    return preset._replace(architecture=dataclasses.replace(preset.architecture, image=image, text=text))
 
 
 def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
@@ -89,18 +134,6 @@ def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: here, nn.meta.unbox(boxed))
     return sharding.parameter_shardings(boxed, mesh)
-
-
-def _place(params: Params, shardings: Params) -> Params:
-    placed = {}
-    for name in list(params):
-        value = params.pop(name)
-        if isinstance(value, dict):
-            placed[name] = _place(value, shardings[name])
-        else:
-            placed[name] = jax.block_until_ready(jax.device_put(np.asarray(value), shardings[name]))
-        del value
-    return placed
 
 
 def open_tokenizer(foreign: Foreign) -> Tokenizer:

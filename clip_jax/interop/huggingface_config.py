@@ -1,4 +1,4 @@
-"""Transformers' ``config.json`` and ``preprocessor_config.json`` <-> a preset: ``CLIPModel`` and ``SiglipModel``."""
+"""Transformers' ``config.json`` and ``preprocessor_config.json`` <-> a preset: ``CLIPModel``, ``SiglipModel``."""
 
 from typing import Any
 

@@ -3,7 +3,7 @@
 Nothing is read from disk here. The tables below are the whole mapping; ``table.py`` runs them in both directions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,12 @@ STATISTICS = ("running_mean", "running_var")
 COUNT = "num_batches_tracked"
 
 
-def to_params(state: Mapping[str, np.ndarray], architecture: Architecture) -> Params:
-    """OpenCLIP's tensors by name -> our tree, in float32.
+def to_params(
+    state: Mapping[str, np.ndarray],
+    architecture: Architecture,
+    place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
+) -> Params:
+    """OpenCLIP's tensors by name -> our tree, in float32; ``place`` takes each leaf to where it shall be.
 
     The text tower's names may begin with ``text.``, as OpenCLIP's CustomTextCLIP has them, or not. Raises UserError
     for a tensor that is missing, unknown or of a wrong shape.
@@ -32,7 +36,7 @@ def to_params(state: Mapping[str, np.ndarray], architecture: Architecture) -> Pa
     names = [name for name in state if name not in IGNORED and not name.endswith((*STATISTICS, COUNT))]
     tensors = _Renamed(state, {_canonical(name, architecture): name for name in names})
     shapes = table.parameter_shapes(architecture)
-    return table.read(tensors, _table(architecture), shapes, _sizes(architecture))
+    return table.read(tensors, _table(architecture), shapes, _sizes(architecture), place)
 
 
 def to_batch_stats(state: Mapping[str, np.ndarray], architecture: Architecture) -> Params:

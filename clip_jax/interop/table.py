@@ -40,23 +40,41 @@ def rows(theirs: str, ours: str, *table: tuple) -> list[Row]:
     return [Row(theirs + their_name, ours + our_name, *layout) for their_name, our_name, *layout in table]
 
 
-def read(state: Mapping[str, np.ndarray], table: Sequence[Row], shapes: Mapping[str, tuple], sizes: Mapping[str, int]):
+def read(
+    state: Mapping[str, np.ndarray],
+    table: Sequence[Row],
+    shapes: Mapping[str, tuple],
+    sizes: Mapping[str, int],
+    place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
+):
     """Their tensors -> our tree, in float32; each is read once. UserError: one missing, one too many, a wrong shape.
 
-    ``shapes`` are those of our leaves, ``sizes`` those of axes that ours do not show (the two of a patch).
+    ``shapes`` are those of our leaves, ``sizes`` those of axes that ours do not show (the two of a patch). ``place``
+    takes each leaf when it is whole, by its path, to where it shall be. The largest come first: then at no moment
+    is there a large leaf twice beside all others.
     """
     expected = {name for row in table for name in _names(row, shapes)}
     _check_names(state.keys(), expected)
-    params = {name: np.empty(shapes[name], np.float32) for name in {row.ours for row in table}}
+    by_leaf: dict[str, list[Row]] = {}
     for row in table:
-        source, target, axes = _layout(row, shapes, sizes)
-        for name, place in _places(row, shapes):
-            tensor = np.asarray(state[name])
-            wanted = _shape(source, axes)
-            if tensor.shape != wanted:
-                raise UserError(f"{name}: has the shape {list(tensor.shape)}, this model's is {list(wanted)}")
-            params[row.ours][place] = _rearrange(tensor, source, target, axes)
+        by_leaf.setdefault(row.ours, []).append(row)
+    params = {}
+    for path in sorted(by_leaf, key=lambda path: -math.prod(shapes[path])):
+        leaf = np.empty(shapes[path], np.float32)
+        for row in by_leaf[path]:
+            _read_row(state, row, leaf, shapes, sizes)
+        params[path] = place(path, leaf)
     return unflatten_dict(params, sep="/")
+
+
+def _read_row(state: Mapping, row: Row, leaf: np.ndarray, shapes: Mapping[str, tuple], sizes: Mapping[str, int]):
+    source, target, axes = _layout(row, shapes, sizes)
+    wanted = _shape(source, axes)
+    for name, where in _places(row, shapes):
+        tensor = np.asarray(state[name])
+        if tensor.shape != wanted:
+            raise UserError(f"{name}: has the shape {list(tensor.shape)}, this model's is {list(wanted)}")
+        leaf[where] = _rearrange(tensor, source, target, axes)
 
 
 def write(params: Any, table: Sequence[Row], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.resnet import ModifiedResNet, ResNetTower
 from clip_jax.models.text import TextTower, TextTransformer
 from clip_jax.models.transformer import LayerNorm, Remat
-from clip_jax.models.vit import ImageTower, ViT
+from clip_jax.models.vit import ImageTower, ViT, eva_start
 
 Params = dict[str, Any]
 
@@ -65,9 +65,11 @@ class CLIP:
         """The parameter tree, each leaf boxed with its logical axes (``flax.linen.LogicallyPartitioned``)."""
         image_rng, text_rng = jax.random.split(rng)
         size, length = self.architecture.image.image_size, self.architecture.text.context_length
-        image = self.image_tower.init(image_rng, jnp.zeros((1, size, size, 3), jnp.float32))
+        image = self.image_tower.init(image_rng, jnp.zeros((1, size, size, 3), jnp.float32))["params"]
+        if isinstance(self.architecture.image, ImageTower) and not self.architecture.image.key_bias:
+            image = eva_start(image)
         text = self.text_tower.init(text_rng, jnp.zeros((1, length), jnp.int32))
-        params = {"image": image["params"], "text": text["params"]}
+        params = {"image": image, "text": text["params"]}
         starts = {"logit_scale": self.architecture.init_logit_scale, "logit_bias": self.architecture.init_logit_bias}
         for name, start in starts.items():
             if start is not None:

@@ -217,6 +217,22 @@ class AttentionPooling(nn.Module):
         return pooled + MLP(self.shape, self.inits, dtype, name="mlp")(normed)
 
 
+def eva_start(params: dict) -> dict:
+    """EVA-02's own start: what writes to the residual stream shrinks with depth, and the projection is almost zero."""
+    blocks = params["transformer"]["blocks"]
+
+    def shrink(kernel):
+        depth = jnp.arange(1, kernel.shape[0] + 1, dtype=jnp.float32).reshape(-1, *(1,) * (kernel.ndim - 1))
+        return kernel / jnp.sqrt(2 * depth)
+
+    shrunk = {
+        "attention": blocks["attention"] | {"out": jax.tree.map(shrink, blocks["attention"]["out"])},
+        "mlp": blocks["mlp"] | {"down": jax.tree.map(shrink, blocks["mlp"]["down"])},
+    }
+    projection = jax.tree.map(lambda kernel: 0.001 * kernel, params["projection"])
+    return params | {"transformer": {"blocks": blocks | shrunk}, "projection": projection}
+
+
 def truncated_normal(stddev: float):
     """N(0, stddev) cut off at two standard deviations, and not widened again (timm's ``trunc_normal_tf_``)."""
     return lambda rng, shape, dtype=jnp.float32: stddev * jax.random.truncated_normal(rng, -2.0, 2.0, shape, dtype)

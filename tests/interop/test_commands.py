@@ -51,7 +51,8 @@ def test_export_says_what_the_format_cannot_hold(small_run, tmp_path, capsys):
     np.testing.assert_allclose(again.encode_tokens(tokens), model.encode_tokens(tokens), atol=1e-6)
 
     assert commands.main(["export", f"--model={small_run}", "--format=bigvision", f"--to={tmp_path / 'bv'}"]) == 2
-    assert "SigLIP" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "SigLIP" in error and not (tmp_path / "bv").exists()
     assert commands.main(["export", f"--model={small_run}", "--format=openclip", f"--to={to}"]) == 2
     assert "not empty" in capsys.readouterr().err
 

@@ -147,3 +147,26 @@ def test_the_tokenizer_is_the_folders(tmp_path, shared_data):
     model = clip_jax.load(folder)
     assert model.tokenize("a cat")[0, :4].tolist() == [49406, 320, 2368, 49407]
     assert model.encode_text(["a cat", "a dog"]).shape == (2, 24)
+
+
+def test_other_sizes_resize_the_positions_and_a_line_says_so(tmp_path, caplog):
+    model = clip_jax.load(folders_of.open_clip_folder(tmp_path), image_size=64, context_length=20)
+    assert "image/position_embedding: resized from 5 to 17 positions" in caplog.text
+    assert "text/position_embedding: resized from 77 to 20 positions" in caplog.text
+    assert model.image_size == 64 and model.params["image"]["position_embedding"].shape == (17, 64)
+    assert model.encode_tokens(tokens()[:, :20]).shape == (3, 24)
+    assert model.encode_image([np.zeros((40, 50, 3), np.uint8)]).shape == (1, 24)
+    with pytest.raises(UserError, match="image_size=50: not a multiple"):
+        clip_jax.load(tmp_path, image_size=50)
+
+
+def test_tokens_of_any_block_of_either_tower(tmp_path):
+    model = clip_jax.load(folders_of.open_clip_folder(tmp_path))
+    image = np.zeros((40, 50, 3), np.uint8)
+    last, first = (model.encode_image([image, image], return_tokens=layer) for layer in (-1, 1))
+    assert last.shape == first.shape == (2, 5, 64)
+    np.testing.assert_array_equal(first, model.encode_image([image, image], return_tokens=-2))  # of two blocks
+    assert np.abs(last - first).max() > 1e-3
+    assert model.encode_tokens(tokens(), return_tokens=-2).shape == (3, 77, 32)
+    with pytest.raises(UserError, match="layer=3"):
+        model.encode_tokens(tokens(), return_tokens=3)

@@ -209,6 +209,17 @@ def test_siglip_starts_as_timm_does():
     assert np.max(np.abs(pooling["probe"])) <= 2 * 128**-0.5
 
 
+def test_eva_starts_smaller_the_deeper_a_block_is():
+    image = params_of(CLIP(Architecture(presets.eva_image(32, 8, 128, 3, 2, 341), TEXT, 128)))["image"]
+    blocks = image["transformer"]["blocks"]
+    for layer in range(3):
+        expected = 0.02 / (2 * (layer + 1)) ** 0.5
+        assert np.std(blocks["attention"]["out"][layer]) == pytest.approx(expected, rel=0.05)
+        assert np.std(blocks["mlp"]["down"][layer]) == pytest.approx(expected, rel=0.05)
+        assert np.std(blocks["mlp"]["gate"][layer]) == pytest.approx(0.02, rel=0.05)
+    assert np.std(image["projection"]) == pytest.approx(2e-5, rel=0.05)
+
+
 @pytest.mark.parametrize("towers", [{"image_size": 56}, {"image_size": 16, "context_length": 7}])
 def test_a_resized_model_has_the_shapes_of_its_architecture(towers):
     for image in (IMAGE, presets.siglip_image(32, 8, 64, 1, 2, 96, "gelu"), ResNetTower(64, (1, 1, 1, 1), 16, 8)):

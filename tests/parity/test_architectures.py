@@ -43,6 +43,7 @@ PEER = """
 import functools, json, sys
 from pathlib import Path
 import torchvision_ops_stub  # before open_clip
+import open_clip
 import timm
 import torch
 from open_clip.model import CLIP, CustomTextCLIP, resize_pos_embed, resize_text_pos_embed
@@ -52,6 +53,9 @@ folder = Path(sys.argv[1])
 create = timm.create_model
 for name, job in json.loads((folder / "jobs.json").read_text()).items():
     torch.manual_seed(0)
+    if "named" in job:
+        job["config"] = json.loads((Path(open_clip.__file__).parent / f"model_configs/{job['named']}.json").read_text())
+        job["custom_text"] = job["config"].pop("custom_text", False)
     timm.create_model = functools.partial(create, **job["timm"])  # OpenCLIP passes no sizes on
     model = (CustomTextCLIP if job["custom_text"] else CLIP)(**job["config"]).eval()
     with torch.no_grad():
@@ -204,12 +208,17 @@ RESIZED = {"vit": (56, 20), "clipa": (24, 8)}
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory) -> Path:
     """A folder with the weights, inputs and embeddings of every model."""
-    folder = tmp_path_factory.mktemp("peers")
-    jobs = {
-        name: {"config": m.config, "custom_text": m.custom_text, "timm": dict(m.timm), "train": name == "rn"}
-        | {"resize": RESIZED.get(name), "tokens": name == "vit"}
-        for name, m in MODELS.items()
-    }
+    return run_peer(
+        tmp_path_factory.mktemp("peers"),
+        {
+            name: {"config": m.config, "custom_text": m.custom_text, "timm": dict(m.timm), "train": name == "rn"}
+            | {"resize": RESIZED.get(name), "tokens": name == "vit"}
+            for name, m in MODELS.items()
+        },
+    )
+
+
+def run_peer(folder: Path, jobs: dict[str, dict]) -> Path:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [PEERS / "bin" / "python", "-c", PEER, folder]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -225,15 +234,27 @@ def relative(ours, theirs) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_embeddings_equal_open_clip(name, peers):
-    architecture = MODELS[name].architecture
-    given = load_file(peers / f"{name}.results")
-    state = load_file(peers / f"{name}.safetensors")
+    compare(name, MODELS[name].architecture, peers)
+
+
+def compare(name: str, architecture: Architecture, folder: Path) -> None:
+    given = load_file(folder / f"{name}.results")
+    state = load_file(folder / f"{name}.safetensors")
     params, batch_stats = open_clip.to_params(state, architecture), open_clip.to_batch_stats(state, architecture)
     clip = CLIP(architecture)
     image = clip.encode_image(params, jnp.asarray(given["image"]), batch_stats)
     text = clip.encode_text(params, jnp.asarray(given["text"], jnp.int32))
     assert relative(image, given["image_embedding"]) < 1e-5
     assert relative(text, given["text_embedding"]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "EVA02-B-16"])
+def test_a_whole_model_by_name_equals_open_clip(name, tmp_path):
+    """One of each family at its full depth and width, built from the name alone on both sides."""
+    job = {"named": name, "timm": {}, "train": False, "resize": None, "tokens": False}
+    folder = run_peer(tmp_path, {name: job})
+    compare(name, presets.preset(name).architecture, folder)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -105,7 +105,12 @@ READ = (
     COMMON
     + """
 for name, job in jobs.items():
-    if job["format"] == "openclip":
+    if job["format"] == "bigvision":
+        model = dict(job["model"])
+        model.pop("custom_text")
+        model = open_clip.model.CustomTextCLIP(**model).eval()
+        sys.modules["open_clip.convert"].load_big_vision_weights(model, job["path"] + "/model.npz")
+    elif job["format"] == "openclip":
         model = open_clip.create_model(f"local-dir:{job['path']}").eval()
     else:
         model, report = transformers.AutoModel.from_pretrained(job["path"], output_loading_info=True)
@@ -179,6 +184,7 @@ JOBS = {
 FORMATS = {"open_clip": "openclip", "transformers": "huggingface"}
 CONVERSIONS = [(name, FORMATS[job["library"]]) for name, job in JOBS.items()]
 CONVERSIONS += [("open_clip_quick_gelu", "huggingface"), ("hf_quick_gelu", "openclip")]
+CONVERSIONS += [("open_clip_siglip", "bigvision")]
 
 
 def peers_run(script: str, folder: Path, jobs) -> None:
@@ -204,7 +210,7 @@ def exported(made, tmp_path_factory) -> Path:
     for name, layout in CONVERSIONS:
         path = folder / f"{name}_as_{layout}_model"
         assert commands.main(["export", f"--model={made / name}", f"--format={layout}", f"--to={path}"]) == 0
-        jobs[f"{name}_as_{layout}"] = {"format": layout, "path": str(path), **SIZES, "size": JOBS[name]["size"]}
+        jobs[f"{name}_as_{layout}"] = {"format": layout, "path": str(path), **JOBS[name]}
     peers_run(READ, folder, jobs)
     return folder
 
@@ -256,9 +262,9 @@ def test_an_export_loaded_by_the_peer_gives_the_same_embeddings(name, layout, ma
     same_embeddings(clip_jax.load(made / name), ours)
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_peer_to_clip_jax_to_peer_changes_no_bit(name, made, exported):
-    back = load_file(exported / f"{name}_as_{FORMATS[JOBS[name]['library']]}.weights")
+@pytest.mark.parametrize(("name", "layout"), [*CONVERSIONS[: len(JOBS)], ("open_clip_siglip", "bigvision")])
+def test_peer_to_clip_jax_to_peer_changes_no_bit(name, layout, made, exported):
+    back = load_file(exported / f"{name}_as_{layout}.weights")
     expected = load_file(made / f"{name}.weights")
     assert back.keys() == expected.keys()
     for tensor, value in expected.items():
