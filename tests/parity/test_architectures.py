@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +59,7 @@ for name, job in json.loads((folder / "jobs.json").read_text()).items():
         job["custom_text"] = job["config"].pop("custom_text", False)
     timm.create_model = functools.partial(create, **job["timm"])  # OpenCLIP passes no sizes on
     model = (CustomTextCLIP if job["custom_text"] else CLIP)(**job["config"]).eval()
+    save_file({k: v.clone().contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.fresh")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -267,6 +269,26 @@ def test_weights_come_back_bit_for_bit(name, peers):
     for tensor, value in state.items():
         assert back[tensor].dtype == value.dtype and back[tensor].shape == value.shape, tensor
         assert back[tensor].tobytes() == value.tobytes(), tensor
+
+
+@pytest.mark.parametrize("name", ["vit", "clipa", "siglip_b16", "siglip_so400m", "rn", "eva_b16", "eva_e14"])
+def test_a_fresh_model_is_distributed_as_open_clips(name, peers):
+    """Mean, deviation and range of every tensor, within five standard errors of a sample of its size."""
+    clip = CLIP(MODELS[name].architecture)
+    params = nn.meta.unbox(clip.init(jax.random.key(0)))
+    ours = open_clip.from_params(params, clip.architecture, clip.init_batch_stats())
+    for tensor, theirs in load_file(peers / f"{name}.fresh").items():
+        fresh, size, deviation = ours[tensor], theirs.size, np.std(theirs)
+        if deviation == 0:
+            np.testing.assert_array_equal(fresh, theirs, err_msg=tensor)
+            continue
+        assert abs(np.mean(fresh) - np.mean(theirs)) < 5 * deviation * (2 / size) ** 0.5, tensor
+        assert np.std(fresh) == pytest.approx(deviation, rel=max(0.01, 5 / size**0.5)), tensor
+        if size > 1000:
+            # In this quantile uniform and normal samples differ by a half. Not the largest value: PyTorch's truncated
+            # normal turns a uniform sample of exactly one into its cut-off, 2, once in some million.
+            ours_far, theirs_far = (np.quantile(np.abs(sample), 0.995) for sample in (fresh, theirs))
+            assert ours_far == pytest.approx(theirs_far, rel=0.25), tensor
 
 
 def test_every_tensor_is_accounted_for(peers):
