@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoints/<step>``; it is written in the background and appears, whole, by a rename, so
 a run killed at any moment finds its last complete one. It can be read on any number of devices and processes.
-Parameters are stored apart from the rest, so that a model can be loaded without its optimizer.
+The model is stored apart from the rest, so that it can be loaded without its optimizer.
 """
 
 import os
@@ -46,7 +46,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, each shard read where ``abstract`` (shapes with shardings) wants it."""
         found = self._checkpointer.load_checkpointables(step, _split(abstract))
-        return type(abstract)(params=found["params"], **found["training"])
+        return type(abstract)(**found["model"], **found["training"])
 
     def close(self) -> None:
         """Waits for a save in progress; an error in the background is raised here."""
@@ -55,7 +55,7 @@ class Checkpoints:
 
 def _split(state: Any) -> dict[str, Any]:
     fields = state._asdict()
-    return {"params": fields.pop("params"), "training": fields}
+    return {"model": {name: fields.pop(name) for name in ("params", "batch_stats")}, "training": fields}
 
 
 def latest_step(workdir: Path) -> int | None:
@@ -65,10 +65,11 @@ def latest_step(workdir: Path) -> int | None:
     return max(steps, default=None)
 
 
-def load_params(workdir: Path, abstract: Any) -> tuple[int, Any]:
-    """(step, parameters) of a run folder's newest checkpoint; ``abstract`` has the shapes that are wanted."""
+def load_model(workdir: Path, params: Any, batch_stats: Any) -> tuple[int, Any, Any]:
+    """(step, parameters, batch statistics) of a run folder's newest checkpoint, with the shapes that are given."""
     step = latest_step(workdir)
     if step is None:
         raise UserError(f"{workdir}: no checkpoint yet; let the run reach its first one")
-    found = ocp.load_checkpointables(os.path.abspath(workdir / FOLDER / str(step)), {"params": abstract})
-    return step, jax.tree.map(jnp.asarray, found["params"])
+    wanted = {"model": {"params": params, "batch_stats": batch_stats}}
+    found = ocp.load_checkpointables(os.path.abspath(workdir / FOLDER / str(step)), wanted)["model"]
+    return step, *(jax.tree.map(jnp.asarray, found[name]) for name in ("params", "batch_stats"))

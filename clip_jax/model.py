@@ -213,10 +213,10 @@ def _run(folder: Path, mesh: Mesh | None, dtype: str) -> Model:
         abstract,
         foreign.shardings(preset.architecture, mesh),
     )
-    step, params = checkpoint.load_params(folder, abstract)
+    step, params, batch_stats = checkpoint.load_model(folder, abstract, jax.eval_shape(clip.init_batch_stats))
     length = preset.architecture.text.context_length
     open_tokenizer = partial(run_folder.open_tokenizer, folder, preset.tokenizer, length)
-    return Model(run["model"]["name"], preset, clip, params, open_tokenizer, step)
+    return Model(run["model"]["name"], preset, clip, params, open_tokenizer, step, batch_stats)
 
 
 def _foreign(

@@ -48,6 +48,8 @@ def defaults() -> ConfigDict:
             },
             "model": {
                 "name": "ViT-B/32",  # clip_jax.list_models()
+                "init_from": "",  # start from weights: a run's folder, anybody's weights, hf://org/name (clip_jax.load)
+                "init_from_allow": (),  # tensors that may be missing, left over or of another shape: text/*
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
                 "remat": "none",  # none, dots, full: recompute activations in the backward pass

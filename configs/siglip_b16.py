@@ -1,9 +1,9 @@
 """SigLIP ViT-B/16 after Zhai et al. 2023: sigmoid loss at a global batch of 32,768.
 
 python main.py --config='configs/siglip_b16.py:tar:/data/train-*.tar' --workdir=runs/siglip_b16
-AdamW stands in for the paper's Adafactor; the decay is big_vision's 1e-4 in optax's convention (times the learning rate).
+AdamW stands in for the paper's Adafactor; the decay is big_vision's 1e-4 in optax's convention.
 
-Expect: train/loss about 10 at the first step (bias -10); zero-shot ImageNet top-1 0.760 (the paper's weights on WebLI).
+Expect: train/loss about 10 at the first step (bias -10); zero-shot ImageNet top-1 0.760 (paper, WebLI).
 """
 
 from clip_jax.config import defaults

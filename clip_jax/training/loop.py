@@ -23,6 +23,8 @@ from clip_jax.data.stream import stream
 from clip_jax.errors import NonFiniteError, UserError
 from clip_jax.evaluation.embed import make_encoders
 from clip_jax.evaluation.runner import Evaluator
+from clip_jax.interop.merge import merge
+from clip_jax.model import load
 from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery
 from clip_jax.sharding import initialize_processes, process_rows, to_devices
@@ -190,9 +192,24 @@ def train(run: Run) -> Gallery | None:
 def start(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
     """The state to go on from and its step: the newest checkpoint's, or a fresh one."""
     step = checkpoints.latest()
-    if step is None:
-        return create_state(run.model, run.optimizer, run.mesh, run.config.seed), 0
-    return checkpoints.restore(step, abstract_state(run.model, run.optimizer, run.mesh)), step
+    if step is not None:
+        return checkpoints.restore(step, abstract_state(run.model, run.optimizer, run.mesh)), step
+    state = create_state(run.model, run.optimizer, run.mesh, run.config.seed)
+    return (init_from(run, state) if run.config.model.init_from else state), 0
+
+
+def init_from(run: Run, state: State) -> State:
+    """A fresh state with the weights that ``config.model.init_from`` names; what did not come from them is said."""
+    source = run.config.model.init_from
+    loaded = load(run.config.model.name, weights=source) if Path(source).is_file() else load(source)
+    params, report = merge(state.params, loaded.params, run.config.model.init_from_allow)
+    if jax.process_index() == 0:
+        print(f"{source}: " + "; ".join(report.lines()))
+    place = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.batch_stats))
+    return state._replace(
+        params=jax.device_put(params, place[0]),
+        batch_stats=jax.device_put(loaded.batch_stats or state.batch_stats, place[1]),
+    )
 
 
 class Told:

@@ -144,3 +144,18 @@ def test_a_run_with_the_sigmoid_loss_has_a_bias_and_evaluates_with_it(tmp_path):
     # At the start every pair costs about 10 - 10 cos and all else next to nothing.
     assert lines[0]["train/loss"] == pytest.approx(10, abs=6)
     assert "eval/heldout/loss" in lines[-1]
+
+
+def test_a_run_may_start_from_another_runs_weights(small_run, tmp_path, capsys):
+    """Its first step has the loss of the trained model, not of a fresh one; what does not fit is refused by name."""
+    recipe = str(small_run.parent / "recipe.py")
+    start = {"model.init_from": str(small_run), "steps": "1", "optimizer.warmup_steps": "0"}
+    assert loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides=start) == 0
+    assert "tensors loaded" in capsys.readouterr().out
+    trained = runs.metrics(small_run)[-2]
+    first = runs.metrics(tmp_path / "run")[0]
+    assert first["train/param_norm"] == pytest.approx(trained["train/param_norm"], rel=1e-3)
+    assert first["train/param_norm"] != pytest.approx(runs.metrics(small_run)[0]["train/param_norm"], rel=1e-3)
+    other = start | {"model.embed_dim": "20"}
+    with pytest.raises(UserError, match="weights that do not fit the model: image/projection"):
+        loop.run(workdir=str(tmp_path / "other"), recipe=recipe, overrides=other)
