@@ -127,6 +127,7 @@ def _pick(rng: random.Random, options: Sequence[T]) -> T:
 
 # Lengths in 128ths of the side: halves of a pixel at 64, so that few stencils serve all scenes. Two large objects side
 # by side do not touch; small and large stay a gap apart, so that they can be told from one picture alone.
+_TEXTURES = ("plain", "plain", *TEXTURES)  # plain for most: it is from these that shape is learned
 _RADII = {"small": range(17, 21), "large": range(27, 30)}
 
 _COLUMNS = {"left": -1, "right": 1}
@@ -173,12 +174,12 @@ def _draw_thing(rng: random.Random, colour: str, shape: str, place: str, count: 
     radius = _pick(rng, _RADII[size]) / 128
     x, y = (_coordinate(rng, side) for side in PLACES[place])
     rgb = tuple(channel + rng.uniform(-8, 8) for channel in COLOURS[colour])
-    return Thing(colour, shape, size, _pick(rng, tuple(TEXTURES)), place, x, y, radius, rgb)
+    return Thing(colour, shape, size, _pick(rng, _TEXTURES), place, x, y, radius, rgb)
 
 
 def _coordinate(rng: random.Random, side: int) -> float:
     """The middle of the named third, give or take a pixel at 64: shapes at any offset take far longer to learn."""
-    return 0.5 + 0.245 * side + rng.uniform(-0.0125, 0.0125)
+    return 0.5 + 0.245 * side + rng.uniform(-0.01, 0.01)
 
 
 def _heldout_scenes() -> Iterator[Scene]:
