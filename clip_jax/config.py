@@ -153,18 +153,23 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
     named = presets.preset(config.model.name)
     architecture = named.architecture
 
-    def tower(shape, given):
-        sizes = {name: value for name, value in given.items() if value != AUTO}
-        if config.model.activation:
+    def tower(name, shape, given):
+        sizes = {size: value for size, value in given.items() if value != AUTO}
+        fields = {field.name for field in dataclasses.fields(shape)}
+        for size in sizes:
+            if size not in fields:
+                known = ", ".join(sorted(fields))
+                raise UserError(f"config.model.{name}.{size}: {config.model.name} has no such size; it has {known}")
+        if config.model.activation and "activation" in fields:  # a ResNet has ReLU
             sizes["activation"] = config.model.activation
         return dataclasses.replace(shape, **sizes)
 
-    text = tower(architecture.text, config.model.text)
+    text = tower("text", architecture.text, config.model.text)
     if vocab_size is not None and config.model.text.vocab_size == AUTO:
         text = dataclasses.replace(text, vocab_size=vocab_size)
     architecture = dataclasses.replace(
         architecture,
-        image=tower(architecture.image, config.model.image),
+        image=tower("image", architecture.image, config.model.image),
         text=text,
         embed_dim=architecture.embed_dim if config.model.embed_dim == AUTO else config.model.embed_dim,
     )
@@ -173,14 +178,15 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
     preprocess = named.preprocess._replace(
         mean=config.model.mean or named.preprocess.mean, std=config.model.std or named.preprocess.std
     )
-    check_architecture(architecture)
+    check_architecture(architecture, named.architecture)
     return presets.Preset(architecture, preprocess, config.tokenizer.kind or named.tokenizer)
 
 
-def check_architecture(architecture: presets.Architecture) -> None:
-    """Sizes that do not go together."""
+def check_architecture(architecture: presets.Architecture, named: presets.Architecture) -> None:
+    """Sizes that do not go together, of an architecture derived from a named one."""
     image, text = architecture.image, architecture.text
-    if image.image_size % image.patch_size:
+    published = (image.image_size, image.patch_size) == (named.image.image_size, named.image.patch_size)
+    if image.image_size % image.patch_size and not published:  # SigLIP at 384 px cuts the last pixels off
         raise UserError(
             f"config.model.image: image_size={image.image_size} is not a multiple of patch_size={image.patch_size}"
         )
