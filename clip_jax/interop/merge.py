@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clip_jax.errors import UserError, nearest
 from clip_jax.models.clip import Params
+from clip_jax.models.resize import bicubic, linear
 
 POSITIONS = "position_embedding"
 
@@ -82,12 +82,12 @@ def resize_positions(positions: Any, length: int, *, image: bool) -> np.ndarray:
     positions = np.asarray(positions)
     width = positions.shape[1]
     if not image:
-        return np.asarray(jax.image.resize(positions, (length, width), "linear", antialias=False))
+        return linear(len(positions), length) @ positions
     first = _class_tokens(len(positions))
     old, new = math.isqrt(len(positions) - first), math.isqrt(length - first)
-    grid = positions[first:].reshape(old, old, width)
-    grid = jax.image.resize(grid, (new, new, width), "cubic", antialias=True)
-    return np.concatenate([positions[:first], np.asarray(grid).reshape(new * new, width)])
+    weights, grid = bicubic(old, new), positions[first:].reshape(old, old, width)
+    grid = np.einsum("ai,bj,ijw->abw", weights, weights, grid, optimize=True).reshape(new * new, width)
+    return np.concatenate([positions[:first], grid])
 
 
 def _resizable(name: str, value: Any, leaf: Any) -> bool:
