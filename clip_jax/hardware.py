@@ -1,26 +1,306 @@
-"""Chips and what they can do: peak bfloat16 FLOP/s of one JAX device, for the share of it that a run uses (MFU)."""
+"""Chips and slices: memory, peak FLOP/s, bandwidths, names, topologies. Facts only; nothing here touches a device.
 
-# TFLOP/s of dense bfloat16 per JAX device, by ``device.device_kind``. v2, v3 and 7x show two devices a chip.
-# Source: cloud.google.com/tpu/docs (per-chip tables), NVIDIA data sheets (dense, without sparsity).
-PEAK_BF16_TFLOPS = {
-    "TPU v2": 22.5,
-    "TPU v3": 61.5,
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "TPU7x": 1153.5,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H200": 989.0,
-}
+All figures are per chip, in bytes and seconds, one way where a link is meant. A JAX device is a chip, but on v2, v3
+and 7x half of one. Sources: cloud.google.com/tpu/docs (the page of each version; v2 and v3 links: Norrie et al. 2021,
+"The Design Process for Google's Training Chips"), NVIDIA's data sheets (dense, without sparsity), and for
+``free_hbm`` the TPU compiler itself (libtpu 0.0.42), which says what it has when a program does not fit.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from clip_jax.errors import UserError, nearest
+
+GIB = 2**30
+SINGLE_HOST_CHIPS = 8
+"""Up to so many v5e and v6e chips are one virtual machine; larger slices have four a machine."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip can do."""
+
+    name: str
+    device_kinds: tuple[str, ...]
+    """What ``jax.Device.device_kind`` says."""
+    flops: float
+    """Dense bfloat16 FLOP/s."""
+    hbm: int
+    free_hbm: int
+    """What a program may use: the runtime keeps the rest."""
+    hbm_bandwidth: float
+    link_bandwidth: float
+    """Of one ICI link, one way; for a GPU all of its NVLink, one way. 0: none."""
+    network_bandwidth: float | None
+    """Between slices (DCN), or between hosts of GPUs; None: slices cannot be joined."""
+    chips_per_host: int
+    devices_per_chip: int = 1
+    prefixes: tuple[str, ...] = ()
+    """Of accelerator types, Cloud TPU's own first: v5litepod-256, v5e-256."""
+    units_per_chip: int = 1
+    """What the number in an accelerator type counts: v4-512 has 512 cores and 256 chips."""
+    one_host_up_to: int = 0
+    runtime_version: str | None = None
+    """Of a Cloud TPU virtual machine; None where the Cloud TPU API does not have the chip."""
+    topologies: dict[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """Chips -> the slice's shape."""
+
+    @property
+    def is_tpu(self) -> bool:
+        return bool(self.topologies)
+
+    @property
+    def free_hbm_per_device(self) -> int:
+        return self.free_hbm // self.devices_per_chip
+
+
+def _shapes(*shapes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    return {math.prod(shape): shape for shape in shapes}
+
+
+_LITE = _shapes((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_CUBES = _shapes(
+    *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8)),
+    *((8, 8, 8), (8, 8, 16), (8, 16, 16)),
+)
+
+TPUS = (
+    Chip(
+        "v2",
+        ("TPU v2",),
+        flops=45e12,
+        hbm=16 * GIB,
+        free_hbm=int(2 * 7.48 * GIB),
+        hbm_bandwidth=700e9,
+        link_bandwidth=62e9,
+        network_bandwidth=None,
+        chips_per_host=4,
+        devices_per_chip=2,
+        prefixes=("v2",),
+        units_per_chip=2,
+        runtime_version="tpu-ubuntu2204-base",
+        topologies=_shapes((2, 2), (4, 4), (8, 8), (8, 16), (16, 16)),
+    ),
+    Chip(
+        "v3",
+        ("TPU v3",),
+        flops=123e12,
+        hbm=32 * GIB,
+        free_hbm=int(2 * 15.48 * GIB),
+        hbm_bandwidth=900e9,
+        link_bandwidth=82e9,
+        network_bandwidth=None,
+        chips_per_host=4,
+        devices_per_chip=2,
+        prefixes=("v3",),
+        units_per_chip=2,
+        runtime_version="tpu-ubuntu2204-base",
+        topologies=_shapes((2, 2), (4, 4), (8, 8), (8, 16), (16, 16), (16, 32), (32, 32)),
+    ),
+    Chip(
+        "v4",
+        ("TPU v4",),
+        flops=275e12,
+        hbm=32 * GIB,
+        free_hbm=int(30.75 * GIB),
+        hbm_bandwidth=1200e9,
+        link_bandwidth=45e9,
+        network_bandwidth=6.25e9,
+        chips_per_host=4,
+        prefixes=("v4",),
+        units_per_chip=2,
+        runtime_version="tpu-ubuntu2204-base",
+        topologies=_CUBES,
+    ),
+    Chip(
+        "v5e",
+        ("TPU v5 lite", "TPU v5e"),
+        flops=197e12,
+        hbm=16 * GIB,
+        free_hbm=int(15.75 * GIB),
+        hbm_bandwidth=819e9,
+        link_bandwidth=50e9,
+        network_bandwidth=3.125e9,  # a host of eight has two cards of 100 Gbit/s
+        chips_per_host=4,
+        prefixes=("v5litepod", "v5e"),
+        one_host_up_to=SINGLE_HOST_CHIPS,
+        runtime_version="v2-alpha-tpuv5-lite",
+        topologies=_LITE,
+    ),
+    Chip(
+        "v5p",
+        ("TPU v5", "TPU v5p"),
+        flops=459e12,
+        hbm=96 * GIB,
+        free_hbm=int(95.74 * GIB),
+        hbm_bandwidth=2765e9,
+        link_bandwidth=100e9,
+        network_bandwidth=6.25e9,
+        chips_per_host=4,
+        prefixes=("v5p",),
+        units_per_chip=2,
+        runtime_version="v2-alpha-tpuv5",
+        topologies=_CUBES | _shapes((16, 16, 16), (16, 16, 24)),
+    ),
+    Chip(
+        "v6e",
+        ("TPU v6 lite", "TPU v6e"),
+        flops=918e12,
+        hbm=32 * GIB,
+        free_hbm=int(31.25 * GIB),
+        hbm_bandwidth=1638e9,
+        link_bandwidth=100e9,
+        network_bandwidth=12.5e9,  # a host of eight has four cards of 200 Gbit/s
+        chips_per_host=4,
+        prefixes=("v6e",),
+        one_host_up_to=SINGLE_HOST_CHIPS,
+        runtime_version="v2-alpha-tpuv6e",
+        topologies=_LITE,
+    ),
+    Chip(
+        "7x",
+        ("TPU7x",),
+        flops=2307e12,
+        hbm=192 * GIB,
+        free_hbm=int(2 * 94.75 * GIB),
+        hbm_bandwidth=7380e9,
+        link_bandwidth=100e9,
+        network_bandwidth=12.5e9,
+        chips_per_host=4,
+        devices_per_chip=2,
+        prefixes=("tpu7x", "v7x", "7x"),
+        units_per_chip=2,
+        topologies=_CUBES | _shapes((1, 1, 1), (16, 16, 16)),
+    ),
+)
+
+
+def _gpu(name: str, kinds: tuple[str, ...], tflops: float, gib: float, hbm: float, link: float, network: float) -> Chip:
+    # CUDA and its libraries need about one GiB.
+    return Chip(
+        name,
+        kinds,
+        flops=tflops * 1e12,
+        hbm=int(gib * GIB),
+        free_hbm=int((gib - 1) * GIB),
+        hbm_bandwidth=hbm * 1e9,
+        link_bandwidth=link * 1e9,
+        network_bandwidth=network * 1e9,
+        chips_per_host=8,
+    )
+
+
+# The network of a usual host: a card of 200 Gbit/s for each A100, of 400 for each later one; 25 for L4 and L40S.
+GPUS = (
+    _gpu("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312, 40, 1555, 300, 25),
+    _gpu("a100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312, 80, 2039, 300, 25),
+    _gpu("h100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3350, 450, 50),
+    _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 756, 80, 2000, 300, 25),
+    _gpu("h200", ("NVIDIA H200",), 989, 141e9 / GIB, 4800, 450, 50),
+    _gpu("b200", ("NVIDIA B200",), 2250, 180, 7700, 900, 50),
+    _gpu("l4", ("NVIDIA L4",), 121, 24, 300, 32, 3.125),
+    _gpu("l40s", ("NVIDIA L40S",), 362, 48, 864, 32, 3.125),
+)
+_KINDS = {kind: chip for chip in (*TPUS, *GPUS) for kind in chip.device_kinds}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of dense bfloat16 of one device, or None where the table has no entry (a CPU, a new chip)."""
-    tflops = PEAK_BF16_TFLOPS.get(device_kind)
-    return None if tflops is None else tflops * 1e12
+    """FLOP/s of dense bfloat16 of one JAX device, or None where the table has no entry (a CPU, a new chip)."""
+    chip = _KINDS.get(device_kind)
+    return None if chip is None else chip.flops / chip.devices_per_chip
+
+
+class Machines(NamedTuple):
+    """The chips of a run: ``slices`` equal slices (or one host group of GPUs) of ``topology`` each."""
+
+    chip: Chip
+    topology: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips_per_slice(self) -> int:
+        return math.prod(self.topology)
+
+    @property
+    def chips(self) -> int:
+        return self.slices * self.chips_per_slice
+
+    @property
+    def devices(self) -> int:
+        """As ``len(jax.devices())`` would say."""
+        return self.chips * self.chip.devices_per_chip
+
+    @property
+    def hosts(self) -> int:
+        """Virtual machines, and so processes, of all slices."""
+        if self.chips_per_slice <= self.chip.one_host_up_to:
+            return self.slices
+        return self.slices * -(-self.chips_per_slice // self.chip.chips_per_host)
+
+    @property
+    def links(self) -> int:
+        """ICI links of a chip inside the slice: two along each axis, one where the axis has only two chips."""
+        return sum(min(2, size - 1) for size in self.topology)
+
+    @property
+    def accelerator_type(self) -> str:
+        """Cloud TPU's name of one slice: v5litepod-256, v4-512."""
+        if not self.chip.is_tpu:
+            return f"{self.chip.name}:{self.chips}"
+        return f"{self.chip.prefixes[0]}-{self.chips_per_slice * self.chip.units_per_chip}"
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: v5e-256, 2 x v5e-256, h100:8."""
+        one = self.accelerator_type.replace("v5litepod", "v5e")
+        return one if self.slices == 1 else f"{self.slices} x {one}"
+
+
+def tpu(name: str, slices: int = 1) -> Machines:
+    """The slices that an accelerator type (``v5e-256``, ``v4-512``) or a shape (``v5p:4x4x4``) stands for.
+
+    Raises UserError, with the nearest known name.
+    """
+    text = name.strip().lower()
+    match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)+))", text)
+    chip = next((c for c in TPUS if match and match[1] in c.prefixes), None)
+    if chip is None:
+        raise UserError(f"{name}: no such TPU slice{nearest(text, tpu_names())}; as in v5e-256, v4-512 or v5p:4x4x4")
+    if match[2]:
+        chips = int(match[2]) / chip.units_per_chip
+        if chips not in chip.topologies:
+            closest = min(chip.topologies, key=lambda c: abs(math.log(c / max(chips, 0.5))))
+            counted = " (the number counts cores, two a chip)" if chip.units_per_chip > 1 else ""
+            raise UserError(
+                f"{name}: {chip.name} has no slice of that size{counted}; "
+                f"the nearest is {match[1]}-{closest * chip.units_per_chip}"
+            )
+        topology = chip.topologies[int(chips)]
+    else:
+        topology = tuple(int(size) for size in match[3].split("x"))
+        if tuple(sorted(topology)) not in {tuple(sorted(t)) for t in chip.topologies.values()}:
+            known = ", ".join("x".join(map(str, t)) for t in chip.topologies.values())
+            raise UserError(f"{name}: {chip.name} has no slice of that shape; it has {known}")
+    if slices < 1:
+        raise UserError(f"--slices={slices} must be at least 1")
+    if slices > 1 and chip.network_bandwidth is None:
+        raise UserError(f"{name}: {chip.name} slices cannot be joined to one run; leave --slices out")
+    return Machines(chip, topology, slices)
+
+
+def gpu(name: str) -> Machines:
+    """The GPUs that ``h100:8`` names; ``h100`` alone is one. Raises UserError, with the nearest known name."""
+    kind, _, count = name.strip().lower().partition(":")
+    known = {chip.name: chip for chip in GPUS}
+    if kind not in known:
+        raise UserError(f"{name}: no such GPU{nearest(kind, known)}; known are {', '.join(known)}")
+    if count and (not count.isdigit() or int(count) < 1):
+        raise UserError(f"{name}: how many? as in {kind}:8")
+    return Machines(known[kind], (int(count or 1),))
+
+
+def tpu_names() -> list[str]:
+    """All accelerator types, under each of their prefixes."""
+    return [f"{p}-{n * c.units_per_chip}" for c in TPUS for p in c.prefixes for n in sorted(c.topologies)]

@@ -1,0 +1,128 @@
+"""The chip table against published figures, and names of slices against what they stand for."""
+
+import pytest
+
+from clip_jax import hardware
+from clip_jax.errors import UserError
+from clip_jax.hardware import GIB, gpu, peak_flops, tpu
+
+# accelerator type, chips, hosts, JAX devices, shape: cloud.google.com/tpu/docs and MaxText's table of slices
+SLICES = [
+    ("v2-8", 4, 1, 8, (2, 2)),
+    ("v3-32", 16, 4, 32, (4, 4)),
+    ("v3-2048", 1024, 256, 2048, (32, 32)),
+    ("v4-8", 4, 1, 4, (2, 2, 1)),
+    ("v4-512", 256, 64, 256, (4, 8, 8)),
+    ("v4-4096", 2048, 512, 2048, (8, 16, 16)),
+    ("v5litepod-1", 1, 1, 1, (1, 1)),
+    ("v5litepod-8", 8, 1, 8, (2, 4)),
+    ("v5litepod-16", 16, 4, 16, (4, 4)),
+    ("v5litepod-256", 256, 64, 256, (16, 16)),
+    ("v5p-8", 4, 1, 4, (2, 2, 1)),
+    ("v5p-128", 64, 16, 64, (4, 4, 4)),
+    ("v5p-12288", 6144, 1536, 6144, (16, 16, 24)),
+    ("v6e-8", 8, 1, 8, (2, 4)),
+    ("v6e-256", 256, 64, 256, (16, 16)),
+    ("tpu7x-8", 4, 1, 8, (2, 2, 1)),
+    ("tpu7x-128", 64, 16, 128, (4, 4, 4)),
+]
+
+
+@pytest.mark.parametrize(("name", "chips", "hosts", "devices", "shape"), SLICES, ids=lambda x: str(x))
+def test_an_accelerator_type_stands_for_these_chips_hosts_and_devices(name, chips, hosts, devices, shape):
+    machines = tpu(name)
+    assert (machines.chips, machines.hosts, machines.devices) == (chips, hosts, devices)
+    assert machines.topology == shape
+    assert machines.accelerator_type == name
+
+
+# GiB, bfloat16 TFLOP/s, GB/s of HBM, the bidirectional ICI GB/s of a chip and the Gbit/s of DCN that the pages give
+PUBLISHED = {
+    "v3": (32, 123, 900, None, None),
+    "v4": (32, 275, 1200, None, None),
+    "v5e": (16, 197, 819, 400, 25),
+    "v5p": (96, 459, 2765, 1200, 50),
+    "v6e": (32, 918, 1638, 800, 100),
+    "7x": (192, 2307, 7380, 1200, 100),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_table_has_the_published_figures(name):
+    chip = next(chip for chip in hardware.TPUS if chip.name == name)
+    gib, tflops, hbm, ici, dcn = PUBLISHED[name]
+    assert (chip.hbm, chip.flops, chip.hbm_bandwidth) == (gib * GIB, tflops * 1e12, hbm * 1e9)
+    ports = 2 * len(next(iter(chip.topologies.values())))
+    assert ici is None or 2 * ports * chip.link_bandwidth == ici * 1e9
+    assert dcn is None or 8 * chip.network_bandwidth == dcn * 1e9
+    assert 0.9 * chip.hbm < chip.free_hbm < chip.hbm
+
+
+def test_all_reduce_bandwidth_of_a_pod_follows_from_its_links():
+    # The pages give it for v4 (1.1 PB/s) and v5e (51.2 TB/s): all links of all chips, one way.
+    for name, pod in (("v4-4096", 1.1e15 / 2), ("v5e-256", 51.2e12)):
+        machines = tpu(name)
+        assert machines.chips * machines.links * machines.chip.link_bandwidth == pytest.approx(pod, rel=0.02)
+
+
+def test_a_cloud_runtime_version_belongs_to_each_generation():
+    versions = {chip.name: chip.runtime_version for chip in hardware.TPUS}
+    assert versions == {
+        "v2": "tpu-ubuntu2204-base",
+        "v3": "tpu-ubuntu2204-base",
+        "v4": "tpu-ubuntu2204-base",
+        "v5e": "v2-alpha-tpuv5-lite",
+        "v5p": "v2-alpha-tpuv5",
+        "v6e": "v2-alpha-tpuv6e",
+        "7x": None,
+    }
+
+
+def test_v5e_and_v5litepod_are_one_name():
+    assert tpu("v5e-256") == tpu("V5litepod-256") == tpu("v5e:16x16")
+    assert tpu("v5e-256").name == "v5e-256"
+
+
+def test_slices_multiply_and_join_over_the_network():
+    two = tpu("v5e-256", slices=2)
+    assert (two.chips, two.hosts, two.name) == (512, 128, "2 x v5e-256")
+    with pytest.raises(UserError, match="v3 slices cannot be joined"):
+        tpu("v3-8", slices=2)
+
+
+def test_a_chip_has_one_link_along_an_axis_of_two_and_two_along_a_longer_one():
+    assert [tpu(n).links for n in ("v5e-1", "v5e-4", "v5e-8", "v5e-256", "v4-8", "v4-512")] == [0, 2, 3, 4, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("v5e-255", "the nearest is v5e-256"),
+        ("v4-500", r"counts cores.* nearest is v4-512"),
+        ("v4-7", "nearest is v4-8"),
+        ("v8-256", "no such TPU slice"),
+        ("v5lite-256", "nearest: v5litepod-256"),
+        ("v6-256", "nearest: v6e-256"),
+        ("v5e:16x15", "it has 1x1, 2x2, 2x4"),
+        ("", "no such TPU slice"),
+    ],
+)
+def test_an_unknown_slice_is_answered_with_the_nearest(name, told):
+    with pytest.raises(UserError, match=told):
+        tpu(name)
+
+
+def test_gpus_have_a_kind_and_a_number():
+    assert (gpu("h100:8").chips, gpu("h100:16").hosts, gpu("H200").chips) == (8, 2, 1)
+    assert gpu("h100:8").name == "h100:8"
+    with pytest.raises(UserError, match="nearest: h100"):
+        gpu("h10:8")
+    with pytest.raises(UserError, match="how many"):
+        gpu("h100:many")
+
+
+def test_peak_flops_is_of_one_jax_device():
+    # v2, v3 and 7x show two devices a chip
+    kinds = {"TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU7x": 1153.5e12, "NVIDIA H200": 989e12}
+    assert {kind: peak_flops(kind) for kind in kinds} == kinds
+    assert peak_flops("cpu") is None
