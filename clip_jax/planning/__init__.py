@@ -1,0 +1,1 @@
+"""What a run will need, read from its program before anything runs."""

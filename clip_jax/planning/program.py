@@ -1,0 +1,244 @@
+"""Reads programs: matmul FLOPs of a jaxpr; collectives and buffers of a compiled program's HLO text.
+
+XLA's own ``cost_analysis`` counts a loop's body once, knows nothing of loops' lengths and nothing of links; here a
+scan of 24 layers is 24 layers. Nothing in this file compiles or runs anything: it is given
+
+    jax.make_jaxpr(step)(*arguments)                                # -> matmul_flops
+    jax.jit(step).lower(*arguments).compile().as_text()             # -> collectives, buffers
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.sharding import Mesh
+
+
+def matmul_flops(program: ClosedJaxpr | Jaxpr) -> int:
+    """FLOPs of all matrix products and convolutions, a multiply-add counted as two, summed over all devices.
+
+    Arrays outside ``shard_map`` have their global shapes; what is inside has one device's and is counted once for
+    every device that runs it, replicas too. Divide by the number of devices for one device's share of a program that
+    is evenly sharded. Counted is the program as written: what ``checkpoint`` repeats is counted again, the longest
+    branch of a ``cond``, and dead code, which XLA will drop.
+    Raises ValueError when there is a product inside a loop that runs until a condition, for nobody knows how often.
+    """
+    return sum(_flops(equation) for equation in getattr(program, "jaxpr", program).eqns)
+
+
+def _flops(equation: JaxprEqn) -> int:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        left, (out,) = equation.invars[0].aval, equation.outvars
+        return 2 * math.prod(out.aval.shape) * math.prod(left.shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        return _convolution(equation)
+    if name == "cond":
+        return max(matmul_flops(branch) for branch in parameters["branches"])
+    inside = sum(map(matmul_flops, filter(_is_program, jax.tree.leaves(parameters, is_leaf=_is_program))))
+    if name == "scan":
+        return inside * parameters["length"]
+    if name == "shard_map":
+        return inside * math.prod(parameters["mesh"].shape[axis] for axis in parameters["newly_manual_axes"])
+    if name == "pallas_call":
+        return inside * math.prod(parameters["grid_mapping"].grid)
+    if name == "while" and inside:
+        raise ValueError("a matrix product inside jax.lax.while_loop: how often it runs is not known before it runs")
+    return inside
+
+
+def _is_program(x: object) -> bool:
+    return isinstance(x, ClosedJaxpr | Jaxpr)
+
+
+def _convolution(equation: JaxprEqn) -> int:
+    """Multiplications with padding, or with the holes that a dilation makes, are not counted: as XLA does."""
+    parameters = equation.params
+    numbers = parameters["dimension_numbers"]
+    image, kernel = (x.aval.shape for x in equation.invars)
+    out = equation.outvars[0].aval.shape
+    multiply_adds = image[numbers.lhs_spec[0]] // parameters["batch_group_count"]
+    multiply_adds *= kernel[numbers.rhs_spec[0]] * kernel[numbers.rhs_spec[1]]
+    for number, axis in enumerate(numbers.out_spec[2:]):
+        taps = np.arange(kernel[numbers.rhs_spec[2 + number]]) * parameters["rhs_dilation"][number]
+        starts = np.arange(out[axis]) * parameters["window_strides"][number] - parameters["padding"][number][0]
+        position = starts[:, None] + taps
+        holes = parameters["lhs_dilation"][number]
+        size = (image[numbers.lhs_spec[2 + number]] - 1) * holes + 1
+        multiply_adds *= int(np.sum((position >= 0) & (position < size) & (position % holes == 0)))
+    return 2 * multiply_adds
+
+
+class Collective(NamedTuple):
+    """A collective of a compiled program, as one device sees it."""
+
+    kind: str
+    """all-gather, reduce-scatter, all-reduce, all-to-all, collective-permute, ..."""
+    bytes: int
+    """The array it is about: what an all-gather gives, what the others take. Of one execution."""
+    groups: tuple[tuple[int, ...], ...]
+    """Which devices talk to each other, by their position in the mesh; for a permute, (from, to) pairs."""
+    times: int
+    """How often a step executes it: the lengths of the loops around it."""
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that a device receives in a step (and sends as many) when the links are used as well as they can be."""
+        size = 1 if not self.groups else len(self.groups[0])
+        if self.kind == "collective-permute":
+            return self.times * self.bytes
+        passes = 2 if self.kind == "all-reduce" else 1  # a reduce-scatter and an all-gather
+        return self.times * passes * self.bytes * (size - 1) // size
+
+
+def axes(collective: Collective, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes over which a collective goes: those along which its groups' devices differ."""
+    coordinates = np.array(np.unravel_index(np.array(collective.groups), mesh.devices.shape))
+    differ = np.any(coordinates != coordinates[..., :1], axis=(1, 2))
+    return tuple(name for name, along in zip(mesh.axis_names, differ, strict=True) if along)
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+_Computations = dict[str, dict[str, _Instruction]]
+_COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute", "collective-broadcast",
+)  # fmt: skip
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Every collective of a compiled program, in the text's order; those of different branches all count.
+
+    The TPU compiler writes a large reduce-scatter as a fusion called ``all-reduce-scatter`` around an all-reduce of the
+    whole, and may merge two gathers into one. A loop whose length the text does not tell counts once.
+    """
+    found = []
+    computations, entry = _parse(hlo)
+    partitions = re.search(r"num_partitions=(\d+)", hlo[: hlo.find("\n")])
+    for instruction, computation, times, _ in _executed(computations, entry):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in _COLLECTIVES:
+            continue
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        groups = _groups(instruction.rest, int(partitions[1]) if partitions else 1)
+        defined = computations[computation]
+        size = sum(_bytes(defined[operand].shape) for operand in instruction.operands)
+        size *= len(groups[0]) if kind == "all-gather" else 1
+        found.append(Collective(kind, size, groups, times))
+    return found
+
+
+def buffers(hlo: str) -> dict[str, int]:
+    """Shape, like ``f32[8,32]``, -> bytes of one such array, largest first, for all that a program writes to memory.
+
+    What exists only inside a fusion is not written. Arguments and results are included.
+    """
+    computations, entry = _parse(hlo)
+    shapes: dict[str, int] = {}
+    for instruction, _, _, fused in _executed(computations, entry):
+        if not fused:
+            shapes |= {match[0]: _bytes(match[0]) for match in _ARRAY.finditer(_without_layouts(instruction.shape))}
+    return dict(sorted(shapes.items(), key=lambda item: -item[1]))
+
+
+def _parse(hlo: str) -> tuple[_Computations, str]:
+    """({computation: {instruction's name: instruction}}, name of the entry)."""
+    computations: _Computations = {}
+    entry = current = ""
+    for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = header[2]
+            computations[current] = {}
+            entry = current if header[1] else entry
+        elif current and (start := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)):
+            shape, rest = _split(line[start.end() :])
+            opcode, rest = rest.strip().split("(", 1)
+            operands, rest = _split("(" + rest)
+            names = tuple(re.findall(r"%([\w.\-]+)", operands))
+            computations[current][start[1]] = _Instruction(start[1], shape, opcode, names, operands + rest)
+    return computations, entry
+
+
+def _split(text: str) -> tuple[str, str]:
+    """At the end of the first word, or of the parenthesis it opens with."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and (character == " " or (character == ")" and text[0] == "(")):
+            return text[: position + 1], text[position + 1 :]
+    return text, ""
+
+
+def _executed(
+    computations: _Computations, name: str, times: int = 1, fused: bool = False
+) -> Iterator[tuple[_Instruction, str, int, bool]]:
+    """(instruction, its computation, how often it runs, whether it is inside a fusion), from the entry downwards."""
+    for instruction in computations[name].values():
+        yield instruction, name, times, fused
+        repeat = _trips(instruction, computations, name) if instruction.opcode == "while" else 1
+        called = re.findall(r"\b(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)", instruction.rest)
+        for several in re.findall(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}", instruction.rest):
+            called += re.findall(r"[\w.\-]+", several)
+        if instruction.opcode == "call":
+            called += re.findall(r"\bto_apply=%?([\w.\-]+)", instruction.rest)
+        for inner in called:
+            yield from _executed(computations, inner, times * repeat, fused or instruction.opcode == "fusion")
+
+
+def _trips(loop: _Instruction, computations: _Computations, outside: str) -> int:
+    """The length of a loop: told by XLA, or, as TPU programs leave it out, the limit that its counter is compared with.
+
+    JAX's scans count from 0 by 1.
+    """
+    if told := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(told[1])
+    condition = computations[re.search(r"\bcondition=%?([\w.\-]+)", loop.rest)[1]]
+    compare = list(condition.values())[-1]
+    if compare.opcode != "compare" or "direction=LT" not in compare.rest:
+        return 1
+    limit, defined = condition[compare.operands[1]], condition
+    if limit.opcode == "get-tuple-element":  # carried through the loop, constant outside
+        carried = computations[outside][loop.operands[0]].operands
+        limit = computations[outside][carried[int(re.search(r"index=(\d+)", limit.rest)[1])]]
+        defined = computations[outside]
+    while limit.opcode == "copy":
+        limit = defined[limit.operands[0]]
+    return int(limit.rest.split(")")[0].strip("(")) if limit.opcode == "constant" else 1
+
+
+def _groups(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
+    """``{{0,1},{2,3}}``, ``[2,4]<=[4,2]T(1,0)`` (an iota, reshaped, transposed, cut into rows), or everybody."""
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", listed[1]))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        rows, shape, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
+        devices = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(rows)
+        return tuple(map(tuple, devices.tolist()))
+    return (tuple(range(partitions)),)
+
+
+def _without_layouts(shape: str) -> str:
+    return re.sub(r"\{[^{}]*\}", "", shape)
+
+
+def _bytes(shape: str) -> int:
+    """Of an array, or of all arrays of a tuple."""
+    total = 0
+    for kind, bits, dims in _ARRAY.findall(_without_layouts(shape)):
+        width = int(bits) if bits else 8 * (kind == "pred")  # pred is stored in bytes; tokens are nothing
+        total += -(-width * math.prod(map(int, filter(None, dims.split(",")))) // 8)
+    return total
