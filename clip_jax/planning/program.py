@@ -221,13 +221,34 @@ def _trips(loop: _Instruction, computations: _Computations, outside: str) -> int
 
 
 def _groups(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
-    """``{{0,1},{2,3}}``, ``[2,4]<=[4,2]T(1,0)`` (an iota, reshaped, transposed, cut into rows), or everybody."""
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
-        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", listed[1]))
+    """Groups of devices, in any of the ways that XLA writes them:
+
+    {{0,1},{2,3}}                        listed; or {}, everybody
+    [2,4]<=[4,2]T(1,0)                   an iota, reshaped, transposed and cut into rows
+    mesh['a'=2,'b'=4] {'a','b':(1)2}     axes of a mesh; of b, seen as 1 x 2 x 2, the part in the middle
+    """
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}", attributes):
+        groups = re.findall(r"\{([\d, ]+)\}", listed[1] or "")
+        return tuple(tuple(map(int, group.split(","))) for group in groups) or (tuple(range(partitions)),)
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         rows, shape, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
         devices = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(rows)
         return tuple(map(tuple, devices.tolist()))
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        shape, along, size = [], [], 1
+        parts = {name: part for name, *part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2])}
+        for name, whole in re.findall(r"'([^']+)'=(\d+)", mesh[1]):
+            before, inner = (int(n) if n else None for n in parts.get(name, (None, None)))
+            before, inner = before or 1, inner or int(whole)
+            if name in parts:
+                along.append(len(shape) + 1)
+                size *= inner
+            shape += [before, inner, int(whole) // before // inner]
+        devices = np.arange(math.prod(shape)).reshape(shape)
+        devices = np.moveaxis(devices, along, range(-len(along), 0)).reshape(-1, size)
+        return tuple(map(tuple, devices.tolist()))
+    if "replica_groups=" in attributes:
+        raise ValueError(f"cannot read {attributes[attributes.index('replica_groups=') :][:80]}")
     return (tuple(range(partitions)),)
 
 

@@ -180,10 +180,28 @@ def test_the_partitioners_own_collectives_are_found():
     assert (gather.kind, gather.bytes, program.axes(gather, mesh)) == ("all-gather", 16 * 4 * 4, ("fsdp",))
 
 
-def test_all_groups_of_an_iota_and_of_no_list_at_all():
-    assert program._groups("replica_groups=[2,4]<=[8]", 8) == ((0, 1, 2, 3), (4, 5, 6, 7))
-    assert program._groups("replica_groups=[4,2]<=[2,4]T(1,0)", 8) == ((0, 4), (1, 5), (2, 6), (3, 7))
-    assert program._groups("replica_groups={}", 3) == ((0, 1, 2),)
+GROUPS = {
+    "{}": ((0, 1, 2, 3, 4, 5, 6, 7),),
+    "{{0,4},{1,5}}": ((0, 4), (1, 5)),
+    "[2,4]<=[8]": ((0, 1, 2, 3), (4, 5, 6, 7)),
+    "[4,2]<=[2,4]T(1,0)": ((0, 4), (1, 5), (2, 6), (3, 7)),
+    "mesh['data'=2,'fsdp'=4] {'fsdp'}": ((0, 1, 2, 3), (4, 5, 6, 7)),
+    "mesh['data'=2,'fsdp'=4] {'data'}": ((0, 4), (1, 5), (2, 6), (3, 7)),
+    "mesh['data'=2,'fsdp'=4] {'data','fsdp'}": ((0, 1, 2, 3, 4, 5, 6, 7),),
+    # The rows of a 4 x 2 grid over a 2 x 4 mesh: data, and fsdp's first half of 2 x 2.
+    "mesh['data'=2,'fsdp'=4] {'data','fsdp':(1)2}": ((0, 2, 4, 6), (1, 3, 5, 7)),
+    "mesh['data'=2,'fsdp'=4] {'fsdp':(2)2}": ((0, 1), (2, 3), (4, 5), (6, 7)),
+}
+
+
+@pytest.mark.parametrize(("text", "groups"), GROUPS.items())
+def test_groups_are_read_in_all_notations(text, groups):
+    assert program._groups(f"(%x), channel_id=1, replica_groups={text}, dimensions={{0}}", 8) == groups
+
+
+def test_groups_in_an_unknown_notation_are_refused_not_guessed():
+    with pytest.raises(ValueError, match="cannot read replica_groups=@maximal"):
+        program._groups("(%x), replica_groups=@maximal, dimensions={0}", 8)
 
 
 # As the TPU compiler writes it: layouts with tiles, a reduce-scatter as a fusion, a loop that does not tell its length.
