@@ -19,8 +19,28 @@ class UserError(Exception):
     """A mistake the user can mend: the message names the thing, the place and the way out, in one line."""
 
 
-class NonFiniteError(Exception):
-    """The loss or a gradient became NaN or infinite: the run stops with ``EXIT_NON_FINITE``."""
+class StoppedError(Exception):
+    """The run ended before its last step, by no mistake in its settings; ``main.py`` prints the line."""
+
+    exit_code: int
+
+
+class PreemptedError(StoppedError):
+    """SIGTERM: a checkpoint is written, the same command goes on."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class NonFiniteError(StoppedError):
+    """The loss or a gradient became NaN or infinite."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class OutOfMemoryError(StoppedError):
+    """Of the devices or of the machine."""
+
+    exit_code = EXIT_OUT_OF_MEMORY
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

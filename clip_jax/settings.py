@@ -96,7 +96,12 @@ def defaults() -> ConfigDict:
                 "keep_last": 2,
                 "keep_every_steps": AUTO,  # and these for ever
             },
-            "log": {"every_steps": 10, "tensorboard": True},
+            "log": {
+                "every_steps": 10,
+                "tensorboard": True,
+                "samples": False,  # samples.<process>.jsonl: which samples of the source each step took
+                "watchdog_seconds": 1800.0,  # without a finished step or evaluation until the run is given up; 0: never
+            },
         },
         type_safe=False,  # check() compares types itself, with messages a user can act on
     )
@@ -126,6 +131,7 @@ AT_LEAST = {
     "tokenizer.train_captions": 1,
     "checkpoint.keep_last": 1,
     "log.every_steps": 1,
+    "log.watchdog_seconds": 0,
     "mesh.cpu_devices": 1,
 }
 

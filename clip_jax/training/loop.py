@@ -7,7 +7,7 @@ The file people read first. Each part is elsewhere: ``config.py`` says what a ru
 import collections
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from clip_jax import config as configs
 from clip_jax import errors, run_folder
 from clip_jax.checkpoint import FOLDER, Checkpoints
 from clip_jax.data.stream import stream
-from clip_jax.errors import NonFiniteError, UserError
+from clip_jax.errors import NonFiniteError, PreemptedError, StoppedError, UserError
 from clip_jax.evaluation.embed import make_encoders
 from clip_jax.evaluation.runner import Evaluator
 from clip_jax.interop.merge import merge
@@ -28,7 +28,7 @@ from clip_jax.model import load
 from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery
 from clip_jax.sharding import initialize_processes, process_rows, to_devices
-from clip_jax.training import console, setup
+from clip_jax.training import console, setup, stop
 from clip_jax.training import metrics as metric_files
 from clip_jax.training.meter import Meter
 from clip_jax.training.setup import Run
@@ -56,10 +56,15 @@ def run(
         run_folder.write(folder, setup.description(parts))
         terminal.header(console.header(parts))
     try:
-        gallery = train(parts)
-    except NonFiniteError as error:
-        print(f"main.py: {error}")
-        return errors.EXIT_NON_FINITE
+        with (
+            stop.out_of_memory_told(),
+            stop.watchdog(config.log.watchdog_seconds) as alive,
+            stop.sigterm_at() as reached,
+        ):
+            gallery = train(parts, alive, reached)
+    except StoppedError as error:
+        print(f"main.py: {error}", flush=True)
+        return error.exit_code
     if jax.process_index() == 0:
         console.finish(parts, gallery)
     return errors.EXIT_DONE
@@ -111,8 +116,11 @@ def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
         print(f"{run.workdir}/tokenizer: its file or its libraries changed since the run began; some tokens may differ")
 
 
-def train(run: Run) -> Gallery | None:
-    """All steps that are left; returns what the last evaluation has to show."""
+def train(run: Run, alive: Callable[[], None], reached: Callable[[int], bool]) -> Gallery | None:
+    """All steps that are left; returns what the last evaluation has to show.
+
+    ``alive()`` is told of progress, ``reached(step)`` says whether to stop after a step (``stop.py``).
+    """
     config, first_process = run.config, jax.process_index() == 0
     train_step = make_train_step(
         run.model,
@@ -137,15 +145,17 @@ def train(run: Run) -> Gallery | None:
         run.workdir, enabled=first_process, tensorboard=config.log.tensorboard, first_step=first_step
     )
     progress = terminal.Progress(run.steps, first_step, enabled=first_process)
+    samples = metric_files.Samples(run.workdir, enabled=config.log.samples)
     meter, evaluator = Meter(run, first_step), make_evaluator(run)
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-    gallery, told = None, Told()
+    gallery, told, stopping = None, Told(), False
 
     def settle(left: int) -> None:
         """Waits until no more than so many steps are unfinished, and logs those that are due."""
         while len(in_flight) > left:
             step, metrics = in_flight.popleft()
             jax.block_until_ready(metrics)
+            alive()
             if step == 1 or step % config.log.every_steps == 0 or step == run.steps:
                 values = meter.read(step, {name: float(value) for name, value in metrics.items()})
                 log.write(step, values)
@@ -164,6 +174,7 @@ def train(run: Run) -> Gallery | None:
             with meter.waiting():
                 host = next(batches)
             batch = to_devices({"image": host["image"], "text": host["text"]}, run.mesh, config.batch_size)
+            samples.write(step, rows, host["index"])
             state, metrics = train_step(state, batch)
             in_flight.append((step, metrics))
             settle(IN_FLIGHT - 1)
@@ -175,15 +186,23 @@ def train(run: Run) -> Gallery | None:
                     values, gallery = evaluate(run, evaluator, state, show=last)
                 log.write(step, values)
                 progress.line(console.summary(step, values))
-            if due(step, run.checkpoint_every, last):
+                alive()
+            stopping = reached(step) and not last
+            if due(step, run.checkpoint_every, last or stopping):
                 settle(0)
                 check_finite(run, step, metrics)
                 log.sync()  # the lines of these steps are on disk before a checkpoint that follows them exists
                 with meter.paused():
                     checkpoints.save(step, state)
+                alive()
+            if stopping:
+                break
         told.update(progress, run)
     checkpoints.close()
     log.close()
+    samples.close()
+    if stopping:
+        raise PreemptedError(f"received SIGTERM; step {step} of {run.steps} is kept, the same command goes on from it")
     if gallery is None and not (run.workdir / "report.html").exists():
         _, gallery = evaluate(run, evaluator, state, show=True)
     return gallery

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
 FILE = "metrics.jsonl"
@@ -66,3 +68,24 @@ class Writer:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class Samples:
+    """``samples.<process>.jsonl``: the rows of the global batch that a process filled, and with which samples.
+
+    Written before the step is taken and never shortened: of a step that was taken again after a restart there are
+    several lines, all of them the same.
+    """
+
+    def __init__(self, workdir: Path, *, enabled: bool):
+        name = f"samples.{jax.process_index()}.jsonl"
+        self._file = (workdir / name).open("a", encoding="utf-8") if enabled else None
+
+    def write(self, step: int, rows: np.ndarray, index: np.ndarray) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, "rows": rows.tolist(), "samples": index.tolist()}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -24,6 +24,7 @@ def get_config():
     config.eval.every_steps = 5
     config.checkpoint.every_steps = 3
     config.log.every_steps = 1
+    config.log.samples = True
     config.model.name = "ViT-Shapes/16"
     for tower, layers in ((config.model.image, 2), (config.model.text, 1)):
         tower.width, tower.layers, tower.heads, tower.mlp_width = 32, layers, 2, 64

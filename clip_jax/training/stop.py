@@ -1,0 +1,98 @@
+"""How a run ends before its last step: asked to by SIGTERM, hung, or out of memory.
+
+Periodic checkpoints are the guarantee (a machine can vanish without a word); a checkpoint at SIGTERM is the fast path.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from clip_jax import errors
+
+
+@contextlib.contextmanager
+def sigterm_at() -> Iterator[Callable[[int], bool]]:
+    """Gives ``reached(step)``: whether to stop after this step, for any process has received SIGTERM.
+
+    True at one and the same step on all processes; to be called once a step, by all of them. With several processes
+    JAX's own service passes the notice on in the background and agrees on the step (10 microseconds a call, no
+    communication before a notice); its C++ handler must not be replaced by one of Python's.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
+        yield lambda step: False
+        return
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield lambda step: received.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
+    """Gives ``alive()``; when it was not called for so many seconds (0: for ever), the process ends.
+
+    A lost host or a dead file system leaves the others in a collective or a read that never returns: nothing but
+    another thread can say so. It writes the stacks of all threads and one line to stderr, and exits with
+    ``EXIT_WATCHDOG`` without any cleaning up, which would hang as well.
+    """
+    if not seconds:
+        yield lambda: None
+        return
+    last, over = [time.monotonic()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(max(0.0, last[0] + seconds - time.monotonic())):
+            if time.monotonic() - last[0] < seconds:
+                continue
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            print(
+                f"main.py: no step finished in {seconds:g} s: the stacks of all threads are above; a host or a disk "
+                "may be gone, the same command goes on from the last checkpoint (or raise config.log.watchdog_seconds)",
+                file=sys.__stderr__,
+                flush=True,
+            )
+            os._exit(errors.EXIT_WATCHDOG)
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+
+    def alive() -> None:
+        last[0] = time.monotonic()
+
+    try:
+        yield alive
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Turns XLA's or the machine's lack of memory, pages long, into an ``OutOfMemoryError`` of one line."""
+    try:
+        yield
+    except MemoryError as error:
+        raise errors.OutOfMemoryError(
+            f"the machine is out of memory ({error}): lower config.data.prefetch and config.data.workers"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first_line = str(error).strip().splitlines()[0]
+        raise errors.OutOfMemoryError(
+            f"the devices are out of memory ({first_line}): set config.model.remat=full, split the parameters with "
+            "config.mesh.fsdp, or take more devices"
+        ) from error

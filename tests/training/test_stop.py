@@ -1,0 +1,122 @@
+"""A run that cannot or must not go on says so in one line, keeps what it has, and exits with a code of its own."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import portpicker
+import pytest
+
+from clip_jax import errors
+from clip_jax.training import loop, stop
+from tests.training import runs
+from tests.training.test_resume import lines
+
+
+def start(tmp_path, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        runs.command(*arguments),
+        env=runs.environment(tmp_path),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigterm_writes_a_checkpoint_at_the_next_step_and_exits_with_42(tmp_path):
+    arguments = (f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}")
+    rare = ("--config.checkpoint.every_steps=1000", "--config.steps=2000", "--config.eval.every_steps=1000")
+    process = start(tmp_path, *arguments, *rare)
+    wait_for(lambda: lines(tmp_path / "run") >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == errors.EXIT_PREEMPTED == 42, output
+    said = re.search(r"^main.py: received SIGTERM; step (\d+) of 2000 is kept", output, re.MULTILINE)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [said[1]]
+    assert runs.metrics(tmp_path / "run")[-1]["step"] == int(said[1])
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    port = portpicker.pick_unused_port()
+    arguments = (f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}", "--config.steps=2000")
+    joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.eval.every_steps=1000")
+    both = [start(tmp_path, *arguments, *joined, f"--process_id={i}") for i in range(2)]
+    wait_for(lambda: lines(tmp_path / "run") >= 2, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [42, 42], outputs
+    kept = {re.search(r"received SIGTERM; step (\d+) of 2000 is kept", output)[1] for output in outputs}
+    newest = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == {str(newest)}
+
+
+def test_a_run_that_hangs_shows_its_threads_and_exits_with_44():
+    program = """
+        import time
+        from clip_jax.training import stop
+
+        def hangs_here():
+            time.sleep(60)
+
+        with stop.watchdog(0.6) as alive:
+            for _ in range(4):  # 0.8 s, but never 0.6 s without a sign
+                time.sleep(0.2)
+                alive()
+            print("alive", flush=True)
+            hangs_here()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=runs.ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == errors.EXIT_WATCHDOG == 44 and done.stdout == "alive\n"
+    assert "in hangs_here" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("main.py: no step finished in 0.6 s")
+
+
+def test_a_run_that_ends_leaves_no_watchdog_behind():
+    with stop.watchdog(0.05):
+        pass
+    with stop.watchdog(0):  # never
+        time.sleep(0.1)
+    time.sleep(0.1)
+
+
+def test_out_of_memory_is_one_line_and_45(tmp_path, monkeypatch, capsys):
+    def too_large(*_, **__):
+        return jax.block_until_ready(jnp.zeros(1 << 50, jnp.float32))
+
+    monkeypatch.setattr(loop, "start", too_large)
+    recipe = str(runs.write_recipe(tmp_path))
+    code = loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides={})
+    assert code == errors.EXIT_OUT_OF_MEMORY == 45
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("main.py: the devices are out of memory (RESOURCE_EXHAUSTED") and "remat=full" in last
+
+
+def test_another_error_of_the_devices_is_not_called_out_of_memory():
+    with pytest.raises(jax.errors.JaxRuntimeError), stop.out_of_memory_told():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_run_writes_which_samples_each_step_took(small_run):
+    written = [json.loads(line) for line in (small_run / "samples.0.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == list(range(1, 13))
+    assert all(line["rows"] == list(range(16)) for line in written)
+    seen = [sample for line in written for sample in line["samples"]]
+    assert sorted(seen[:50]) == sorted(seen[50:100]) == list(range(50))  # an epoch has every sample once
