@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``checkpoints/<step>``; it is written in the background and appears, whole, by a rename, so
 a run killed at any moment finds its last complete one. It can be read on any number of devices and processes.
-The model is stored apart from the rest, so that it can be loaded without its optimizer.
+The model is stored apart from the rest, so that it can be loaded without its optimizer: its averaged parameters, where
+a run has those, and then the parameters that it trains are with the rest.
 """
 
 import os
@@ -46,7 +47,7 @@ class Checkpoints:
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, each shard read where ``abstract`` (shapes with shardings) wants it."""
         found = self._checkpointer.load_checkpointables(step, _split(abstract))
-        return type(abstract)(**found["model"], **found["training"])
+        return _join(type(abstract), found)
 
     def close(self) -> None:
         """Waits for a save in progress; an error in the background is raised here."""
@@ -55,7 +56,18 @@ class Checkpoints:
 
 def _split(state: Any) -> dict[str, Any]:
     fields = state._asdict()
-    return {"model": {name: fields.pop(name) for name in ("params", "batch_stats")}, "training": fields}
+    average = fields.pop("average")
+    model = {name: fields.pop(name) for name in ("params", "batch_stats")}
+    if average is not None:
+        fields["trained_params"], model["params"] = model["params"], average
+    return {"model": model, "training": fields}
+
+
+def _join(kind: type, found: dict[str, Any]) -> Any:
+    model, fields = dict(found["model"]), dict(found["training"])
+    if "trained_params" in fields:
+        fields["average"], model["params"] = model["params"], fields.pop("trained_params")
+    return kind(**model, **fields)
 
 
 def latest_step(workdir: Path) -> int | None:

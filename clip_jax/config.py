@@ -21,7 +21,7 @@ from clip_jax.settings import AT_LEAST, AUTO, CHOICES, ONLY_WITH, UNITS, default
 
 __all__ = ["AUTO", "check", "defaults", "duration", "load", "override", "resolve_preset"]
 
-MAY_CHANGE_ON_RESTART = ("mesh", "eval", "checkpoint", "log")
+MAY_CHANGE_ON_RESTART = ("micro_batch", "mesh", "eval", "checkpoint", "log")
 
 
 def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -83,6 +83,10 @@ def check(config: ConfigDict, place: str) -> None:
     for key, bound in AT_LEAST.items():
         if given[key] < bound:
             raise UserError(f"{place}: {key}={given[key]} must be at least {bound}")
+    if given["micro_batch"] != AUTO and given["micro_batch"] < 1:
+        raise UserError(f"{place}: micro_batch={given['micro_batch']} must be at least 1, or -1 for the whole batch")
+    if given["ema_decay"] >= 1:
+        raise UserError(f"{place}: ema_decay={given['ema_decay']} must be below 1, as 0.9999; 0 keeps no average")
     for key in known:
         if _unit(key) and given[key] != AUTO:
             others = [k for k in _siblings(key) if k != key and given[k] != AUTO]
@@ -131,8 +135,9 @@ def duration(config: ConfigDict, key: str, samples: int) -> int | None:
     return max(1, given[0]) if "every" in key else given[0]
 
 
-def check_lengths(config: ConfigDict, steps: int, warmup: int, samples: int) -> None:
+def check_lengths(config: ConfigDict, steps: int, samples: int) -> None:
     """What can only be judged once the number of training samples is known."""
+    warmup = duration(config, "optimizer.warmup_", samples) or 0
     if steps < 1:
         raise UserError(
             f"config: the run has no step: {samples} samples at batch_size={config.batch_size}; "

@@ -28,6 +28,8 @@ def defaults() -> ConfigDict:
             "examples": AUTO,  # pairs seen
             "epochs": float(AUTO),  # steps = floor(epochs * N / batch_size)
             "batch_size": 256,  # pairs over all devices and processes
+            "micro_batch": AUTO,  # pairs whose activations exist at one time, over all devices; -1: the whole batch
+            "ema_decay": 0.0,  # of a moving average of the parameters, which is what is evaluated and loaded; 0: none
             "data": {
                 "train": "shapes:train",  # kind:where, see clip_jax/data/sources
                 "caption": "txt",  # tar shards: txt, or a dotted path into the sample's JSON
@@ -130,6 +132,7 @@ AT_LEAST = {
     "optimizer.clip_norm": 0,
     "tokenizer.train_captions": 1,
     "checkpoint.keep_last": 1,
+    "ema_decay": 0,
     "log.every_steps": 1,
     "log.watchdog_seconds": 0,
     "mesh.cpu_devices": 1,

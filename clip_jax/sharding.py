@@ -62,6 +62,21 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def split_batch(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
+    """[batch, ...] -> [parts, batch / parts, ...]: each part has its share of every device's rows, so none moves."""
+    shards = batch_shards(mesh)
+    x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    x = x.reshape(parts, -1, *x.shape[3:])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
+
+
+def join_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """What ``split_batch`` split, in its first order."""
+    shards, parts = batch_shards(mesh), x.shape[0]
+    x = x.reshape(parts, shards, -1, *x.shape[2:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x.reshape(-1, *x.shape[3:]), batch_sharding(mesh))
+
+
 def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a tree whose arrays are boxed with logical axes.
 

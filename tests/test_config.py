@@ -122,9 +122,9 @@ def test_intervals_are_at_least_one_step_and_none_where_not_given():
 
 def test_warmup_longer_than_the_run_and_a_run_without_steps_are_refused():
     with pytest.raises(UserError, match="20 steps of warm-up in a run of 10"):
-        check_lengths(valid(), 10, 20, 100)
+        check_lengths(override(valid(), {"optimizer.warmup_steps": "20"}, "here"), 10, 100)
     with pytest.raises(UserError, match="the run has no step"):
-        check_lengths(valid(), 0, 0, 100)
+        check_lengths(valid(), 0, 100)
 
 
 def test_a_saved_config_comes_back_the_same_with_automatic_sizes_automatic():

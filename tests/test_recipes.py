@@ -4,13 +4,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 
 from clip_jax import config as configs
-from clip_jax.models.clip import CLIP
 from clip_jax.sharding import make_mesh
-from clip_jax.training.step import abstract_state, make_train_step
+from clip_jax.training import setup
+from clip_jax.training.state import abstract_state
 
 RECIPES = sorted(Path("configs").glob("*.py"))
 
@@ -35,16 +34,16 @@ def test_a_recipe_has_its_launch_line_on_top(recipe):
 def test_a_recipe_traces_with_its_full_size_model(recipe):
     config = configs.load(str(recipe))
     preset = configs.resolve_preset(config)
-    mesh = make_mesh()
-    clip = CLIP(preset.architecture, jnp.dtype(config.model.dtype), config.model.scan, config.model.remat)
-    optimizer = optax.adamw(1e-3)
-    step = make_train_step(clip, preset.preprocess, optimizer, lambda _: 1e-3, mesh, max_logit_scale=100.0)
+    mesh, model = make_mesh(), setup.make_model(config, preset)
+    rate = setup.make_schedule(config, 100_000, samples=400_000_000)
+    optimizer = setup.make_optimizer(config, rate)
+    step = setup.make_step(config, preset, model, optimizer, rate, mesh)
     image, text = preset.architecture.image, preset.architecture.text
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, image.image_size, image.image_size, 3), jnp.uint8),
         "text": jax.ShapeDtypeStruct((config.batch_size, text.context_length), jnp.int32),
     }
-    state = abstract_state(clip, optimizer, mesh)
+    state = abstract_state(model, optimizer, mesh, average=config.ema_decay > 0)
     new_state, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
     assert metrics["loss"].shape == ()

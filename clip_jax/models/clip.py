@@ -128,19 +128,20 @@ class CLIP:
         text: Int[Array, "batch length"],
         *,
         train: bool,
-        rng: Key[Array, ""] | None = None,
+        keys: Key[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch embed"], Float[Array, "batch embed"], Params]:
         """Both embeddings, of unit length, and the new batch statistics (``{}``: a ViT has none).
 
-        ``rng`` is needed for training with patch dropout only.
+        ``keys``, one a pair, are needed for training with patch dropout only.
         """
-        rngs = {"patch_dropout": rng} if train and rng is not None else {}
         variables = _variables(params, batch_stats)
         if train and "batch_stats" in variables:
-            embedding, new = self.image_tower.apply(variables, image, train=True, rngs=rngs, mutable=["batch_stats"])
+            embedding, new = self.image_tower.apply(variables, image, train=True, mutable=["batch_stats"])
             batch_stats = {"image": new["batch_stats"]}
+        elif train and self.patch_dropout > 0:
+            embedding = self.image_tower.apply(variables, image, train=True, keys=keys)
         else:
-            embedding = self.image_tower.apply(variables, image, train=train, rngs=rngs)
+            embedding = self.image_tower.apply(variables, image)
         return unit(embedding), unit(self.encode_text(params, text)), batch_stats
 
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from clip_jax.models.transformer import (
     MLP,
@@ -90,7 +90,7 @@ class ViT(nn.Module):
     """float32[B, H, W, 3] (normalised) -> float32[B, embed_dim], not normalised.
 
     ``patch_dropout`` is the share of patches that training leaves out, others for each image (FLIP, Li et al. 2023);
-    it needs the random stream ``patch_dropout``. ``tokens_only`` stops behind the last block: [B, tokens, width].
+    it needs ``keys``, one for each image. ``tokens_only`` stops behind the last block: [B, tokens, width].
     """
 
     tower: ImageTower
@@ -102,7 +102,9 @@ class ViT(nn.Module):
     tokens_only: bool = False
 
     @nn.compact
-    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> Array:
+    def __call__(
+        self, image: Float[Array, "batch height width 3"], train: bool = False, keys: Key[Array, "batch"] | None = None
+    ) -> Array:
         tower, width, patch = self.tower, self.tower.width, self.tower.patch_size
         batch = image.shape[0]
         rows, columns = image.shape[1] // patch, image.shape[2] // patch
@@ -133,7 +135,7 @@ class ViT(nn.Module):
         if tower.rotary_grid is not None:
             rotary = rotary_angles(rows, columns, width // tower.heads, tower.rotary_grid, tower.class_token)
         if train and self.patch_dropout > 0:
-            tokens, rotary = self._drop(tokens, rotary)
+            tokens, rotary = self._drop(tokens, rotary, keys)
         if tower.norm_pre:
             tokens = LayerNorm(self.dtype, tower.norm_epsilon, name="norm_pre")(tokens)
         inits = timm_block_init() if tower.from_timm else image_block_init(width, tower.mlp_width)
@@ -167,12 +169,15 @@ class ViT(nn.Module):
             pooled = jnp.mean(tokens[:, int(tower.class_token) :].astype(jnp.float32), axis=1).astype(self.dtype)
         return pooled if tower.norm_before_pooling else norm(pooled)
 
-    def _drop(self, tokens: Float[Array, "batch tokens width"], rotary: Rotary | None):
-        """A random subset of the patches of each image, and their rotary angles; the class token always stays."""
+    def _drop(self, tokens: Float[Array, "batch tokens width"], rotary: Rotary | None, keys: Key[Array, "batch"]):
+        """A random subset of the patches of each image, and their rotary angles; the class token always stays.
+
+        Each image draws from a key of its own, so that it loses the same patches whatever it is batched with.
+        """
         prefix = int(self.tower.class_token)
         batch, patches = tokens.shape[0], tokens.shape[1] - prefix
         kept = max(1, int(patches * (1 - self.patch_dropout)))
-        order = jax.random.uniform(self.make_rng("patch_dropout"), (batch, patches))
+        order = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
         chosen = jax.lax.top_k(order, kept)[1] + prefix
         first = jnp.zeros((batch, prefix), chosen.dtype)
         chosen = jnp.concatenate([first, chosen], axis=1)[:, :, None]

@@ -32,7 +32,7 @@ from clip_jax.training import console, setup, stop
 from clip_jax.training import metrics as metric_files
 from clip_jax.training.meter import Meter
 from clip_jax.training.setup import Run
-from clip_jax.training.step import State, abstract_state, create_state, make_train_step
+from clip_jax.training.state import State, abstract_state, create_state
 
 IN_FLIGHT = 2
 """Steps that may be launched and not finished; their metrics are read when they leave this window, never before."""
@@ -122,16 +122,7 @@ def train(run: Run, alive: Callable[[], None], reached: Callable[[int], bool]) -
     ``alive()`` is told of progress, ``reached(step)`` says whether to stop after a step (``stop.py``).
     """
     config, first_process = run.config, jax.process_index() == 0
-    train_step = make_train_step(
-        run.model,
-        run.preset.preprocess,
-        run.optimizer,
-        run.rate,
-        run.mesh,
-        max_logit_scale=config.loss.max_logit_scale,
-        seed=config.seed,
-        loss_name=config.loss.name,
-    )
+    train_step = setup.make_step(config, run.preset, run.model, run.optimizer, run.rate, run.mesh)
     keep_every = config.checkpoint.keep_every_steps
     checkpoints = Checkpoints(
         run.workdir,
@@ -210,10 +201,10 @@ def train(run: Run, alive: Callable[[], None], reached: Callable[[int], bool]) -
 
 def start(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
     """The state to go on from and its step: the newest checkpoint's, or a fresh one."""
-    step = checkpoints.latest()
+    step, average = checkpoints.latest(), run.config.ema_decay > 0
     if step is not None:
-        return checkpoints.restore(step, abstract_state(run.model, run.optimizer, run.mesh)), step
-    state = create_state(run.model, run.optimizer, run.mesh, run.config.seed)
+        return checkpoints.restore(step, abstract_state(run.model, run.optimizer, run.mesh, average=average)), step
+    state = create_state(run.model, run.optimizer, run.mesh, run.config.seed, average=average)
     return (init_from(run, state) if run.config.model.init_from else state), 0
 
 
@@ -228,6 +219,7 @@ def init_from(run: Run, state: State) -> State:
     return state._replace(
         params=jax.device_put(params, place[0]),
         batch_stats=jax.device_put(loaded.batch_stats or state.batch_stats, place[1]),
+        average=None if state.average is None else jax.device_put(params, place[0]),
     )
 
 
@@ -275,12 +267,12 @@ def make_evaluator(run: Run) -> Evaluator:
 
 def evaluate(run: Run, evaluator: Evaluator, state: State, *, show: bool) -> tuple[dict[str, float], Gallery | None]:
     """``eval/...`` metrics of the held-out sources and, where asked, pairs to show."""
-    evaluation, sources, weights = run.config.eval, run.sources, (state.params, state.batch_stats)
+    evaluation, sources, weights = run.config.eval, run.sources, (state.evaluated, state.batch_stats)
     started, values, gallery = time.perf_counter(), {}, None
     if sources.heldout is not None:
-        scale, bias = float(jnp.exp(state.params["logit_scale"])), None
+        scale, bias = float(jnp.exp(state.evaluated["logit_scale"])), None
         if run.config.loss.name == "sigmoid":
-            bias = float(state.params["logit_bias"])
+            bias = float(state.evaluated["logit_bias"])
         found, embedded = evaluator.heldout(weights, sources.heldout, scale, bias)
         values |= {f"eval/{evaluation.heldout_name}/{name}": value for name, value in found.items()}
         gallery = evaluator.gallery(embedded, sources.heldout) if show else None

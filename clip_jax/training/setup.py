@@ -27,6 +27,7 @@ from clip_jax.models.clip import CLIP, parameter_counts
 from clip_jax.presets import Preset
 from clip_jax.sharding import batch_shards, make_mesh
 from clip_jax.training import optimizer as optimizers
+from clip_jax.training import step as training_step
 
 VERSIONS = (
     "jax",
@@ -79,18 +80,12 @@ class Run(NamedTuple):
 def make(workdir: Path, config: ConfigDict) -> Run:
     """Opens the data, prepares the tokenizer in the run folder, and puts the rest together. Raises UserError."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    shards = batch_shards(mesh)
-    if config.batch_size % shards:
-        raise UserError(
-            f"config.batch_size={config.batch_size} does not divide over {shards} devices (data x fsdp); "
-            f"the nearest that does is {max(1, round(config.batch_size / shards)) * shards}"
-        )
+    check_batch(config, mesh)
     image_size = configs.resolve_preset(config).architecture.image.image_size
     sources = open_sources(config, image_size)
     samples = len(sources.train)
     steps = configs.duration(config, "", samples)
-    warmup = configs.duration(config, "optimizer.warmup_", samples) or 0
-    configs.check_lengths(config, steps, warmup, samples)
+    configs.check_lengths(config, steps, samples)
 
     tokenizer = prepare_tokenizer(workdir, config, sources.train)
     preset = configs.resolve_preset(config, tokenizer.vocab_size)
@@ -99,21 +94,13 @@ def make(workdir: Path, config: ConfigDict) -> Run:
             f"config.model.text.vocab_size={preset.architecture.text.vocab_size}: "
             f"the tokenizer has {tokenizer.vocab_size} tokens; leave it at -1"
         )
-    model = CLIP(
-        preset.architecture,
-        jnp.dtype(config.model.dtype),
-        config.model.scan,
-        config.model.remat,
-        config.model.patch_dropout,
-    )
-    optimizer = config.optimizer
-    rate = optimizers.schedule(optimizer.schedule, optimizer.learning_rate, warmup, steps)
+    rate = make_schedule(config, steps, samples)
     return Run(
         workdir=workdir,
         config=config,
         steps=steps,
         preset=preset,
-        model=model,
+        model=make_model(config, preset),
         mesh=mesh,
         sources=sources,
         tokenizer=tokenizer,
@@ -130,17 +117,78 @@ def make(workdir: Path, config: ConfigDict) -> Run:
             faults=Faults(config.data.max_bad_share),
         ),
         rate=rate,
-        optimizer=optimizers.adamw(
-            rate,
-            weight_decay=optimizer.weight_decay,
-            decay=optimizer.decay,
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            eps=optimizer.eps,
-            clip_norm=optimizer.clip_norm,
-        ),
+        optimizer=make_optimizer(config, rate),
         eval_every=configs.duration(config, "eval.every_", samples),
         checkpoint_every=configs.duration(config, "checkpoint.every_", samples),
+    )
+
+
+def check_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """The batch divides over the mesh and into micro-batches that do as well; UserError with the nearest otherwise."""
+    shards, batch, micro = batch_shards(mesh), config.batch_size, config.micro_batch
+    if batch % shards:
+        raise UserError(
+            f"config.batch_size={batch} does not divide over {shards} devices (data x fsdp); "
+            f"the nearest that does is {max(1, round(batch / shards)) * shards}"
+        )
+    if micro != configs.AUTO and (batch % micro or micro % shards):
+        possible = [shards * n for n in range(1, batch // shards + 1) if batch // shards % n == 0]
+        raise UserError(
+            f"config.micro_batch={micro} must divide batch_size={batch} and divide over {shards} devices "
+            f"(data x fsdp); the nearest that does is {min(possible, key=lambda n: abs(n - micro))}"
+        )
+
+
+def make_model(config: ConfigDict, preset: Preset) -> CLIP:
+    """The preset's architecture with the config's way to compute it."""
+    return CLIP(
+        preset.architecture,
+        jnp.dtype(config.model.dtype),
+        config.model.scan,
+        config.model.remat,
+        config.model.patch_dropout,
+    )
+
+
+def make_schedule(config: ConfigDict, steps: int, samples: int) -> optimizers.Schedule:
+    """The learning rate of each of ``steps`` steps over a dataset of so many samples."""
+    warmup = configs.duration(config, "optimizer.warmup_", samples) or 0
+    return optimizers.schedule(config.optimizer.schedule, config.optimizer.learning_rate, warmup, steps)
+
+
+def make_optimizer(config: ConfigDict, rate: optimizers.Schedule) -> optax.GradientTransformation:
+    optimizer = config.optimizer
+    return optimizers.adamw(
+        rate,
+        weight_decay=optimizer.weight_decay,
+        decay=optimizer.decay,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        eps=optimizer.eps,
+        clip_norm=optimizer.clip_norm,
+    )
+
+
+def make_step(
+    config: ConfigDict,
+    preset: Preset,
+    model: CLIP,
+    optimizer: optax.GradientTransformation,
+    rate: optimizers.Schedule,
+    mesh: Mesh,
+) -> training_step.TrainStep:
+    """The one compiled function of a run, for any mesh: also for one whose devices are not there (the plan)."""
+    return training_step.make_train_step(
+        model,
+        preset.preprocess,
+        optimizer,
+        rate,
+        mesh,
+        max_logit_scale=config.loss.max_logit_scale,
+        seed=config.seed,
+        loss_name=config.loss.name,
+        average_decay=config.ema_decay,
+        micro_batches=1 if config.micro_batch == configs.AUTO else config.batch_size // config.micro_batch,
     )
 
 

@@ -1,60 +1,25 @@
-"""State and the training step: one jitted function from (state, batch) to (state, metrics), sharded over a mesh."""
+"""The training step: one jitted function from (state, batch) to (state, metrics), sharded over a mesh."""
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array
 
 from clip_jax.losses import grid
 from clip_jax.models.clip import CLIP
 from clip_jax.presets import Preprocess
-from clip_jax.sharding import batch_sharding, parameter_shardings, replicated
+from clip_jax.sharding import batch_sharding, replicated
+from clip_jax.training import gradients
+from clip_jax.training.gradients import Metrics
+from clip_jax.training.state import State, abstract_state
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, Float[Array, ""]]
-
-
-class State(NamedTuple):
-    """Everything a run needs to go on; nothing about hosts or devices is in it."""
-
-    step: Int[Array, ""]
-    data_step: Int[Array, ""]
-    """The position in the data: the next batch. Equals ``step`` until a rollback skips a window."""
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-
-
-def boxed_state(model: CLIP, optimizer: optax.GradientTransformation, rng: Key[Array, ""]) -> State:
-    """A fresh state whose parameters and moments are boxed with their logical axes."""
-    params = model.init(rng)
-    zero = jnp.zeros((), jnp.int32)
-    # The optimizer sees boxed parameters, so that its moments are boxed, and thus sharded, in the same way.
-    return State(zero, zero, params, model.init_batch_stats(), optimizer.init(params))
-
-
-def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """The state's shapes with the sharding of every leaf: nothing is computed."""
-    boxed = jax.eval_shape(lambda rng: boxed_state(model, optimizer, rng), jax.random.key(0))
-    shardings = parameter_shardings(boxed, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.meta.unbox(boxed),
-        shardings,
-    )
-
-
-def create_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> State:
-    """A fresh state, created where it belongs: no device ever holds more than its part."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
-    create = jax.jit(lambda rng: nn.meta.unbox(boxed_state(model, optimizer, rng)), out_shardings=shardings)
-    return create(jax.random.key(seed))
+TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 def make_train_step(
@@ -67,33 +32,50 @@ def make_train_step(
     max_logit_scale: float,
     seed: int = 0,
     loss_name: Literal["softmax", "sigmoid"] = "softmax",
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """``(state, {"image": uint8[B, H, W, 3], "text": int32[B, L]}) -> (state, metrics)``; the state is donated."""
-    abstract = abstract_state(model, optimizer, mesh)
+    micro_batches: int = 1,
+    average_decay: float = 0.0,
+) -> TrainStep:
+    """``(state, {"image": uint8[B, H, W, 3], "text": int32[B, L]}) -> (state, metrics)``; the state is donated.
+
+    With ``micro_batches`` the activations of one of so many parts of the batch exist at a time. ``average_decay`` is
+    that of the parameters' moving average; 0: the state has none.
+    """
+    abstract = abstract_state(model, optimizer, mesh, average=average_decay > 0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    def loss(params, batch_stats, batch, rng):
-        pixels = preprocess.normalize(batch["image"])
-        image, text, batch_stats = model.forward(params, batch_stats, pixels, batch["text"], train=True, rng=rng)
+    def pin(gradient):
+        # Without it the partitioner may replicate the gradients of sharded parameters.
+        return jax.lax.with_sharding_constraint(gradient, shardings.params)
+
+    def loss(params, image, text):
         scale = jnp.exp(params["logit_scale"])
         if loss_name == "sigmoid":
-            value, metrics = grid.sigmoid(image, text, scale, params["logit_bias"], mesh=mesh)
-        else:
-            value, metrics = grid.softmax(image, text, scale, mesh=mesh)
-        return value, (metrics, batch_stats)
+            return grid.sigmoid(image, text, scale, params["logit_bias"], mesh=mesh)
+        return grid.softmax(image, text, scale, mesh=mesh)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        gradient = jax.value_and_grad(loss, has_aux=True)
         rng = jax.random.fold_in(jax.random.key(seed), state.step)  # of the step alone: a resumed run draws the same
-        (value, (metrics, batch_stats)), gradients = gradient(state.params, state.batch_stats, batch, rng)
-        # Pinned: without it the partitioner may replicate the gradients of sharded parameters.
-        gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+
+        def encode(params, batch_stats, batch):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["row"])
+            pixels = preprocess.normalize(batch["image"])
+            return model.forward(params, batch_stats, pixels, batch["text"], train=True, keys=keys)
+
+        batch = batch | {"row": jnp.arange(batch["text"].shape[0])}
+        if micro_batches == 1:
+            results = gradients.whole(encode, loss, state.params, state.batch_stats, batch)
+        else:
+            results = gradients.accumulated(
+                encode, loss, state.params, state.batch_stats, batch, parts=micro_batches, mesh=mesh, pin=pin
+            )
+        value, metrics, batch_stats, gradient = results
+        gradient = pin(gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params["logit_scale"] = jnp.clip(params["logit_scale"], 0.0, math.log(max_logit_scale))
         metrics |= {
             "loss": value,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.global_norm(gradient),
             "param_norm": optax.global_norm(state.params),
             "update_norm": optax.global_norm(updates),
             "logit_scale": jnp.exp(state.params["logit_scale"]),
@@ -101,7 +83,10 @@ def make_train_step(
         }
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]
-        return State(state.step + 1, state.data_step + 1, params, batch_stats, opt_state), metrics
+        average = state.average
+        if average_decay > 0:
+            average = moving_average(average, params, average_decay, state.step)
+        return State(state.step + 1, state.data_step + 1, params, batch_stats, opt_state, average), metrics
 
     return jax.jit(
         train_step,
@@ -109,3 +94,12 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def moving_average(average, params, decay: float, step: Array):
+    """``decay * average + (1 - decay) * params``; early steps, of which there is little to average, decay faster.
+
+    The decay is min(decay, (1 + step) / (10 + step)), as tf.train.ExponentialMovingAverage has it.
+    """
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)

@@ -118,7 +118,9 @@ def test_patch_dropout_leaves_patches_out_in_training_only():
     params = params_of(clip)
 
     def embedding(model, train, seed=0):
-        return np.asarray(model.forward(params, {}, image, text, train=train, rng=jax.random.key(seed))[0])
+        return np.asarray(
+            model.forward(params, {}, image, text, train=train, keys=jax.random.split(jax.random.key(seed), 4))[0]
+        )
 
     whole = embedding(clip, train=True)
     np.testing.assert_array_equal(embedding(dropping, train=False), whole)
@@ -127,7 +129,7 @@ def test_patch_dropout_leaves_patches_out_in_training_only():
     assert not np.allclose(dropped, whole, atol=1e-3)
     assert not np.allclose(dropped, embedding(dropping, train=True, seed=1), atol=1e-3)
     tower = dropping.image_tower.clone(tokens_only=True)
-    tokens = tower.apply({"params": params["image"]}, image, train=True, rngs={"patch_dropout": jax.random.key(0)})
+    tokens = tower.apply({"params": params["image"]}, image, train=True, keys=jax.random.split(jax.random.key(0), 4))
     assert tokens.shape == (4, 1 + 8, 64)  # the class token and half of 16 patches
 
 
@@ -141,8 +143,8 @@ def test_patch_dropout_keeps_tokens_with_their_positions_and_angles():
     blocks["mlp"]["down"] *= 0
     tower = clip.image_tower.clone(tokens_only=True)
     every = tower.apply({"params": params["image"]}, image)
-    rngs = {"patch_dropout": jax.random.key(0)}
-    kept = tower.apply({"params": params["image"]}, image, train=True, rngs=rngs)
+    keys = jax.random.split(jax.random.key(0), len(image))
+    kept = tower.apply({"params": params["image"]}, image, train=True, keys=keys)
     assert kept.shape[1] == 1 + 4
     np.testing.assert_array_equal(kept[:, 0], every[:, 0])
     for whole, few in zip(np.asarray(every), np.asarray(kept), strict=True):
