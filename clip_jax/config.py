@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import presets
 from clip_jax.errors import UserError, nearest
+from clip_jax.models.resnet import ResNetTower
 from clip_jax.settings import AT_LEAST, AUTO, CHOICES, ONLY_WITH, UNITS, defaults
 
 __all__ = ["AUTO", "check", "defaults", "duration", "load", "override", "resolve_preset"]
@@ -92,16 +93,22 @@ def check(config: ConfigDict, place: str) -> None:
             others = [k for k in _siblings(key) if k != key and given[k] != AUTO]
             if others:
                 raise UserError(f"{place}: {key} and {others[0]} are both given; leave one of them at -1")
-            lowest_allowed = 0 if "warmup" in key else 1e-9
+            lowest_allowed = 0 if "warmup" in key or "cooldown" in key else 1e-9
             if given[key] < lowest_allowed:
                 raise UserError(f"{place}: {key}={given[key]} must be positive, or -1 for not given")
     if all(given[unit] == AUTO for unit in UNITS):
         raise UserError(f"{place}: how long to train? give one of steps, examples, epochs")
     preset = presets.preset(given["model.name"])
-    kind = given["tokenizer.kind"] or preset.tokenizer
+    resolved = given | {"tokenizer.kind": given["tokenizer.kind"] or preset.tokenizer}
     for key, needs, value in ONLY_WITH:
-        if given[key] != known[key] and {**given, "tokenizer.kind": kind}[needs] != value:
-            raise UserError(f"{place}: {key} has no effect with {needs}={kind}; leave it out or set {needs}={value}")
+        if given[key] != known[key] and resolved[needs] != value:
+            raise UserError(
+                f"{place}: {key} has no effect with {needs}={resolved[needs]}; leave it out or set {needs}={value}"
+            )
+    if given["optimizer.schedule"] == "cosine" and any(given[f"optimizer.cooldown_{unit}"] != AUTO for unit in UNITS):
+        raise UserError(f"{place}: optimizer.cooldown: a cosine ends at zero by itself; use it with rsqrt or constant")
+    if given["model.patch_dropout"] > 0 and isinstance(preset.architecture.image, ResNetTower):
+        raise UserError(f"{place}: model.patch_dropout: {given['model.name']} is a ResNet and has no patches to drop")
     for key in ("model.mean", "model.std"):
         if len(given[key]) not in (0, 3):
             raise UserError(f"{place}: {key}={given[key]}: three numbers, or () for the preset's")
@@ -138,6 +145,7 @@ def duration(config: ConfigDict, key: str, samples: int) -> int | None:
 def check_lengths(config: ConfigDict, steps: int, samples: int) -> None:
     """What can only be judged once the number of training samples is known."""
     warmup = duration(config, "optimizer.warmup_", samples) or 0
+    cooldown = duration(config, "optimizer.cooldown_", samples) or 0
     if steps < 1:
         raise UserError(
             f"config: the run has no step: {samples} samples at batch_size={config.batch_size}; "
@@ -147,6 +155,11 @@ def check_lengths(config: ConfigDict, steps: int, samples: int) -> None:
         raise UserError(
             f"config.optimizer.warmup: {warmup} steps of warm-up in a run of {steps}; "
             "shorten the warm-up or lengthen the run"
+        )
+    if warmup + cooldown > steps:
+        raise UserError(
+            f"config.optimizer.cooldown: {warmup} steps of warm-up and {cooldown} of cool-down in a run of {steps}; "
+            "shorten one of them or lengthen the run"
         )
 
 

@@ -67,19 +67,24 @@ def defaults() -> ConfigDict:
             },
             "loss": {
                 "name": "softmax",  # CLIP's; or sigmoid, SigLIP's, which gives the model a bias
-                "max_logit_scale": 100.0,  # clamp of exp(logit_scale) after each update (Radford et al. 2021)
+                "max_logit_scale": 100.0,  # clamp of exp(logit_scale) after each update (Radford et al. 2021); 0: none
             },
             "optimizer": {
-                "name": "adamw",
+                "name": "adamw",  # or adafactor, as SigLIP was trained (big_vision's variant)
                 "learning_rate": 5e-4,  # after warm-up
-                "schedule": "cosine",  # cosine (to zero) or constant
+                "schedule": "cosine",  # cosine (to zero), rsqrt or constant
+                "timescale": 10_000,  # rsqrt: steps after which the rate is 1 / sqrt(2)
                 "warmup_steps": AUTO,
                 "warmup_examples": AUTO,
                 "warmup_epochs": float(AUTO),
-                "weight_decay": 0.2,
-                "decay": "matrices",  # or matrices_and_positions: OpenCLIP 3 decays position embeddings too
+                "cooldown_steps": AUTO,  # the last steps go linearly to zero: for rsqrt and constant
+                "cooldown_examples": AUTO,
+                "cooldown_epochs": float(AUTO),
+                "weight_decay": 0.2,  # times the learning rate; big_vision's number is this one times its peak rate
+                "decay": "matrices",  # matrices_and_positions: as OpenCLIP 3; kernels: as big_vision, no embedding
                 "beta1": 0.9,
-                "beta2": 0.98,
+                "beta2": 0.98,  # adafactor: the most that second moments decay
+                "first_moment_dtype": "float32",  # bfloat16 saves two bytes a parameter
                 "eps": 1e-6,
                 "clip_norm": 0.0,  # of the global gradient; 0: off
             },
@@ -116,9 +121,10 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.activation": ("", *ACTIVATIONS),
     "loss.name": ("softmax", "sigmoid"),
-    "optimizer.name": ("adamw",),
-    "optimizer.schedule": ("cosine", "constant"),
-    "optimizer.decay": ("matrices", "matrices_and_positions"),
+    "optimizer.name": ("adamw", "adafactor"),
+    "optimizer.schedule": ("cosine", "rsqrt", "constant"),
+    "optimizer.decay": ("kernels", "matrices", "matrices_and_positions"),
+    "optimizer.first_moment_dtype": ("float32", "bfloat16"),
 }
 
 AT_LEAST = {
@@ -127,9 +133,11 @@ AT_LEAST = {
     "data.shuffle_window": 1,
     "data.workers": 1,
     "data.prefetch": 1,
+    "loss.max_logit_scale": 0,
     "optimizer.learning_rate": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
+    "optimizer.timescale": 1,
     "tokenizer.train_captions": 1,
     "checkpoint.keep_last": 1,
     "ema_decay": 0,
@@ -142,4 +150,6 @@ AT_LEAST = {
 ONLY_WITH = (
     ("tokenizer.vocab", "tokenizer.kind", "clip"),
     ("tokenizer.train_captions", "tokenizer.kind", "sentencepiece"),
+    ("optimizer.timescale", "optimizer.schedule", "rsqrt"),
+    ("optimizer.eps", "optimizer.name", "adamw"),
 )

@@ -80,18 +80,25 @@ def join_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
 def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a tree whose arrays are boxed with logical axes.
 
-    An axis that the mesh does not divide (a vocabulary of 49,408 over 3 devices) stays whole.
+    An axis that the mesh does not divide (a vocabulary of 49,408 over 3 devices) stays whole, and so does an array of
+    fewer axes than its box names: a factored moment, which an optimizer made of a boxed parameter and is small.
     """
 
     def one(spec: PartitionSpec, leaf: Any) -> NamedSharding:
+        if len(spec) > leaf.ndim:
+            return replicated(mesh)
         sharding = nn.logical_to_mesh_sharding(spec, mesh, RULES)
-        shape = leaf.shape
-        axes = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
-        axes = [a if a is None or size % mesh.shape[a] == 0 else None for a, size in zip(axes, shape, strict=True)]
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        axes = list(sharding.spec) + [None] * (leaf.ndim - len(sharding.spec))
+        sizes = zip(axes, leaf.shape, strict=True)
+        return NamedSharding(
+            mesh, PartitionSpec(*(a if a is None or n % mesh.shape[a] == 0 else None for a, n in sizes))
+        )
 
-    specs = nn.get_partition_spec(boxed)
-    return jax.tree.map(one, specs, nn.meta.unbox(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    def boxed_one(box: Any) -> Any:
+        # A box may hold no array: an optimizer that treats some parameters otherwise leaves them out.
+        return jax.tree.map(lambda leaf: one(nn.get_partition_spec(box), leaf), nn.meta.unbox(box))
+
+    return jax.tree.map(boxed_one, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

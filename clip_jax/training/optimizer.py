@@ -1,4 +1,4 @@
-"""optax chains: AdamW as CLIP was trained, its decay mask, warm-up and cosine."""
+"""optax chains: AdamW as CLIP was trained, Adafactor as SigLIP was, and what decays in each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,56 +7,122 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[jax.Array], jax.Array]
+from clip_jax.training.schedule import Schedule
 
-DECAYED = (
+KERNELS = (
     *("qkv", "out", "up", "down", "gate", "query", "key", "value", "key_value", "kernel"),
-    *("patch_embedding", "token_embedding", "spatial_embedding", "projection"),
+    *("patch_embedding", "projection"),
 )
+EMBEDDINGS = ("token_embedding", "spatial_embedding")
 POSITIONS = ("position_embedding",)
 
+DECAYED = {
+    "kernels": KERNELS,  # big_vision
+    "matrices": KERNELS + EMBEDDINGS,  # OpenCLIP 4
+    "matrices_and_positions": KERNELS + EMBEDDINGS + POSITIONS,  # OpenCLIP 3
+}
+"""Rule -> names of the parameters that decay. Matrices have two dimensions without the stacking axis of the blocks."""
 
-def schedule(kind: str, learning_rate: float, warmup: int, steps: int) -> Schedule:
-    """Linear warm-up to ``learning_rate``, then cosine to zero or constant; step 0 already learns (OpenCLIP's form).
 
-    warm-up: lr * (step + 1) / warmup; cosine: lr/2 * (1 + cos(pi * (step - warmup) / (steps - warmup))).
+def adamw(
+    rate: Schedule,
+    *,
+    weight_decay: float,
+    decay: str,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip_norm: float,
+    first_moment_dtype: str = "float32",
+) -> optax.GradientTransformation:
+    """Decoupled AdamW (Loshchilov and Hutter 2019), the gradient clipped by its global norm first where asked."""
+    scale = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.dtype(first_moment_dtype))
+    return _chain(scale, rate, weight_decay, decay, clip_norm)
+
+
+def adafactor(
+    rate: Schedule,
+    *,
+    weight_decay: float,
+    decay: str,
+    beta1: float,
+    beta2: float,
+    clip_norm: float,
+    first_moment_dtype: str = "bfloat16",
+) -> optax.GradientTransformation:
+    """Adafactor as Zhai et al. 2022 (section 3.4) and big_vision have it: factored second moments, no update clipping.
+
+    Second moments decay by min(beta2, 1 - t^-0.8) at step t, from 1, and are factored over the two largest axes of a
+    layer's tensor where both have at least 32 entries; the first moment is an average of rate ``beta1`` without bias
+    correction. ``weight_decay`` is multiplied by the rate, as in AdamW: big_vision's 1e-4 at a rate of 1e-3 is 0.1.
     """
 
-    def at(step):
-        step = jnp.asarray(step, jnp.float32)
-        warm = (step + 1) / max(warmup, 1)
-        progress = (step - warmup) / max(steps - warmup, 1)
-        after = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1))) if kind == "cosine" else 1.0
-        return learning_rate * jnp.where(step < warmup, warm, after)
+    def second_moment_decay(step, exponent):
+        return jnp.minimum(beta2, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -exponent)
 
-    return at
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=second_moment_decay)
+    # As a convolution's kernel [patch, patch, 3, width], which it is elsewhere, it has one large axis only.
+    unfactored = optax.scale_by_factored_rms(factored=False, decay_rate_fn=second_moment_decay)
+    scale = optax.chain(
+        # A stack of blocks is as many tensors as it has layers: the axis of the layers is never averaged over.
+        optax.partition({"stacked": _each_layer(factored), "single": factored, "patches": unfactored}, _labels),
+        optax.ema(beta1, debias=False, accumulator_dtype=jnp.dtype(first_moment_dtype)),
+    )
+    return _chain(scale, rate, weight_decay, decay, clip_norm)
+
+
+def _chain(
+    scale: optax.GradientTransformation, rate: Schedule, weight_decay: float, decay: str, clip_norm: float
+) -> optax.GradientTransformation:
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
+    decayed = optax.add_decayed_weights(weight_decay, mask=decay_mask(decay))
+    return optax.chain(*clip, scale, decayed, optax.scale_by_learning_rate(rate))
 
 
 def decay_mask(rule: str) -> Callable[[Any], Any]:
-    """Which parameters decay: those of two dimensions or more, counted without the stacking axis of the blocks.
-
-    ``matrices`` leaves position embeddings out (OpenCLIP 4), ``matrices_and_positions`` decays them (OpenCLIP 3).
-    """
-    names = DECAYED if rule == "matrices" else DECAYED + POSITIONS
-
-    def decays(path, _) -> bool:
-        # The last name in the dictionaries; a box around an array adds an attribute behind it.
-        return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1] in names
+    """Which parameters decay, by ``DECAYED``'s rules."""
 
     def mask(params):
-        return jax.tree_util.tree_map_with_path(decays, params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] in DECAYED[rule], params)
 
     return mask
 
 
-def adamw(
-    rate: Schedule, *, weight_decay: float, decay: str, beta1: float, beta2: float, eps: float, clip_norm: float
-) -> optax.GradientTransformation:
-    """Decoupled AdamW (Loshchilov and Hutter 2019), the gradient clipped by its global norm first where asked."""
-    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
-    parts += [
-        optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask(decay)),
-        optax.scale_by_learning_rate(rate),
-    ]
-    return optax.chain(*parts)
+def _names(path) -> list[str]:
+    """The names in the dictionaries; a box around an array adds an attribute behind them."""
+    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+
+
+def _labels(params):
+    def label(path, _):
+        names = _names(path)
+        if names[-1] == "patch_embedding":
+            return "patches"
+        stacked = any(name == "blocks" or name.endswith("_rest") for name in names)  # of transformers, of ResNets
+        return "stacked" if stacked else "single"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _each_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``scale_by_factored_rms`` of every layer of stacked tensors by itself; stacks may differ in their depth."""
+    axes = optax.FactoredState(count=None, v_row=0, v_col=0, v=0)
+    init_layers = jax.vmap(inner.init, out_axes=axes)
+    update_layers = jax.vmap(inner.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+
+    def init(params):
+        moments = [jax.tree.map(lambda p, i=i: init_layers(p)[i], params) for i in (1, 2, 3)]
+        return optax.FactoredState(jnp.zeros((), jnp.int32), *moments)
+
+    def update(gradients, state, params):
+        leaves, tree = jax.tree.flatten(gradients)
+        moments = zip(*(jax.tree.leaves(moment) for moment in state[1:]), strict=True)
+        done = [
+            update_layers(gradient, optax.FactoredState(state.count, *moment), param)
+            for gradient, moment, param in zip(leaves, moments, jax.tree.leaves(params), strict=True)
+        ]
+        moments = [tree.unflatten([state[i] for _, state in done]) for i in (1, 2, 3)]
+        count = optax.safe_increment(state.count)
+        return tree.unflatten([gradient for gradient, _ in done]), optax.FactoredState(count, *moments)
+
+    return optax.GradientTransformation(init, update)

@@ -28,6 +28,7 @@ from clip_jax.presets import Preset
 from clip_jax.sharding import batch_shards, make_mesh
 from clip_jax.training import optimizer as optimizers
 from clip_jax.training import step as training_step
+from clip_jax.training.schedule import Schedule, schedule
 
 VERSIONS = (
     "jax",
@@ -150,23 +151,27 @@ def make_model(config: ConfigDict, preset: Preset) -> CLIP:
     )
 
 
-def make_schedule(config: ConfigDict, steps: int, samples: int) -> optimizers.Schedule:
+def make_schedule(config: ConfigDict, steps: int, samples: int) -> Schedule:
     """The learning rate of each of ``steps`` steps over a dataset of so many samples."""
-    warmup = configs.duration(config, "optimizer.warmup_", samples) or 0
-    return optimizers.schedule(config.optimizer.schedule, config.optimizer.learning_rate, warmup, steps)
-
-
-def make_optimizer(config: ConfigDict, rate: optimizers.Schedule) -> optax.GradientTransformation:
     optimizer = config.optimizer
-    return optimizers.adamw(
-        rate,
-        weight_decay=optimizer.weight_decay,
-        decay=optimizer.decay,
-        beta1=optimizer.beta1,
-        beta2=optimizer.beta2,
-        eps=optimizer.eps,
-        clip_norm=optimizer.clip_norm,
+    return schedule(
+        optimizer.schedule,
+        optimizer.learning_rate,
+        configs.duration(config, "optimizer.warmup_", samples) or 0,
+        steps,
+        timescale=optimizer.timescale,
+        cooldown=configs.duration(config, "optimizer.cooldown_", samples) or 0,
     )
+
+
+def make_optimizer(config: ConfigDict, rate: Schedule) -> optax.GradientTransformation:
+    optimizer = config.optimizer
+    options = {
+        name: optimizer[name] for name in ("weight_decay", "decay", "beta1", "beta2", "clip_norm", "first_moment_dtype")
+    }
+    if optimizer.name == "adafactor":
+        return optimizers.adafactor(rate, **options)
+    return optimizers.adamw(rate, **options, eps=optimizer.eps)
 
 
 def make_step(
@@ -174,7 +179,7 @@ def make_step(
     preset: Preset,
     model: CLIP,
     optimizer: optax.GradientTransformation,
-    rate: optimizers.Schedule,
+    rate: Schedule,
     mesh: Mesh,
 ) -> training_step.TrainStep:
     """The one compiled function of a run, for any mesh: also for one whose devices are not there (the plan)."""

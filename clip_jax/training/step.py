@@ -37,8 +37,9 @@ def make_train_step(
 ) -> TrainStep:
     """``(state, {"image": uint8[B, H, W, 3], "text": int32[B, L]}) -> (state, metrics)``; the state is donated.
 
-    With ``micro_batches`` the activations of one of so many parts of the batch exist at a time. ``average_decay`` is
-    that of the parameters' moving average; 0: the state has none.
+    ``max_logit_scale`` clamps exp(logit_scale) after each update; 0: not at all. With ``micro_batches`` the activations
+    of one of so many parts of the batch exist at a time. ``average_decay`` is that of the parameters' moving average;
+    0: the state has none.
     """
     abstract = abstract_state(model, optimizer, mesh, average=average_decay > 0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -72,7 +73,8 @@ def make_train_step(
         gradient = pin(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        params["logit_scale"] = jnp.clip(params["logit_scale"], 0.0, math.log(max_logit_scale))
+        if max_logit_scale > 0:
+            params["logit_scale"] = jnp.clip(params["logit_scale"], 0.0, math.log(max_logit_scale))
         metrics |= {
             "loss": value,
             "grad_norm": optax.global_norm(gradient),

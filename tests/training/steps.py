@@ -5,7 +5,8 @@ import numpy as np
 from clip_jax import presets
 from clip_jax.models.clip import CLIP
 from clip_jax.sharding import to_devices
-from clip_jax.training.optimizer import adamw, schedule
+from clip_jax.training.optimizer import adamw
+from clip_jax.training.schedule import schedule
 from clip_jax.training.state import create_state
 from clip_jax.training.step import make_train_step
 from tests.models.test_clip import SMALL

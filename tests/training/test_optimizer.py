@@ -1,10 +1,12 @@
 """Learning rates, decay and updates are those of the papers, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.training.optimizer import adamw, decay_mask, schedule
+from clip_jax.training.optimizer import adafactor, adamw, decay_mask
+from clip_jax.training.schedule import schedule
 
 PARAMS = {
     "image": {
@@ -52,6 +54,7 @@ MATRICES = {
 
 def test_what_decays_has_two_dimensions_without_the_stacking_axis():
     assert decayed("matrices") == MATRICES
+    assert decayed("kernels") == MATRICES - {"text.token_embedding"}
     assert decayed("matrices_and_positions") == MATRICES | {"image.position_embedding", "text.position_embedding"}
 
 
@@ -68,6 +71,85 @@ def test_warmup_is_linear_and_starts_above_zero_cosine_ends_at_zero():
 def test_constant_stays_and_no_warmup_starts_at_once():
     assert float(schedule("constant", 3e-4, 0, 10)(0)) == pytest.approx(3e-4)
     assert float(schedule("constant", 3e-4, 2, 10)(9)) == pytest.approx(3e-4)
+
+
+def test_rsqrt_falls_with_the_root_of_time_and_the_cooldown_ends_at_zero():
+    rate = schedule("rsqrt", 1e-3, warmup=10, steps=1010, timescale=100, cooldown=200)
+    assert float(rate(9)) == float(rate(10)) == pytest.approx(1e-3)
+    assert float(rate(110)) == pytest.approx(1e-3 / np.sqrt(2))
+    assert float(rate(310)) == pytest.approx(5e-4)
+    assert float(rate(910)) == pytest.approx(1e-3 / np.sqrt(10) / 2)
+    assert float(rate(1010)) == 0
+    assert float(schedule("constant", 3e-4, 0, 10, cooldown=4)(8)) == pytest.approx(1.5e-4)
+
+
+def reference_adafactor(gradients, factored, *, rate, beta1, beta2):
+    """The sum of updates of one tensor, straight from the papers: Shazeer and Stern 2018, algorithm 4, without update
+    clipping and relative step size; Zhai et al. 2022 for the cap of the decay and the first moment."""
+    row = column = whole = momentum = total = 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        decay, square = min(beta2, 1 - t**-0.8), gradient**2 + 1e-30
+        if factored:
+            row = decay * row + (1 - decay) * square.mean(axis=1, keepdims=True)
+            column = decay * column + (1 - decay) * square.mean(axis=0, keepdims=True)
+            second = row * column / row.mean()
+        else:
+            second = whole = decay * whole + (1 - decay) * square
+        momentum = beta1 * momentum + (1 - beta1) * gradient / np.sqrt(second)
+        total = total - rate * momentum
+    return total
+
+
+def test_adafactor_is_that_of_the_papers_and_factors_each_layer_by_itself():
+    """Large matrices are factored, vectors are not, nor is a stack of 40 vectors, nor the kernel of the patches."""
+    rng = np.random.default_rng(0)
+    shapes = {"matrix": (48, 40), "vector": (64,), "patch_embedding": (48, 40)}
+    stacked = {"matrix": (2, 48, 40), "vector": (40, 64)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    params["blocks"] = {name: jnp.zeros(shape) for name, shape in stacked.items()}
+    steps = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in range(5)]
+    options = {"beta1": 0.9, "beta2": 0.4}
+    optimizer = adafactor(
+        lambda _: 0.1, weight_decay=0.0, decay="kernels", clip_norm=0.0, first_moment_dtype="float32", **options
+    )
+    state, found = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+    for gradients in steps:
+        updates, state = optimizer.update(gradients, state, params)
+        found = jax.tree.map(jnp.add, found, updates)
+
+    def check(ours, gradients, factored):
+        expected = reference_adafactor(gradients, factored, rate=0.1, **options)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+    for name in shapes:
+        check(found[name], [g[name] for g in steps], factored=name == "matrix")
+    for layer in (0, 1):
+        check(found["blocks"]["matrix"][layer], [g["blocks"]["matrix"][layer] for g in steps], factored=True)
+    check(found["blocks"]["vector"], [g["blocks"]["vector"] for g in steps], factored=False)
+
+
+def test_first_moments_are_kept_in_bfloat16_where_asked():
+    params = {"blocks": {"up": jnp.ones((2, 64, 64))}, "projection": jnp.ones((64, 64))}
+    common = {"weight_decay": 0.1, "decay": "kernels", "clip_norm": 0.0, "first_moment_dtype": "bfloat16"}
+    for optimizer in (
+        adamw(lambda _: 0.1, beta1=0.9, beta2=0.95, eps=1e-8, **common),
+        adafactor(lambda _: 0.1, beta1=0.9, beta2=0.95, **common),
+    ):
+        leaves = jax.tree.leaves(optimizer.init(params))
+        halves = sum(leaf.size for leaf in leaves if leaf.dtype == jnp.bfloat16)
+        assert halves == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_a_small_decay_of_big_visions_is_ours_divided_by_its_peak_rate():
+    """big_vision: update * rate + decay * p, all times the schedule; so 1e-4 there is 0.1 here at a rate of 1e-3."""
+    params = {"projection": jnp.full((2, 2), 3.0)}
+    gradients = {"projection": jnp.full((2, 2), 1e-3)}
+    common = {"decay": "kernels", "clip_norm": 0.0, "beta1": 0.0, "beta2": 0.95}
+    updates = [
+        optimizer.update(gradients, optimizer.init(params), params)[0]["projection"][0, 0]
+        for optimizer in (adafactor(lambda _: 1e-3, weight_decay=w, **common) for w in (0.0, 0.1))
+    ]
+    assert float(updates[1] - updates[0]) == pytest.approx(-1e-4 * 3.0, rel=1e-3)
 
 
 def test_one_step_of_adamw_by_hand():

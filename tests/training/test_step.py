@@ -12,6 +12,7 @@ from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.sharding import make_mesh
+from clip_jax.training.optimizer import adafactor
 from clip_jax.training.step import moving_average
 from tests.models.test_clip import SMALL
 from tests.training.steps import batches, train
@@ -109,6 +110,20 @@ def test_moments_are_sharded_as_their_parameters():
     qkv, mu, average = (tree["image"]["transformer"]["blocks"]["attention"]["qkv"] for tree in trees)
     assert qkv.sharding == mu.sharding == average.sharding and "fsdp" in str(qkv.sharding.spec)
     assert qkv.addressable_shards[0].data.shape[1] == 64 // 8
+
+
+def test_factored_moments_train_on_any_mesh_as_on_one_device():
+    """Adafactor's row and column moments have fewer axes than their parameters, and are whole everywhere."""
+
+    def losses(mesh):
+        options = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "decay": "kernels", "clip_norm": 1.0}
+        seen, state = train(mesh, optimizer=adafactor(lambda _: 1e-3, **options))
+        return [metrics["loss"] for metrics in seen], state
+
+    (expected, _), (found, state) = losses(one()), losses(make_mesh(2, 2, 2))
+    assert found == pytest.approx(expected, rel=1e-4)  # bfloat16 moments round differences up
+    momentum = next(leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.bfloat16 and leaf.ndim > 2)
+    assert not momentum.sharding.is_fully_replicated
 
 
 def test_the_average_follows_the_parameters_as_tensorflows_does():
