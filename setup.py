@@ -34,8 +34,26 @@ REQUIREMENTS = [
     "tokenizers>=0.23.3",
 ]
 
+# --workdir in a bucket of Google Cloud Storage or S3.
+GCS = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17"]
+S3 = ["s3fs>=2026.9"]
+
 EXTRAS = {
-    "test": ["hypothesis>=6.170", "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17.5"],
+    "gcs": GCS,
+    "s3": S3,
+    "test": [
+        *GCS,
+        *S3,
+        "flask>=3.1",  # moto's server and flask-cors: without the rest of moto[server], a hundred megabytes
+        "flask-cors>=6.0",
+        "gcp-storage-emulator>=2026.7.19",
+        "hypothesis>=6.170",
+        "moto[s3]>=5.2.5",
+        "portpicker>=1.6",
+        "pytest>=9.2",
+        "pytest-xdist>=3.8",
+        "ruff>=0.17.5",
+    ],
     "tpu": ["jax[tpu]>=0.10.2"],
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tfds-build": ["tensorflow"],

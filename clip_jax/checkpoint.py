@@ -1,7 +1,8 @@
 """Checkpoints: Orbax, and nothing else knows Orbax.
 
-A checkpoint is a folder ``checkpoints/<step>``; it is written in the background and appears, whole, by a rename, so
-a run killed at any moment finds its last complete one. It can be read on any number of devices and processes.
+A checkpoint is a folder ``checkpoints/<step>``; it is written in the background, by all processes, and appears, whole,
+by a rename (in a bucket: by the file COMMITTED), so a run killed at any moment finds its last complete one. It can be
+read on any number of devices and processes.
 The model is stored apart from the rest, so that it can be loaded without its optimizer: its averaged parameters, where
 a run has those, and then the parameters that it trains are with the rest.
 """
@@ -13,22 +14,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from clip_jax import buckets, checkpoint_s3
 from clip_jax.errors import UserError
 
 FOLDER = "checkpoints"
+COMMITTED = "commit_success.txt"
 
 
 class Checkpoints:
     """The checkpoints of one run folder; the newest ``keep_last`` are kept, and every ``keep_every``-th step's."""
 
-    def __init__(self, workdir: Path, *, keep_last: int, keep_every: int | None):
+    def __init__(self, workdir: str | Path, *, keep_last: int, keep_every: int | None):
         policies = [ocp.training.preservation_policies.LatestN(keep_last)]
         if keep_every:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
-            os.path.abspath(workdir / FOLDER),
+            place(workdir),
             # The loop decides when to save; whatever it asks for is saved.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
@@ -70,18 +74,29 @@ def _join(kind: type, found: dict[str, Any]) -> Any:
     return kind(**model, **fields)
 
 
-def latest_step(workdir: Path) -> int | None:
+def place(workdir: str | Path) -> epath.Path:
+    """Where the checkpoints of a run folder are, local or in a bucket."""
+    if not buckets.is_bucket(workdir):
+        return epath.Path(os.path.abspath(workdir)) / FOLDER
+    if str(workdir).startswith("s3://"):
+        checkpoint_s3.teach()
+    return epath.Path(workdir) / FOLDER
+
+
+def latest_step(workdir: str | Path) -> int | None:
     """The step of a run folder's newest complete checkpoint, without opening any."""
-    folder = workdir / FOLDER
-    steps = [int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d+", p.name)] if folder.is_dir() else []
-    return max(steps, default=None)
+    folder = place(workdir)
+    found = [p for p in folder.iterdir() if re.fullmatch(r"\d+", p.name)] if folder.is_dir() else []
+    if buckets.is_bucket(workdir):
+        found = [p for p in found if (p / COMMITTED).exists()]
+    return max((int(p.name) for p in found), default=None)
 
 
-def load_model(workdir: Path, params: Any, batch_stats: Any) -> tuple[int, Any, Any]:
+def load_model(workdir: str | Path, params: Any, batch_stats: Any) -> tuple[int, Any, Any]:
     """(step, parameters, batch statistics) of a run folder's newest checkpoint, with the shapes that are given."""
     step = latest_step(workdir)
     if step is None:
         raise UserError(f"{workdir}: no checkpoint yet; let the run reach its first one")
     wanted = {"model": {"params": params, "batch_stats": batch_stats}}
-    found = ocp.load_checkpointables(os.path.abspath(workdir / FOLDER / str(step)), wanted)["model"]
+    found = ocp.load_checkpointables(place(workdir) / str(step), wanted)["model"]
     return step, *(jax.tree.map(jnp.asarray, found[name]) for name in ("params", "batch_stats"))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from clip_jax import checkpoint, presets, run_folder
+from clip_jax import buckets, checkpoint, presets, run_folder
 from clip_jax.data import images as image_files
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
@@ -177,9 +177,10 @@ def load(
     """A run's folder, an OpenCLIP or Hugging Face folder, or ``hf://org/name``; or a model's name with its ``weights``.
 
     ``load("runs/demo")`` takes the newest checkpoint; ``load("ViT-B/32", weights="ViT-B-32.safetensors")`` takes a file
-    or folder in anybody's layout. Foreign weights are adapted to another ``image_size`` or ``context_length`` by
-    resizing their position embeddings, and a line says so. With a ``mesh`` each shard is placed where it belongs, else
-    all is on one device. Raises UserError; no pickle is opened (``clip-jax import`` converts those).
+    or folder in anybody's layout. Folders may be in a bucket, ``gs://`` or ``s3://``. Foreign weights are adapted to
+    another ``image_size`` or ``context_length`` by resizing their position embeddings, and a line says so. With a
+    ``mesh`` each shard is placed where it belongs, else all is on one device. Raises UserError; no pickle is opened
+    (``clip-jax import`` converts those).
     """
     if weights is not None:
         name = str(source)
@@ -195,7 +196,7 @@ def load(
     if run_folder.is_run(folder):
         if image_size or context_length:
             raise UserError(f"{folder}: a run is loaded at its own size; image_size, context_length are for weights")
-        return _run(folder, mesh, dtype)
+        return _run(folder, source if buckets.is_bucket(source) else folder, mesh, dtype)
     return _foreign(foreign.open_folder(folder), image_size, context_length, mesh, dtype)
 
 
@@ -203,7 +204,7 @@ def _is_name(text: str) -> bool:
     return text.replace("/", "-") in {name.replace("/", "-") for name in presets.list_models()}
 
 
-def _run(folder: Path, mesh: Mesh | None, dtype: str) -> Model:
+def _run(folder: Path, checkpoints_in: str | Path, mesh: Mesh | None, dtype: str) -> Model:
     run = run_folder.read(folder)
     preset = presets.from_json(run["model"])
     clip = CLIP(preset.architecture, jnp.dtype(dtype))
@@ -213,7 +214,7 @@ def _run(folder: Path, mesh: Mesh | None, dtype: str) -> Model:
         abstract,
         foreign.shardings(preset.architecture, mesh),
     )
-    step, params, batch_stats = checkpoint.load_model(folder, abstract, jax.eval_shape(clip.init_batch_stats))
+    step, params, batch_stats = checkpoint.load_model(checkpoints_in, abstract, jax.eval_shape(clip.init_batch_stats))
     length = preset.architecture.text.context_length
     open_tokenizer = partial(run_folder.open_tokenizer, folder, preset.tokenizer, length)
     return Model(run["model"]["name"], preset, clip, params, open_tokenizer, step, batch_stats)

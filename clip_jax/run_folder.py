@@ -1,4 +1,4 @@
-"""A run's folder on disk: what is in it, how it is recognised, and the tokenizer it carries.
+"""A run's folder, on disk or in a bucket: what is in it, how it is recognised, and the tokenizer it carries.
 
 run.json          the resolved config, the model, versions, data; ``clip_jax_version`` is what ``load`` recognises
 metrics.jsonl     one JSON object a line
@@ -7,16 +7,64 @@ tokenizer/        what turns captions into tokens, so that the folder needs noth
 report.html
 """
 
+import atexit
 import json
-from pathlib import Path
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from clip_jax import buckets
 from clip_jax.data import tokenizers
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
 
 RUN_FILE = "run.json"
 TOKENIZER_FILES = {"sentencepiece": "sentencepiece.model", "clip": "merges.txt"}
+
+NOT_COPIED = ("checkpoints", "tensorboard")
+"""Of a folder in a bucket: written there by all processes, and appended to under new names."""
+
+
+class Folder:
+    """Where a run is: as its user says it (``str(folder)``), and ``path``, where this machine has its files.
+
+    The two are one for a local folder. One in a bucket is copied to ``path``, a new temporary folder, but for its
+    checkpoints; what is written here is in the bucket after the next ``push``. UserError where it cannot be reached.
+    """
+
+    def __init__(self, where: str | Path):
+        self._where = str(where)
+        if not buckets.is_bucket(where):
+            self._remote, self.path = None, Path(where)
+            return
+        self._remote = buckets.connect(self._where)
+        temporary = tempfile.mkdtemp(prefix="clip_jax_")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        self.path = Path(temporary) / PurePosixPath(self._remote.root).name
+        buckets.pull(self._remote, self.path, skip=NOT_COPIED)
+        self._in_bucket = self._files()
+
+    def __str__(self) -> str:
+        return self._where if self._remote else str(self.path)
+
+    def push(self, process: int) -> None:
+        """Sends the files that changed since the last time; those of the first process, and what others call theirs.
+
+        An object store takes one write a second of an object: nothing may be written by two processes.
+        """
+        if self._remote is None:
+            return
+        files = self._files()
+        changed = [file for file, state in files.items() if self._in_bucket.get(file) != state]
+        own = changed if process == 0 else [file for file in changed if f".{process}." in file.name]
+        buckets.push(self._remote, own, self.path)
+        self._in_bucket |= {file: files[file] for file in own}
+
+    def _files(self) -> dict[Path, tuple[int, int]]:
+        """All files with what changes when they do."""
+        files = sorted(file for file in self.path.rglob("*") if file.is_file())
+        return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in files}
 
 
 def is_run(folder: Path) -> bool:

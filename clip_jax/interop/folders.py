@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_jax import run_folder
+from clip_jax import buckets, run_folder
 from clip_jax.errors import UserError
 from clip_jax.interop import files
 
@@ -52,10 +52,14 @@ class Found(NamedTuple):
 
 
 def local(source: str | Path) -> Path:
-    """A path as it is; ``hf://org/name`` downloaded (or found in the cache) by huggingface_hub, without its pickles."""
+    """A path as it is; ``hf://org/name`` downloaded (or found in the cache) by huggingface_hub, without its pickles; a
+    folder in a bucket copied, without its checkpoints."""
     text = str(source)
     if not text.startswith(HUB):
-        return Path(source)
+        folder = run_folder.Folder(source).path
+        if buckets.is_bucket(source) and not any(folder.iterdir()):
+            raise UserError(f"{source}: nothing is there; give the --workdir of a run, or a folder of weights")
+        return folder
     # Imported here: half a second that a local path saves.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError

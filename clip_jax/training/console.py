@@ -34,7 +34,7 @@ def header(run: Run) -> list[tuple[str, str]]:
     if run.sources.zero_shot is not None:
         classes = len(run.sources.zero_shot.class_names)
         rows.append(("zero-shot", f"{run.sources.zero_shot.name}, {classes} classes"))
-    return [*rows, ("folder", str(run.workdir))]
+    return [*rows, ("folder", str(run.folder))]
 
 
 def summary(step: int, values: Mapping[str, float]) -> str:
@@ -57,10 +57,12 @@ def finish(run: Run, gallery: Gallery | None) -> None:
         for name, value in last.items()
         if name.startswith("eval/") and name.split("/")[-1] not in ("images", "skipped", "time_seconds")
     ]
-    terminal.results("Results", [("train/loss", f"{last['train/loss']:.3f}"), *rows, ("report", str(report))])
+    terminal.results(
+        "Results", [("train/loss", f"{last['train/loss']:.3f}"), *rows, ("report", f"{run.folder}/report.html")]
+    )
     classes = run.sources.zero_shot.class_names if run.sources.zero_shot is not None else ("cat", "dog")
     labels = ",".join(f"a {name}" for name in classes[:3])
-    folder = shlex.quote(str(run.workdir))
+    folder = shlex.quote(str(run.folder))
     terminal.next_commands(
         [
             f'{_installed("clip-jax")} classify --model={folder} --image=PATH --labels="{labels}"',

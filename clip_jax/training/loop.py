@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import config as configs
 from clip_jax import errors, run_folder
-from clip_jax.checkpoint import FOLDER, Checkpoints
+from clip_jax.checkpoint import Checkpoints, place
 from clip_jax.data.stream import stream
 from clip_jax.errors import NonFiniteError, PreemptedError, StoppedError, UserError
 from clip_jax.evaluation.embed import make_encoders
@@ -27,6 +27,7 @@ from clip_jax.interop.merge import merge
 from clip_jax.model import load
 from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery
+from clip_jax.run_folder import Folder
 from clip_jax.sharding import initialize_processes, process_rows, to_devices
 from clip_jax.training import console, setup, stop
 from clip_jax.training import metrics as metric_files
@@ -53,8 +54,9 @@ def run(
     parts = setup.make(folder, config)
     check_same_data(parts, previous)
     if jax.process_index() == 0:
-        run_folder.write(folder, setup.description(parts))
+        run_folder.write(folder.path, setup.description(parts))
         terminal.header(console.header(parts))
+    folder.push(jax.process_index())
     try:
         with (
             stop.out_of_memory_told(),
@@ -63,26 +65,28 @@ def run(
         ):
             gallery = train(parts, alive, reached)
     except StoppedError as error:
+        folder.push(jax.process_index())
         print(f"main.py: {error}", flush=True)
         return error.exit_code
     if jax.process_index() == 0:
         console.finish(parts, gallery)
+    folder.push(jax.process_index())
     return errors.EXIT_DONE
 
 
 def read_config(
     workdir: str | None, recipe: str | None, overrides: Mapping[str, str]
-) -> tuple[Path, ConfigDict, dict[str, Any] | None]:
+) -> tuple[Folder, ConfigDict, dict[str, Any] | None]:
     """(run folder, config, what the folder said before). A folder that holds a run decides what the run is."""
     if not workdir:
         raise UserError("--workdir is missing: the folder where the run keeps its checkpoints, metrics and report")
-    folder = Path(workdir)
-    if folder.exists() and not folder.is_dir():
+    folder = Folder(workdir)
+    if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--workdir={workdir} is a file, not a folder")
-    previous = run_folder.read(folder) if run_folder.is_run(folder) else None
+    previous = run_folder.read(folder.path) if run_folder.is_run(folder.path) else None
     if previous is None and recipe is None:
         raise UserError(f"--workdir={workdir} holds no run yet; say what to train with --config=configs/NAME.py")
-    if previous is None and (folder / FOLDER).exists():
+    if previous is None and place(str(folder)).exists():
         raise UserError(
             f"{folder} has checkpoints but no {run_folder.RUN_FILE}: restore that file, or use a new folder"
         )
@@ -97,7 +101,7 @@ def read_config(
                 f"{folder} holds a run with other settings ({', '.join(changed)}); use a new --workdir, "
                 "or leave --config out to continue it as it was"
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     return folder, config, previous
 
 
@@ -113,7 +117,7 @@ def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
         )
     if previous["tokenizer"]["fingerprint"] != run.tokenizer.fingerprint:
         # Its file or its libraries: a library that was upgraded must not lock a run out, but is worth a line.
-        print(f"{run.workdir}/tokenizer: its file or its libraries changed since the run began; some tokens may differ")
+        print(f"{run.folder}/tokenizer: its file or its libraries changed since the run began; some tokens may differ")
 
 
 def train(run: Run, alive: Callable[[], None], reached: Callable[[int], bool]) -> Gallery | None:
@@ -125,7 +129,7 @@ def train(run: Run, alive: Callable[[], None], reached: Callable[[int], bool]) -
     train_step = setup.make_step(config, run.preset, run.model, run.optimizer, run.rate, run.mesh)
     keep_every = config.checkpoint.keep_every_steps
     checkpoints = Checkpoints(
-        run.workdir,
+        str(run.folder),
         keep_last=config.checkpoint.keep_last,
         keep_every=None if keep_every == configs.AUTO else keep_every,
     )
@@ -184,6 +188,7 @@ def train(run: Run, alive: Callable[[], None], reached: Callable[[int], bool]) -
                 check_finite(run, step, metrics)
                 log.sync()  # the lines of these steps are on disk before a checkpoint that follows them exists
                 with meter.paused():
+                    run.folder.push(jax.process_index())
                     checkpoints.save(step, state)
                 alive()
             if stopping:
@@ -246,7 +251,7 @@ def check_finite(run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
     """A checkpoint is never written from a state that is lost already."""
     if not all(np.isfinite(float(metrics[name])) for name in ("loss", "grad_norm", "update_norm")):
         raise NonFiniteError(
-            f"step {step}: the loss or its gradient is not finite; {run.workdir} keeps the last good checkpoint: "
+            f"step {step}: the loss or its gradient is not finite; {run.folder} keeps the last good checkpoint: "
             "lower optimizer.learning_rate or set optimizer.clip_norm=1.0"
         )
 

@@ -25,6 +25,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import flops
 from clip_jax.models.clip import CLIP, parameter_counts
 from clip_jax.presets import Preset
+from clip_jax.run_folder import Folder
 from clip_jax.sharding import batch_shards, make_mesh
 from clip_jax.training import optimizer as optimizers
 from clip_jax.training import step as training_step
@@ -53,7 +54,7 @@ class Sources(NamedTuple):
 class Run(NamedTuple):
     """All parts of a run, put together and checked."""
 
-    workdir: Path
+    folder: Folder
     config: ConfigDict
     steps: int
     preset: Preset
@@ -68,6 +69,11 @@ class Run(NamedTuple):
     checkpoint_every: int | None
 
     @property
+    def workdir(self) -> Path:
+        """Where this machine has the run's files."""
+        return self.folder.path
+
+    @property
     def parameters(self) -> dict[str, int]:
         return parameter_counts(jax.eval_shape(self.model.init, jax.random.key(0)))
 
@@ -78,7 +84,7 @@ class Run(NamedTuple):
         return None if peak is None else peak * jax.device_count()
 
 
-def make(workdir: Path, config: ConfigDict) -> Run:
+def make(folder: Folder, config: ConfigDict) -> Run:
     """Opens the data, prepares the tokenizer in the run folder, and puts the rest together. Raises UserError."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batch(config, mesh)
@@ -88,7 +94,7 @@ def make(workdir: Path, config: ConfigDict) -> Run:
     steps = configs.duration(config, "", samples)
     configs.check_lengths(config, steps, samples)
 
-    tokenizer = prepare_tokenizer(workdir, config, sources.train)
+    tokenizer = prepare_tokenizer(folder.path, config, sources.train)
     preset = configs.resolve_preset(config, tokenizer.vocab_size)
     if preset.architecture.text.vocab_size < tokenizer.vocab_size:
         raise UserError(
@@ -97,7 +103,7 @@ def make(workdir: Path, config: ConfigDict) -> Run:
         )
     rate = make_schedule(config, steps, samples)
     return Run(
-        workdir=workdir,
+        folder=folder,
         config=config,
         steps=steps,
         preset=preset,
