@@ -54,7 +54,7 @@ def defaults() -> ConfigDict:
                 "init_from_allow": (),  # tensors that may be missing, left over or of another shape: text/*
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
-                "remat": "none",  # none, dots, full: recompute activations in the backward pass
+                "remat": "none",  # activations computed again backwards: none, dots, named, offload, full
                 "patch_dropout": 0.0,  # share of an image's patches left out in training (FLIP: 0.5 to 0.75)
                 "embed_dim": AUTO,
                 "activation": "",  # empty: the preset's, in both towers
@@ -88,7 +88,13 @@ def defaults() -> ConfigDict:
                 "eps": 1e-6,
                 "clip_norm": 0.0,  # of the global gradient; 0: off
             },
-            "mesh": {"data": AUTO, "fsdp": 1, "tensor": 1, "cpu_devices": 1},  # cpu_devices: simulated, on CPU only
+            "mesh": {
+                "data": AUTO,  # copies of the model, each with its part of the batch; -1: what the others leave
+                "fsdp": 1,  # parts of the parameters and of the optimizer's state, and of the batch
+                "tensor": 1,  # parts of every layer
+                "slices": AUTO,  # TPU slices joined by a data-centre network; -1: as many as there are
+                "cpu_devices": 1,  # simulated, on CPU only
+            },
             "eval": {
                 "heldout": "",  # a source: held-out loss and retrieval
                 "heldout_name": "heldout",  # its name in metrics
@@ -118,7 +124,7 @@ CHOICES = {
     "data.truncated": ("stop", "keep"),
     "tokenizer.kind": ("", "clip", "sentencepiece"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "named", "offload", "full"),
     "model.activation": ("", *ACTIVATIONS),
     "loss.name": ("softmax", "sigmoid"),
     "optimizer.name": ("adamw", "adafactor"),

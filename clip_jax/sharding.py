@@ -41,11 +41,44 @@ def mesh_shape(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, in
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices (or those given) with the axes ``data``, ``fsdp``, ``tensor``."""
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, slices: int = -1, devices: list[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices (or those given) with the axes ``data``, ``fsdp``, ``tensor``.
+
+    Over several slices the data axis is the outermost and alone crosses from one to another, so that parameters and
+    activations never travel the slow network between them. ``slices`` is -1 for as many as the devices say; devices
+    that do not say (CPUs, GPUs) are cut into so many equal parts.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(data, fsdp, tensor, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    parts = _by_slice(devices, slices)
+    if len(parts) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if shape[0] % len(parts):
+        raise UserError(
+            f"config.mesh.data={shape[0]} does not divide over {len(parts)} slices; fsdp and tensor lie inside a slice "
+            f"of {len(parts[0])} devices, and data is a multiple of {len(parts)}"
+        )
+    inside = (shape[0] // len(parts), *shape[1:])
+    meshes = [jax.make_mesh(inside, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=part) for part in parts]
+    return Mesh(np.concatenate([m.devices for m in meshes]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _by_slice(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
+    """The devices of each slice. Raises UserError when they are not as many slices as the config says."""
+    known: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        known.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    parts = [known[index] for index in sorted(known)]
+    if slices in (-1, len(parts)):
+        return parts
+    if len(parts) > 1 or len(devices) % slices:
+        raise UserError(
+            f"config.mesh.slices={slices}: the {len(devices)} devices are {len(parts)} slice(s); leave it at -1"
+        )
+    size = len(devices) // slices
+    return [devices[i * size : (i + 1) * size] for i in range(slices)]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -25,6 +25,36 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes):
         mesh_shape(*sizes, devices=8)
 
 
+def test_between_slices_only_the_data_axis_runs():
+    mesh = make_mesh(4, 2, 1, slices=2)
+    first, second = jax.devices()[:4], jax.devices()[4:]
+    assert set(mesh.devices[:2].flat) == set(first) and set(mesh.devices[2:].flat) == set(second)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((1, 8, 1, 2), r"mesh\.data=1 does not divide over 2 slices"), ((8, 1, 1, 3), r"mesh\.slices=3: the 8 devices")],
+)
+def test_slices_that_the_mesh_does_not_fit_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(*sizes)
+
+
+class TPU:
+    """As much of a device as tells its slice."""
+
+    def __init__(self, index):
+        self.id, self.slice_index, self.process_index = index, index % 2, 0
+        self.platform = self.device_kind = "test"
+
+
+def test_slices_are_found_by_what_the_devices_say():
+    mesh = make_mesh(-1, 2, devices=[TPU(i) for i in range(8)])
+    assert [[d.slice_index for d in row] for row in mesh.devices.reshape(4, 2)] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match=r"mesh\.slices=4: the 8 devices are 2 slice"):
+        make_mesh(-1, 2, slices=4, devices=[TPU(i) for i in range(8)])
+
+
 def test_parameters_lie_by_their_logical_axes():
     mesh = make_mesh(2, 2, 2)
     shardings = parameter_shardings(jax.eval_shape(CLIP(SMALL).init, jax.random.key(0)), mesh)

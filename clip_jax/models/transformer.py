@@ -15,10 +15,11 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Initializer = Callable[..., Array]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "named", "offload", "full"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -26,7 +27,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's approximation; its weights need it
 }
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+KEPT = ("qkv", "mixed")
+"""What ``named`` and ``offload`` keep of a block: with queries, keys, values and what attention makes of them no weight
+product of the attention runs twice but the last; the MLP, whose activations are the larger, is computed again."""
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "named": jax.checkpoint_policies.save_only_these_names(*KEPT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(), names_which_can_be_offloaded=KEPT, offload_src="device", offload_dst="pinned_host"
+    ),
+    "full": None,
+}
 
 
 zeros = nn.initializers.zeros
@@ -149,6 +161,7 @@ class Attention(nn.Module):
             qkv_bias = jnp.stack([qkv_bias[0], jnp.zeros_like(qkv_bias[0]), qkv_bias[1]])
 
         projected = jnp.einsum("btw,wshd->btshd", x, qkv.astype(self.dtype)) + qkv_bias.astype(self.dtype)
+        projected = checkpoint_name(projected, "qkv")
         query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
@@ -156,7 +169,7 @@ class Attention(nn.Module):
         if self.shape.causal:
             logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        mixed = checkpoint_name(jnp.einsum("bhqk,bkhd->bqhd", weights, value), "mixed")
         if self.shape.swiglu:
             norm = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm")
             mixed = norm(mixed.reshape(x.shape)).reshape(mixed.shape)
@@ -225,8 +238,11 @@ class Stack(nn.Module):
     """``layers`` blocks whose parameters are stored stacked ``[layers, ...]``, looped over or unrolled.
 
     ``scan`` compiles one block whatever the depth; unrolled, XLA may fuse across blocks. The numbers and the
-    parameter tree are the same. ``remat`` trades compute for activation memory: ``dots`` recomputes all but the
-    weight products, ``full`` everything between blocks.
+    parameter tree are the same. ``remat`` trades compute for activation memory; from the most memory to the least:
+
+    none     keeps all                     dots     keeps the weight products
+    named    keeps the attention's (KEPT)  offload  keeps the same in the host's memory
+    full     keeps nothing between blocks
     """
 
     layers: int

@@ -86,7 +86,7 @@ class Run(NamedTuple):
 
 def make(folder: Folder, config: ConfigDict) -> Run:
     """Opens the data, prepares the tokenizer in the run folder, and puts the rest together. Raises UserError."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     check_batch(config, mesh)
     image_size = configs.resolve_preset(config).architecture.image.image_size
     sources = open_sources(config, image_size)

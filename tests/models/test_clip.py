@@ -12,6 +12,7 @@ from clip_jax import presets
 from clip_jax.models import flops
 from clip_jax.models.clip import CLIP, Architecture, parameter_counts, unit
 from clip_jax.models.text import TextTower
+from clip_jax.models.transformer import REMAT_POLICIES
 from clip_jax.models.vit import ImageTower
 
 SMALL = Architecture(ImageTower(32, 8, 64, 3, 2, 256), TextTower(12, 100, 48, 2, 2, 192), 40)
@@ -106,7 +107,9 @@ def test_every_layer_of_a_stack_starts_differently():
     assert not np.array_equal(qkv[0], qkv[1])
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "dots"), (True, "full"), (False, "full")])
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(False, "none"), *((True, remat) for remat in REMAT_POLICIES), (False, "full")]
+)
 def test_scan_and_remat_change_neither_tree_nor_numbers(scan, remat):
     plain, other = CLIP(SMALL), CLIP(SMALL, scan=scan, remat=remat)
     params = params_of(plain)

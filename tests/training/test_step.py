@@ -8,12 +8,15 @@ import numpy as np
 import optax
 import pytest
 
+from clip_jax import presets
 from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
+from clip_jax.planning.program import matmul_flops
 from clip_jax.sharding import make_mesh
 from clip_jax.training.optimizer import adafactor
-from clip_jax.training.step import moving_average
+from clip_jax.training.state import abstract_state
+from clip_jax.training.step import make_train_step, moving_average
 from tests.models.test_clip import SMALL
 from tests.training.steps import batches, train
 
@@ -85,22 +88,38 @@ def test_batch_norm_in_micro_batches_moves_its_running_statistics():
     assert min(moved) > 0 and np.isfinite(moved).all()
 
 
+def traced(micro_batches=1, pairs=256, **computation):
+    """The step, and the shapes that it takes."""
+    model, optimizer, mesh = CLIP(SMALL, **computation), optax.sgd(0.1), one()
+    step = make_train_step(
+        model, presets.HALF, optimizer, lambda _: 0.1, mesh, max_logit_scale=100.0, micro_batches=micro_batches
+    )
+    return step, (abstract_state(model, optimizer, mesh), jax.eval_shape(lambda: next(batches(1, pairs))))
+
+
+def test_micro_batches_cost_a_forward_pass_more_and_no_more():
+    whole, accumulated = (matmul_flops(jax.make_jaxpr(step)(*of)) for step, of in map(traced, (1, 8)))
+    assert 1.30 < accumulated / whole < 1.36
+
+
 def test_activation_memory_is_that_of_a_micro_batch():
     """Temporary bytes of the compiled step: 8 micro-batches take under a third of the whole batch's."""
+    whole, accumulated = (temporary(*traced(micro_batches)) for micro_batches in (1, 8))
+    assert accumulated < whole / 3
 
-    def temporary(micro_batches):
-        from clip_jax import presets
-        from clip_jax.training.state import abstract_state
-        from clip_jax.training.step import make_train_step
 
-        model, optimizer, mesh = CLIP(SMALL), optax.sgd(0.1), one()
-        step = make_train_step(
-            model, presets.HALF, optimizer, lambda _: 0.1, mesh, max_logit_scale=100.0, micro_batches=micro_batches
-        )
-        shapes = jax.eval_shape(lambda: next(batches(1, 256)))
-        return step.lower(abstract_state(model, optimizer, mesh), shapes).compile().memory_analysis().temp_size_in_bytes
+@pytest.mark.slow
+def test_remat_policies_take_less_memory_the_more_they_compute():
+    policies = ("none", "dots", "named", "full")
+    steps = [traced(remat=policy) for policy in policies]
+    flops = [matmul_flops(jax.make_jaxpr(step)(*of)) for step, of in steps]
+    assert flops == sorted(flops) and flops[-1] < 1.34 * flops[0]
+    sizes = [temporary(*step) for step in steps]
+    assert sizes == sorted(sizes, reverse=True)
 
-    assert temporary(8) < temporary(1) / 3
+
+def temporary(step, shapes):
+    return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_moments_are_sharded_as_their_parameters():
