@@ -9,6 +9,7 @@ import sys
 from absl import app, flags, logging
 
 from clip_jax import errors
+from clip_jax.command_line import split_overrides
 
 flags.DEFINE_string("config", None, "A recipe: configs/NAME.py or configs/NAME.py:ARGUMENT.")
 flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, report. Alone: continues the run in it.")
@@ -30,23 +31,6 @@ def main(overrides: dict[str, str]) -> int:
         overrides=overrides,
         processes=(flag.coordinator, flag.num_processes, flag.process_id),
     )
-
-
-def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """``--config.key=value`` and ``--config.key value`` apart from the flags that absl knows."""
-    rest, overrides, arguments = [], {}, list(arguments)
-    while arguments:
-        argument = arguments.pop(0)
-        if not argument.startswith("--config."):
-            rest.append(argument)
-            continue
-        key, equals, value = argument.removeprefix("--config.").partition("=")
-        if not equals:
-            if not arguments:
-                raise errors.UserError(f"{argument}: needs a value, as in {argument}=...")
-            value = arguments.pop(0)
-        overrides[key] = value
-    return rest, overrides
 
 
 if __name__ == "__main__":

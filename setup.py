@@ -55,6 +55,7 @@ EXTRAS = {
         "ruff>=0.17.5",
     ],
     "tpu": ["jax[tpu]>=0.10.2"],
+    "plan": ["jax[tpu]>=0.10.2"],  # the TPU compiler, of the version that this JAX wants; it runs without a TPU
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tfds-build": ["tensorflow"],
 }

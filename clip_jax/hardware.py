@@ -213,7 +213,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Machines(NamedTuple):
-    """The chips of a run: ``slices`` equal slices (or one host group of GPUs) of ``topology`` each."""
+    """The chips of a run: ``slices`` equal slices of ``topology`` each; of GPUs a slice is a host."""
 
     chip: Chip
     topology: tuple[int, ...]
@@ -241,19 +241,24 @@ class Machines(NamedTuple):
 
     @property
     def links(self) -> int:
-        """ICI links of a chip inside the slice: two along each axis, one where the axis has only two chips."""
+        """ICI links of a chip inside the slice: two along each axis, one where the axis has only two chips.
+
+        Of a GPU 1, for its figure is that of all of its links.
+        """
+        if not self.chip.is_tpu:
+            return min(1, self.chips_per_slice - 1)
         return sum(min(2, size - 1) for size in self.topology)
 
     @property
     def accelerator_type(self) -> str:
         """Cloud TPU's name of one slice: v5litepod-256, v4-512."""
-        if not self.chip.is_tpu:
-            return f"{self.chip.name}:{self.chips}"
         return f"{self.chip.prefixes[0]}-{self.chips_per_slice * self.chip.units_per_chip}"
 
     @property
     def name(self) -> str:
         """What a person calls it: v5e-256, 2 x v5e-256, h100:8."""
+        if not self.chip.is_tpu:
+            return f"{self.chip.name}:{self.chips}"
         one = self.accelerator_type.replace("v5litepod", "v5e")
         return one if self.slices == 1 else f"{self.slices} x {one}"
 
@@ -298,7 +303,11 @@ def gpu(name: str) -> Machines:
         raise UserError(f"{name}: no such GPU{nearest(kind, known)}; known are {', '.join(known)}")
     if count and (not count.isdigit() or int(count) < 1):
         raise UserError(f"{name}: how many? as in {kind}:8")
-    return Machines(known[kind], (int(count or 1),))
+    chip, number = known[kind], int(count or 1)
+    hosts = max(1, number // chip.chips_per_host)
+    if number % hosts or number // hosts > chip.chips_per_host:
+        raise UserError(f"{name}: more than one host of {chip.chips_per_host} must be whole hosts: {kind}:{8 * hosts}")
+    return Machines(chip, (number // hosts,), hosts)
 
 
 def tpu_names() -> list[str]:

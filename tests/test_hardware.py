@@ -114,11 +114,14 @@ def test_an_unknown_slice_is_answered_with_the_nearest(name, told):
 
 def test_gpus_have_a_kind_and_a_number():
     assert (gpu("h100:8").chips, gpu("h100:16").hosts, gpu("H200").chips) == (8, 2, 1)
-    assert gpu("h100:8").name == "h100:8"
+    assert (gpu("h100:8").name, gpu("h100:16").name) == ("h100:8", "h100:16")
+    assert (gpu("h100:8").links, gpu("h100:1").links, gpu("h100:16").slices) == (1, 0, 2)
     with pytest.raises(UserError, match="nearest: h100"):
         gpu("h10:8")
     with pytest.raises(UserError, match="how many"):
         gpu("h100:many")
+    with pytest.raises(UserError, match="whole hosts: h100:8"):
+        gpu("h100:9")
 
 
 def test_peak_flops_is_of_one_jax_device():

@@ -1,0 +1,79 @@
+"""The search asks the compiler little and finds the fastest settings that fit; the compiler is a fake."""
+
+import pytest
+
+from clip_jax import config as configs
+from clip_jax.errors import UserError
+from clip_jax.hardware import gpu, tpu
+from clip_jax.planning.compiling import Compiled
+from clip_jax.planning.plan import estimated
+from clip_jax.planning.search import candidates, reckon, search
+
+V5E = tpu("v5e-16")
+FREE = V5E.chip.free_hbm_per_device
+RECIPE = "configs/clip_vit_b16.py"
+
+
+def given_of(**overrides):
+    overrides = {"batch_size": "4096", "model.remat": "none"} | {k.replace("__", "."): v for k, v in overrides.items()}
+    return reckon(configs.load(RECIPE, overrides), V5E)
+
+
+def compiler(factor=1.0, **of_policy):
+    """A compiler that needs so much of what is estimated, of each policy; and what it was asked."""
+    asked = []
+
+    def compile(candidate):
+        asked.append(candidate.changes)
+        wanted = int(candidate.memory.total * of_policy.get(candidate.parts.model.remat, factor))
+        return Compiled(wanted <= FREE, wanted, FREE, 1.0)
+
+    return compile, asked
+
+
+def test_what_fits_is_compiled_once_and_left_as_it_is():
+    compile, asked = compiler()
+    found = search(given_of(model__remat="full"), V5E, compile, compilations=4)
+    assert found.candidate.changes == {} and asked == [{}]
+
+
+def test_what_does_not_fit_becomes_the_fastest_that_does():
+    compile, asked = compiler()
+    given = given_of(batch_size="16384")
+    found = search(given, V5E, compile, compilations=4)
+    assert not found.tried[0][1].fits and found.compiled.fits
+    assert len(asked) == 2  # the config and what was found: the estimate was right
+    faster = [c for c in candidates(given.parts.config, V5E) if c.roofline.serial < found.candidate.roofline.serial]
+    assert faster and all(c.memory.total > FREE for c in faster)
+
+
+def test_a_compiler_that_needs_more_than_estimated_is_believed_at_its_next_turn():
+    compile, asked = compiler(factor=1.6)
+    found = search(given_of(), V5E, compile, compilations=6)
+    assert found.compiled.fits and len(asked) <= 4
+
+
+def test_the_search_stops_after_so_many_compilations():
+    compile, asked = compiler(factor=1000)
+    found = search(given_of(), V5E, compile, compilations=3)
+    assert found.candidate is None and len(asked) <= 3
+
+
+def test_candidates_change_how_a_run_is_computed_and_nothing_else():
+    found = candidates(given_of().parts.config, V5E)
+    assert {key for c in found for key in c.changes} == {"micro_batch", "model.remat", "mesh.fsdp"}
+    assert all(c.parts.config.batch_size % (c.parts.micro_batches * 16) == 0 for c in found)
+    times = [c.roofline.serial for c in found]
+    assert times == sorted(times)
+
+
+def test_a_batch_that_does_not_divide_is_one_line():
+    with pytest.raises(UserError, match=r"batch_size=1000 does not divide over 16 devices .* nearest that does is 992"):
+        given_of(batch_size="1000")
+
+
+def test_gpus_are_searched_with_the_estimate():
+    machines = gpu("h100:8")
+    given = reckon(configs.load(RECIPE, {"model.remat": "none"}), machines)
+    found = search(given, machines, lambda c: estimated(c, machines), compilations=2)
+    assert not found.tried[0][1].fits and found.candidate.memory.total <= machines.chip.free_hbm

@@ -1,0 +1,128 @@
+"""What a step has to do against the program that does it: FLOPs of its jaxpr, collectives of its compiled text."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from clip_jax import presets
+from clip_jax.hardware import Machines, tpu
+from clip_jax.models.clip import CLIP
+from clip_jax.planning import program
+from clip_jax.planning.memory import step_memory
+from clip_jax.planning.program import Collective
+from clip_jax.planning.roofline import roofline
+from clip_jax.planning.work import Transfer, Work, compiled_transfers, step_work
+from clip_jax.sharding import make_mesh
+from clip_jax.training.state import abstract_state
+from clip_jax.training.step import make_train_step
+from tests.models.test_clip import SMALL
+from tests.planning.plans import BIASED, clip, mesh_of, state_of
+
+BATCH = 64
+
+
+def work_of(model, mesh, loss="softmax", micro_batches=1, slices=1):
+    state = state_of(model, mesh)
+    memory = step_memory(model, state, mesh, BATCH, micro_batches)
+    options = dict(batch_size=BATCH, micro_batches=micro_batches, loss_name=loss, slices=slices)
+    return step_work(model, state, mesh, memory, **options)
+
+
+def traced(model, mesh, **options):
+    """(the training step, its arguments)"""
+    optimizer = optax.adamw(1e-3)
+    options = {"max_logit_scale": 100.0} | options
+    step = make_train_step(model, presets.HALF, optimizer, lambda _: 1e-3, mesh, **options)
+    batch = {"image": jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.uint8)}
+    batch["text"] = jax.ShapeDtypeStruct((BATCH, 12), jnp.int32)
+    return step, (abstract_state(model, optimizer, mesh), batch)
+
+
+@pytest.mark.parametrize(
+    ("remat", "micro_batches", "loss"),
+    [
+        *itertools.product(("none", "dots", "named", "full"), (1, 4), ("softmax",)),
+        ("none", 1, "sigmoid"),
+        ("full", 4, "sigmoid"),
+    ],
+)
+def test_flops_are_those_of_the_step_as_it_is_written(remat, micro_batches, loss):
+    model, mesh = clip(remat), make_mesh()
+    step, arguments = traced(model, mesh, loss_name=loss, micro_batches=micro_batches)
+    counted = program.matmul_flops(jax.make_jaxpr(step)(*arguments))
+    # MFU counts three forward passes; nobody needs the gradient by the pixels.
+    by_pixels = BATCH * 2 * SMALL.image.grid**2 * SMALL.image.patch_size**2 * 3 * SMALL.image.width
+    assert 8 * work_of(model, mesh, loss, micro_batches).flops == counted + by_pixels
+
+
+def test_a_data_parallel_step_moves_its_gradients_twice():
+    model, mesh = CLIP(BIASED, jnp.float32), make_mesh()
+    step, arguments = traced(model, mesh)
+    compiled = program.collectives(step.lower(*arguments).compile().as_text())
+    reckoned = {t.what: t.ici_bytes for t in work_of(model, mesh).transfers}
+    moved = sum(c.traffic for c in compiled if c.kind == "all-reduce")
+    assert moved == pytest.approx(reckoned["gradients summed over the batch"], rel=0.02)
+    embeddings = sum(c.traffic for c in compiled if c.kind in ("all-gather", "reduce-scatter"))
+    assert embeddings == pytest.approx(reckoned["embeddings and their gradients"], rel=0.5)
+
+
+def test_fsdp_gathers_weights_in_each_pass_and_scatters_gradients():
+    model = clip(width=64)
+    shards = {t.what: t.ici_bytes for t in work_of(model, mesh_of(fsdp=4)).transfers}
+    total = sum(leaf.size for leaf in jax.tree.leaves(state_of(model, mesh_of()).params))
+    bfloat16 = 2
+    assert shards["weights gathered along fsdp"] == pytest.approx(2 * 3 / 4 * total * bfloat16, rel=0.02)
+    assert shards["gradients scattered along fsdp"] == pytest.approx(3 / 4 * total * bfloat16, rel=0.02)
+
+
+def test_between_slices_only_a_share_of_the_summed_gradients_travels():
+    model = clip()
+    one, two = ({t.what: t for t in work_of(model, mesh_of(data=8), slices=n).transfers} for n in (1, 2))
+    name = "gradients summed over the batch"
+    total = sum(leaf.size for leaf in jax.tree.leaves(state_of(model, mesh_of()).params)) * 2
+    assert one[name] == Transfer(name, pytest.approx(2 * 7 / 8 * total, rel=1e-4), 0)
+    assert two[name] == Transfer(name, pytest.approx(2 * 3 / 4 * total, rel=1e-4), pytest.approx(total / 4, rel=1e-3))
+
+
+def test_texts_come_from_other_slices_and_images_do_not():
+    name = "embeddings and their gradients"
+    one, two = (next(t for t in work_of(clip(), mesh_of(data=8), slices=n).transfers if t.what == name) for n in (1, 2))
+    float32 = 4
+    # A grid of 2 x 4: each row is a slice, and half of a column's texts are in the other one. Thrice: gathered in both
+    # passes, their gradients scattered.
+    assert two.dcn_bytes == 3 * (BATCH // 4) * SMALL.embed_dim * float32 // 2
+    assert two.ici_bytes + two.dcn_bytes == one.ici_bytes
+
+
+def test_what_comes_from_another_slice_comes_once_for_all_devices_of_a_group_there():
+    groups = ((0, 1, 2, 3),)
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    compiled = [Collective("all-reduce", 1000, groups, 2), Collective("all-gather", 4000, groups, 1)]
+    # Each gets 3/4 of the 4000 gathered; 2000 are in the other slice, half of them come to each of two devices.
+    # A sum is scattered and gathered: 2 x 3/4 of 1000, twice; 2 x 500 cross, for two devices, twice.
+    assert set(compiled_transfers(compiled, places)) == {
+        Transfer("all-gather", 2000, 1000),
+        Transfer("all-reduce", 2000, 1000),
+    }
+
+
+def test_the_slowest_resource_bounds_the_step():
+    work = Work(0, flops=197 * 10**10, hbm_bytes=819 * 10**6, transfers=(Transfer("x", 200 * 10**7, 3125 * 10**4),))
+    one = roofline(work, tpu("v5e-256", slices=2))
+    assert one == pytest.approx((0.01, 0.001, 0.01, 0.01))
+    assert one.overlapped == pytest.approx(0.01)
+    assert one.serial == pytest.approx(0.031)
+    assert roofline(work._replace(flops=0), tpu("v5e-256", slices=2)).bound in ("ici", "dcn")
+
+
+def test_two_devices_share_their_chip():
+    chip = tpu("tpu7x-8").chip
+    work = Work(0, flops=int(chip.flops), hbm_bytes=0, transfers=())
+    assert roofline(work, Machines(chip, (2, 2, 1))).compute == pytest.approx(2)
+    assert roofline(work, Machines(dataclasses.replace(chip, devices_per_chip=1), (2, 2, 1))).compute == pytest.approx(
+        1
+    )
