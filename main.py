@@ -13,8 +13,10 @@ from clip_jax.command_line import split_overrides
 
 flags.DEFINE_string("config", None, "A recipe: configs/NAME.py or configs/NAME.py:ARGUMENT.")
 flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, report. Alone: continues the run in it.")
-# Several processes: by flags, or by environment variables of the same names. A TPU slice needs neither.
-flags.DEFINE_string("coordinator", os.environ.get("CLIP_JAX_COORDINATOR"), "host:port of process 0.")
+# Several processes: by flags, or by environment variables of the same names. A TPU slice of several hosts: auto.
+flags.DEFINE_string(
+    "coordinator", os.environ.get("CLIP_JAX_COORDINATOR"), "host:port of process 0; auto: ask the cluster."
+)
 flags.DEFINE_integer("num_processes", os.environ.get("CLIP_JAX_NUM_PROCESSES"), "How many processes the run has.")
 flags.DEFINE_integer("process_id", os.environ.get("CLIP_JAX_PROCESS_ID"), "Which of them this is, from 0.")
 

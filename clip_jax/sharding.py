@@ -152,16 +152,32 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dic
     }
 
 
+AUTO_COORDINATOR = "auto"
+
+
 def initialize_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
     """Joins the processes of a run; to be called before any other use of JAX.
 
-    TPU slices detect themselves; elsewhere the three values are needed, all of them.
+    ``"auto"`` asks the cluster (a TPU slice, Slurm, Open MPI); ``processes`` then says how many there must be.
+    Elsewhere the three values are needed, all of them. Raises UserError.
     """
+    if coordinator == AUTO_COORDINATOR:
+        if process_id is not None:
+            raise UserError("--coordinator=auto finds the process's number by itself: leave --process_id out")
+        jax.distributed.initialize()
+        if processes is not None and jax.process_count() != processes:
+            raise UserError(
+                f"--num_processes={processes}, but {jax.process_count()} processes are joined: "
+                "start main.py on every host of the slice, once"
+            )
+        return
     given = (coordinator is not None, processes is not None, process_id is not None)
     if not any(given):
         return
     if not all(given):
-        raise UserError("--coordinator, --num_processes and --process_id go together: give all three or none")
+        raise UserError(
+            "--coordinator, --num_processes and --process_id go together: give all three, none, or --coordinator=auto"
+        )
     if not 0 <= process_id < processes:
         raise UserError(f"--process_id={process_id} is not below --num_processes={processes}")
     jax.distributed.initialize(coordinator, num_processes=processes, process_id=process_id)

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Puts one revision of this checkout, with its pinned dependencies, on every worker of a slice. May be run again.
+#
+#   launch/setup_worker.sh --name=NAME --zone=ZONE [--project=PROJECT]
+#
+# --revision=HEAD        what to install: anything git knows; changes that are not committed stay here
+# --env-file=FILE        lines of NAME=VALUE for the run's environment: the place for secrets (HF_TOKEN=...)
+# --internal-ips         reach the workers by their internal addresses
+# --dry-run              print the commands only
+
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+
+revision="HEAD" env_file=""
+for argument in "$@"; do
+    case $argument in
+    --revision=*) revision=${argument#*=} ;;
+    --env-file=*) env_file=${argument#*=} ;;
+    *) common_flag "$argument" ;;
+    esac
+done
+need name zone
+[ -z "$env_file" ] || [ -f "$env_file" ] || fail "--env-file=$env_file: no such file"
+commit=$(git -C "$checkout" rev-parse --short=12 --verify --quiet "$revision^{commit}") ||
+    fail "--revision=$revision: not a revision of $checkout (a git checkout is needed)"
+[ -z "$(git -C "$checkout" status --porcelain)" ] || echo "setup_worker.sh: changes that are not committed are left out: $commit" >&2
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+git -C "$checkout" archive --format=tar.gz "--output=$folder/code.tar.gz" "$commit"
+
+# Alone first: all workers at once would change the project's ssh keys at the same time, which is refused.
+on_workers 0 true
+to_workers "$folder/code.tar.gz" "clip_jax-$commit.tar.gz"
+if [ -n "$env_file" ]; then
+    install -m 600 "$env_file" "$folder/env"
+    to_workers "$folder/env" .clip_jax.env
+fi
+code="clip_jax/code-$commit"
+on_workers all "mkdir -p $code && tar -xzf clip_jax-$commit.tar.gz -C $code && bash $code/launch/worker.sh setup"

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Starts a run on every worker of a slice that setup_worker.sh has set up; it goes on when the connection drops.
+#
+#   launch/train.sh --name=NAME --zone=ZONE [--project=PROJECT] --hosts=4 -- --config=configs/... --workdir=gs://...
+#
+# --hosts=N              how many workers the slice has (launch/tpu.py knows it by the accelerator)
+# --follow               show worker 0's log until the run ends; Ctrl-C leaves the run alone
+# --                     what follows are main.py's own flags
+# --dry-run              print the commands only
+
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+
+hosts="" follow=""
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case $1 in
+    --hosts=*) hosts=${1#*=} ;;
+    --follow) follow=yes ;;
+    *) common_flag "$1" ;;
+    esac
+    shift
+done
+need name zone hosts
+[ $# -gt 1 ] || fail "main.py's own flags are missing: -- --config=configs/NAME.py --workdir=gs://BUCKET/NAME"
+shift
+
+# A command line is seen by everybody on both machines, and is logged.
+for argument in "$@"; do
+    key=${argument%%=*}
+    if [[ $argument = *=* && ${key,,} =~ (^|[-_.])(token|secret|password|passwd|credentials?|api_?key)$ ]]; then
+        fail "$key: secrets are not for the command line; use setup_worker.sh --env-file=FILE"
+    fi
+done
+
+on_workers all "bash clip_jax/code/launch/worker.sh start $(quoted "$hosts" "$@")"
+[ -z "$follow" ] || on_workers 0 "bash clip_jax/code/launch/worker.sh follow 0 1000000"

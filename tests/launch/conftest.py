@@ -1,0 +1,127 @@
+"""A checkout to launch from, and the stand-in for the cloud that its commands meet."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(__file__).resolve().parent / "bin"
+
+MAIN = '''"""Stands in for main.py: does what the next line of the script beside its folder says."""
+import json, pathlib, sys, time
+
+workdir = next(pathlib.Path(a.partition("=")[2]) for a in sys.argv if a.startswith("--workdir="))
+workdir.mkdir(parents=True, exist_ok=True)
+turn = workdir / "turns"
+number = len(turn.read_text()) if turn.exists() else 0
+turn.write_text("x" * (number + 1))
+script = json.loads((workdir.parent / "script.json").read_text())
+act = script[min(number, len(script) - 1)]
+(workdir / f"arguments-{number}.json").write_text(json.dumps(sys.argv[1:]))
+for line in act.get("says", []):
+    print(line, flush=True)
+    time.sleep(act.get("pause", 0))
+if "checkpoint" in act:
+    (workdir / "checkpoints" / str(act["checkpoint"])).mkdir(parents=True)
+time.sleep(act.get("lasts", 0))
+sys.exit(act.get("code", 0))
+'''
+
+
+class Cloud(NamedTuple):
+    """The stand-in, for one test."""
+
+    folder: Path
+    checkout: Path
+
+    @property
+    def workdir(self) -> Path:
+        return self.folder / "run"
+
+    def schedule(self, *lives: dict, **environment: str) -> None:
+        (self.folder / "schedule.json").write_text(json.dumps({"lives": lives, "environment": environment}))
+
+    def script(self, *acts: dict) -> None:
+        """What main.py does, at each of its starts; the last one again and again."""
+        (self.folder / "script.json").write_text(json.dumps(acts))
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(self.checkout / "launch/tpu.py"), *map(str, arguments)]
+
+    def environment(self) -> dict[str, str]:
+        own = {"CLIP_JAX_CLOUD": str(self.folder), "CLIP_JAX_CLOUD_PYTHON": sys.executable}
+        return os.environ | own | {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin"}
+
+    def launch(self, *arguments: str, seconds: float = 60) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=seconds
+        )
+
+    def loop(self, *arguments: str, accelerator: str = "v4-8", seconds: float = 60) -> subprocess.CompletedProcess:
+        return self.launch(*self.loop_flags(accelerator), *arguments, seconds=seconds)
+
+    def loop_flags(self, accelerator: str = "v4-8") -> list[str]:
+        where = ["loop", "--name=a-run", "--zone=us-central2-b", f"--accelerator={accelerator}", "--poll-seconds=0.05"]
+        return [*where, "--config=configs/ok.py", f"--workdir={self.workdir}"]
+
+    def calls(self) -> list[list[str]]:
+        file = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def count(self, *words: str) -> int:
+        """How many calls of gcloud had all these words."""
+        return sum(all(word in call for word in words) for call in self.calls())
+
+    def starts(self) -> int:
+        turns = self.workdir / "turns"
+        return len(turns.read_text()) if turns.exists() else 0
+
+
+def make_checkout(folder: Path, files: list[str]) -> Path:
+    """A git repository with one commit of these files of ours."""
+    for name in files:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, target)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "all of it"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory) -> Path:
+    """The launch scripts with a main.py that only acts."""
+    folder = make_checkout(tmp_path_factory.mktemp("a check") / "out", ["launch", "setup.py"])
+    (folder / "main.py").write_text(MAIN)
+    (folder / "configs").mkdir()
+    (folder / "configs" / "ok.py").write_text("")
+    commit(folder)
+    return folder
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+    cloud = Cloud(tmp_path, checkout)
+    cloud.schedule()
+    yield cloud
+    from tests.launch import processes
+
+    processes.kill_all(tmp_path)
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)

@@ -1,0 +1,64 @@
+"""The flags that each gcloud command takes, from its page in cloud.google.com/sdk/gcloud/reference (2025-10).
+
+Only of the generally available track: ``tpu-vm ssh --batch-size`` and ``--tunnel-through-iap`` are alpha's alone.
+"""
+
+# fmt: off
+EVERY_COMMAND = {
+    "account", "billing-project", "configuration", "flags-file", "flatten", "format", "help",
+    "impersonate-service-account", "log-http", "project", "quiet", "trace-token", "user-output-enabled", "verbosity",
+}
+
+_CREATE = {
+    "zone", "async", "data-disk", "description", "internal-ips", "labels", "metadata",
+    "metadata-from-file", "network", "range", "reserved", "scopes", "service-account", "shielded-secure-boot", "spot",
+    "subnetwork", "tags", "accelerator-type", "topology", "type",
+}
+_SSH = {
+    "dry-run", "force-key-file-overwrite", "internal-ip", "plain", "ssh-key-file", "strict-host-key-checking", "worker",
+    "zone", "ssh-key-expiration", "ssh-key-expire-after",
+}
+
+FLAGS = {
+    "compute tpus queued-resources create": _CREATE | {
+        "runtime-version", "node-id", "node-count", "node-prefix", "guaranteed", "valid-after-duration",
+        "valid-after-time", "valid-until-duration", "valid-until-time", "reservation-host-folder",
+        "reservation-host-organization", "reservation-host-project",
+    },
+    "compute tpus queued-resources describe": {"zone"},
+    "compute tpus queued-resources delete": {"zone", "async", "force"},
+    "compute tpus tpu-vm create": _CREATE | {"version", "preemptible", "queue-count"},
+    "compute tpus tpu-vm describe": {"zone"},
+    "compute tpus tpu-vm delete": {"zone", "async"},
+    "compute tpus tpu-vm ssh": _SSH | {"ssh-flag", "command", "output-directory"},
+    "compute tpus tpu-vm scp": _SSH | {"compress", "recurse", "scp-flag"},
+    "storage ls": {
+        "all-versions", "buckets", "etag", "fetch-encrypted-object-hashes", "full",
+        "json", "long", "next-page-token", "readable-sizes", "recursive", "soft-deleted", "additional-headers",
+    },
+    "storage buckets create": {
+        "location", "default-storage-class", "uniform-bucket-level-access", "placement", "retention-period",
+        "soft-delete-duration", "public-access-prevention", "enable-autoclass", "enable-hierarchical-namespace",
+    },
+    "storage cp": {"recursive", "no-clobber", "gzip-in-flight", "gzip-local", "manifest-path", "continue-on-error"},
+    "storage rsync": {"recursive", "delete-unmatched-destination-objects", "exclude", "checksums-only", "no-clobber"},
+    "config set": {"installation"},
+    "services enable": {"async"},
+    "auth login": {"brief", "launch-browser", "update-adc", "force"},
+}
+# fmt: on
+
+
+def command_of(words: list[str]) -> str | None:
+    """The longest known command that the words (without ``gcloud``) begin with."""
+    for length in range(len(words), 0, -1):
+        if " ".join(words[:length]) in FLAGS:
+            return " ".join(words[:length])
+    return None
+
+
+def unknown_flags(words: list[str]) -> list[str]:
+    """The flags that the command does not take; what follows ``--`` is not gcloud's."""
+    known = FLAGS[command_of(words)] | EVERY_COMMAND
+    own = words[: words.index("--")] if "--" in words else words
+    return [w for w in own if w.startswith("--") and w[2:].partition("=")[0] not in known]

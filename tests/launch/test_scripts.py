@@ -1,0 +1,257 @@
+"""The launch scripts without a cloud: what they would run, what they refuse, and what they never say."""
+
+import json
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_jax import errors, hardware
+from tests.launch.conftest import ROOT
+from tests.launch.gcloud_flags import FLAGS, command_of, unknown_flags
+
+sys.path.insert(0, str(ROOT / "launch"))
+import accelerators
+import plans
+import restarts
+from accelerators import LaunchError
+
+WHERE = ["--name=a-run", "--zone=us-east5-b", "--project=a-project"]
+MAIN = ["--config=configs/ok.py", "--workdir=gs://bucket/run"]
+SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.sh"))
+
+
+def printed(output: str) -> list[list[str]]:
+    """The commands of a dry run."""
+    return [shlex.split(line[2:]) for line in output.splitlines() if line.startswith("+ ")]
+
+
+def dry(checkout: Path, program: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A dry run where calling gcloud would be noticed."""
+    command = [str(checkout / "launch" / program), *arguments]
+    if program.endswith(".py"):
+        command.insert(0, sys.executable)
+    path = f"{Path(__file__).parent / 'no_cloud'}:/usr/local/bin:/usr/bin:/bin"
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=60)
+    assert "gcloud was called" not in done.stderr
+    return done
+
+
+def test_every_script_is_clean_to_shellcheck():
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    scripts = [f"launch/{name}" for name in SCRIPTS] + [str(p) for p in Path(__file__).parent.glob("bin/*")]
+    done = subprocess.run([found, "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_launching_needs_the_standard_library_alone(checkout):
+    command = [sys.executable, "-E", "-S", str(checkout / "launch/tpu.py"), "loop", *WHERE, *MAIN, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+COMMANDS = [
+    ("create_tpu_vm.sh", "--accelerator=v6e-8"),
+    ("create_tpu_vm.sh", "--accelerator=v4-16", "--provider=tpu-vm", "--capacity=reserved", "--internal-ips"),
+    ("create_tpu_vm.sh", "--accelerator=v5p-8", "--wait=6h", "--service-account=a@b.iam.gserviceaccount.com"),
+    ("setup_worker.sh", "--internal-ips"),
+    ("train.sh", "--hosts=4", "--follow", "--", *MAIN),
+    ("delete_tpu_vm.sh",),
+    ("delete_tpu_vm.sh", "--provider=tpu-vm"),
+    *(("tpu.py", command, *MAIN) for command in ("create", "run", "loop")),
+    *(("tpu.py", command, "--internal-ips") for command in ("setup", "status", "logs", "stop", "delete")),
+    ("tpu.py", "loop", "--provider=tpu-vm", "--accelerator=v4-16,v4-8", *MAIN),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_dry_run_runs_nothing_and_every_flag_is_one_that_its_gcloud_command_takes(checkout, command):
+    program, *arguments = command
+    verb = [arguments.pop(0)] if program == "tpu.py" else []
+    done = dry(checkout, program, *verb, "--dry-run", *WHERE, *arguments)
+    assert done.returncode == 0, done.stderr
+    commands = [words[1:] for words in printed(done.stdout) if words[0] == "gcloud"]
+    assert commands
+    for words in commands:
+        assert command_of(words) is not None and unknown_flags(words) == []
+        assert "--zone=us-east5-b" in words and "--project=a-project" in words
+
+
+def test_the_list_of_flags_tells_the_two_spellings_of_the_version_apart():
+    assert unknown_flags(["compute", "tpus", "tpu-vm", "create", "x", "--runtime-version=r"]) == ["--runtime-version=r"]
+    assert unknown_flags(["compute", "tpus", "queued-resources", "create", "x", "--version=r"]) == ["--version=r"]
+
+
+def test_the_list_of_flags_is_that_of_an_installed_gcloud():
+    """gcloud's own table for completion, where there is one: read, not run."""
+    found = shutil.which("gcloud")
+    table = Path(found).resolve().parents[1] / "data/cli/gcloud_completions.py" if found else None
+    if table is None or not table.exists():
+        pytest.skip("no gcloud is installed here")
+    tree = runpy.run_path(str(table))["STATIC_COMPLETION_CLI_TREE"]
+    for command, flags in FLAGS.items():
+        node = tree
+        for word in command.split():
+            node = node["commands"][word]
+        # What every command takes, --version among it, is in the table once.
+        assert flags <= {flag.removeprefix("--") for flag in (*node["flags"], *tree["flags"])}, command
+
+
+def test_the_dry_run_of_the_loop_tells_the_whole_life_of_a_run(checkout):
+    flags = ["--zone=us-west4-a", "--accelerator=v5litepod-256", *MAIN]
+    done = dry(checkout, "tpu.py", "loop", "--dry-run", *flags)
+    verbs = [words[4] if words[0] == "gcloud" else words[1] for words in printed(done.stdout)]
+    life = ["plan", "create", "describe", "describe", "ssh", "scp", "ssh", "ssh", "ssh", "ssh", "ssh", "delete"]
+    assert verbs == life, done.stdout
+    assert "set up its 64 workers" in done.stdout and "(256 devices)" in done.stdout
+
+
+NASTY = [
+    "--config.data.train=tar:/my data/$HOME/`x`/train-*.tar",
+    """--config.model.name=a 'b' "c" \\d""",
+    "--config.x=",
+]
+
+
+def test_arguments_arrive_at_main_as_they_were_given(cloud):
+    cloud.script({})
+    done = cloud.loop(*NASTY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    arrived = json.loads((cloud.workdir / "arguments-0.json").read_text())
+    assert arrived == ["--config=configs/ok.py", f"--workdir={cloud.workdir}", *NASTY]
+
+
+def test_secrets_reach_the_run_by_a_file_and_are_seen_nowhere_else(cloud):
+    canary = "hf_canary_0123456789"
+    secrets = cloud.folder / "my secrets"
+    secrets.write_text(f"HF_TOKEN='{canary}'\n")
+    cloud.script({"says": ["a line"]})
+    done = cloud.loop(f"--env-file={secrets}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert canary not in done.stdout + done.stderr + json.dumps(cloud.calls())
+    kept = cloud.folder / "machines/a-run-0/0/home/.clip_jax.env"
+    assert canary in kept.read_text() and kept.stat().st_mode & 0o777 == 0o600
+    log = cloud.folder / "machines/a-run-0/0/home/clip_jax/run/log"
+    assert canary not in log.read_text()
+
+
+@pytest.mark.parametrize("flag", ["--config.hf_token=x", "--config.Password=x", "--config.a.api_key=x"])
+def test_a_secret_on_the_command_line_is_refused(checkout, flag):
+    done = dry(checkout, "train.sh", *WHERE, "--hosts=1", "--dry-run", "--", *MAIN, flag)
+    assert done.returncode == 2 and "secrets are not for the command line" in done.stderr
+    assert (
+        dry(checkout, "train.sh", *WHERE, "--hosts=1", "--dry-run", "--", "--config.tokenizer.vocab=x").returncode == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "said"),
+    [
+        ("create_tpu_vm.sh", ["--name=a", "--zone=z"], "--accelerator=... is missing"),
+        ("create_tpu_vm.sh", [*WHERE, "--accelerator=v9-8"], "which runtime? give --version=..."),
+        ("create_tpu_vm.sh", [*WHERE, "--acelerator=v6e-8"], "--acelerator=v6e-8 is not a flag of this script"),
+        ("train.sh", [*WHERE, "--hosts=1"], "main.py's own flags are missing"),
+        ("setup_worker.sh", [*WHERE, "--revision=nowhere"], "not a revision of"),
+        ("tpu.py", ["loop", *WHERE, *MAIN, "--accelerator=v5e-12"], "no such slice (nearest: v5litepod-1"),
+        ("tpu.py", ["loop", *WHERE, "--config=configs/ok.py"], "--workdir=gs://BUCKET/NAME is missing"),
+        (
+            "tpu.py",
+            ["loop", *WHERE, "--config=configs/no.py", "--workdir=gs://b/r"],
+            "is not a file of HEAD: commit it",
+        ),
+        ("tpu.py", ["loop", *WHERE, *MAIN, "--config.hf_token=x"], "secrets are not for the command line"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_paid_for(checkout, program, arguments, said):
+    done = dry(checkout, program, *arguments)
+    assert done.returncode == 2 and said in done.stderr, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and "gcloud" not in done.stdout
+
+
+@pytest.mark.parametrize("name", accelerators.names())
+def test_an_accelerator_is_what_the_chip_table_says_and_the_script_asks_for_its_runtime(name):
+    ours, theirs = accelerators.accelerator(name), hardware.tpu(name)
+    assert (ours.hosts, ours.devices) == (theirs.hosts, theirs.devices)
+    assert ours.version == theirs.chip.runtime_version
+
+
+def test_every_slice_of_the_cloud_tpu_api_is_known():
+    table = {
+        f"{c.prefixes[0]}-{n * c.units_per_chip}" for c in hardware.TPUS if c.runtime_version for n in c.topologies
+    }
+    assert set(accelerators.names()) == table
+
+
+@pytest.mark.parametrize("prefix", accelerators.GENERATIONS)
+def test_the_create_script_knows_the_same_runtimes(checkout, prefix):
+    generation = accelerators.GENERATIONS[prefix]
+    name = f"{prefix}-{generation.sizes[0]}"
+    queued = printed(dry(checkout, "create_tpu_vm.sh", *WHERE, f"--accelerator={name}", "--dry-run").stdout)[0]
+    assert f"--runtime-version={generation.version}" in queued and f"--accelerator-type={name}" in queued
+
+
+@pytest.mark.parametrize(
+    ("codes", "decision", "code"),
+    [
+        ([0, 0], "done", 0),
+        ([0, 1], "again", 1),
+        ([1, 2], "stop", 2),  # one host's mistake ends the others in another way
+        ([134, 45], "stop", 45),
+        ([43, 43], "stop", 43),
+        ([44, 134], "again", 44),
+        ([42, 42], "again", 42),
+        ([137, None], "again", 1),
+        ([], "again", 1),
+    ],
+)
+def test_the_exit_codes_of_all_workers_mean_one_thing(codes, decision, code):
+    found = restarts.outcome(codes)
+    assert (found.decision, found.code) == (decision, code)
+
+
+def test_the_codes_are_those_of_main():
+    mains = {getattr(errors, name) for name in dir(errors) if name.startswith("EXIT_")}
+    assert {code for code, _, _ in restarts.MEANINGS} == mains - {errors.EXIT_DONE}
+
+
+def test_starts_are_bounded_by_the_hour():
+    starts = [restarts.Start(time, 0) for time in (0.0, 100.0, 3000.0)]
+    assert restarts.seconds_to_wait(starts, 3100.0, per_hour=4) == 0
+    assert restarts.seconds_to_wait(starts, 3100.0, per_hour=3) == 500.0  # the first is an hour old then
+    assert restarts.seconds_to_wait(starts, 3600.0, per_hour=3) == 0
+    assert restarts.seconds_to_wait(starts, 3100.0, per_hour=1) == 3500.0
+
+
+def test_starts_from_the_same_checkpoint_are_bounded():
+    starts = [restarts.Start(time, 40) for time in (0.0, 1.0)]
+    restarts.check_progress(starts, 40, fruitless=3)
+    restarts.check_progress([restarts.Start(0.0, 20), *starts], 40, fruitless=3)
+    with pytest.raises(LaunchError, match="3 starts without a new checkpoint"):
+        restarts.check_progress([*starts, restarts.Start(2.0, 40)], 40, fruitless=3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ('echo \'{"fits": false, "hbm_bytes_per_chip": 21474836480}\'; exit 2', "does not fit v6e-8 (20.0 GiB a chip)"),
+        ("echo '{\"fits\": true}'", "it fits v6e-8"),
+        ("echo clip-jax: plan is not a command >&2; exit 2", "no plan (clip-jax: plan is not a command)"),
+    ],
+)
+def test_a_config_that_cannot_fit_is_refused(tmp_path, capsys, answer, said):
+    program = tmp_path / ".venv/bin/clip-jax"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\n{answer}\n")
+    program.chmod(0o755)
+    try:
+        plans.check(tmp_path, "v6e-8", MAIN)
+        output = capsys.readouterr().out
+    except LaunchError as error:
+        assert "false" in answer
+        output = str(error)
+    assert said in output
