@@ -4,7 +4,10 @@ The mesh has the axes ``data``, ``fsdp`` and ``tensor``, any of them 1. The batc
 parameters over fsdp (by their ``embed`` axis) and tensor. Nothing else in the project names a mesh axis.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -93,6 +96,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """How many devices split a batch among them."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+_activation_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("activation_mesh", default=None)
+
+
+@contextlib.contextmanager
+def activations_on(mesh: Mesh) -> Iterator[None]:
+    """While a function is traced inside, ``split_rows`` splits activations over this mesh."""
+    token = _activation_mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _activation_mesh.reset(token)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Activations [batch, ...] pinned to the batch's sharding, whole in all other axes; as they are without a mesh.
+
+    Where parameters are split over fsdp the partitioner must gather them for a layer. Left to itself it may split the
+    features of the activations instead, and exchange activations of the whole batch at every layer.
+    """
+    mesh = _activation_mesh.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
 def split_batch(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:

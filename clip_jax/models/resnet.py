@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clip_jax.models.transformer import REMAT_POLICIES, Initializer, Remat, normal, uniform, zeros
+from clip_jax.sharding import split_rows
 
 EXPANSION = 4
 EPSILON = 1e-5
@@ -62,7 +63,7 @@ class ModifiedResNet(nn.Module):
         width = self.tower.width
         x = image.astype(self.dtype)
         for number, (features, stride) in enumerate([(width // 2, 2), (width // 2, 1), (width, 1)], start=1):
-            x = Conv(features, 3, stride, self.dtype, name=f"conv_{number}")(x)
+            x = split_rows(Conv(features, 3, stride, self.dtype, name=f"conv_{number}")(split_rows(x)))
             x = nn.relu(BatchNorm(self.dtype, train, name=f"norm_{number}")(x))
         x = average_pool(x)
 
@@ -152,7 +153,7 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], _=None) -> tuple[Array, None]:
         def conv_norm(x, features, size, name, scale_init=nn.initializers.ones):
-            x = Conv(features, size, 1, self.dtype, name=f"conv_{name}")(x)
+            x = split_rows(Conv(features, size, 1, self.dtype, name=f"conv_{name}")(split_rows(x)))
             return BatchNorm(self.dtype, self.train, scale_init, name=f"norm_{name}")(x)
 
         pool = average_pool if self.stride > 1 else lambda x: x

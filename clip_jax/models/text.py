@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.transformer import BlockShape, LayerNorm, Remat, Stack, normal, text_block_init, zeros
+from clip_jax.sharding import split_rows
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class TextTransformer(nn.Module):
         positions = self.param("position_embedding", position_init, (tower.context_length, width))
 
         # Looked up before it is rounded: the gradient of a frequent token is a sum that must be taken in float32.
-        tokens = jnp.take(embedding, text, axis=0).astype(self.dtype)
+        tokens = split_rows(jnp.take(embedding, text, axis=0)).astype(self.dtype)
         tokens = tokens + positions[: text.shape[1]].astype(self.dtype)
         inits = text_block_init(width, tower.mlp_width, tower.layers)
         tokens = Stack(tower.layers, tower.block, inits, self.dtype, self.scan, self.remat, name="transformer")(tokens)
@@ -68,11 +69,12 @@ class TextTransformer(nn.Module):
             return tokens
         # Only the pooled row is normed: the norm works on one token at a time.
         pooled = LayerNorm(self.dtype, tower.norm_epsilon, name="norm_final")(_pick(tokens, text, tower))
+        pooled = split_rows(pooled)
         if not tower.projection:
             return pooled.astype(jnp.float32)
         projection_init = nn.with_logical_partitioning(normal(width**-0.5), ("embed", "joint"))
         projection = self.param("projection", projection_init, (width, self.embed_dim))
-        embedding = jnp.dot(pooled, projection.astype(self.dtype), preferred_element_type=jnp.float32)
+        embedding = split_rows(jnp.dot(pooled, projection.astype(self.dtype), preferred_element_type=jnp.float32))
         if tower.projection_bias:
             bias_init = nn.with_logical_partitioning(zeros, ("joint",))
             embedding = embedding + self.param("projection_bias", bias_init, (self.embed_dim,))

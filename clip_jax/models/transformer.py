@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from clip_jax.sharding import split_rows
+
 Initializer = Callable[..., Array]
 Remat = Literal["none", "dots", "named", "offload", "full"]
 
@@ -225,12 +227,13 @@ class Block(nn.Module):
         mlp = MLP(self.shape, self.inits, self.dtype, name="mlp")
         norm_1 = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm_1")
         norm_2 = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm_2")
+        x = split_rows(x)
         if self.shape.norm_last:
-            x = x + norm_1(attention(x, rotary))
-            x = x + norm_2(mlp(x))
+            x = split_rows(x + norm_1(attention(x, rotary)))
+            x = split_rows(x + norm_2(mlp(x)))
         else:
-            x = x + attention(norm_1(x), rotary)
-            x = x + mlp(norm_2(x))
+            x = split_rows(x + attention(split_rows(norm_1(x)), rotary))
+            x = split_rows(x + mlp(split_rows(norm_2(x))))
         return x, None
 
 

@@ -27,6 +27,7 @@ from clip_jax.models.transformer import (
     uniform,
     zeros,
 )
+from clip_jax.sharding import split_rows
 
 ROTARY_BASE = 10_000.0
 
@@ -123,7 +124,7 @@ class ViT(nn.Module):
         position_init = nn.with_logical_partitioning(embedding_init, (None, "embed"))
         positions = self.param("position_embedding", position_init, (tower.tokens, width))
 
-        tokens = patches @ kernel.astype(self.dtype)
+        tokens = split_rows(patches) @ kernel.astype(self.dtype)
         if tower.patch_bias:
             bias_init = nn.with_logical_partitioning(uniform(fan_in**-0.5), ("embed",))
             tokens = tokens + self.param("patch_bias", bias_init, (width,)).astype(self.dtype)
@@ -144,12 +145,12 @@ class ViT(nn.Module):
         )
         if self.tokens_only:
             return tokens
-        pooled = self._pool(tokens, inits)
+        pooled = split_rows(self._pool(tokens, inits))
         if not tower.projection:
             return pooled.astype(jnp.float32)
         projection_init = nn.with_logical_partitioning(embedding_init, ("embed", "joint"))
         projection = self.param("projection", projection_init, (width, self.embed_dim))
-        embedding = jnp.dot(pooled, projection.astype(self.dtype), preferred_element_type=jnp.float32)
+        embedding = split_rows(jnp.dot(pooled, projection.astype(self.dtype), preferred_element_type=jnp.float32))
         if tower.projection_bias:
             bias_init = nn.with_logical_partitioning(zeros, ("joint",))
             embedding = embedding + self.param("projection_bias", bias_init, (self.embed_dim,))

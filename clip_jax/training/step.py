@@ -13,7 +13,7 @@ from jaxtyping import Array
 from clip_jax.losses import grid
 from clip_jax.models.clip import CLIP
 from clip_jax.presets import Preprocess
-from clip_jax.sharding import batch_sharding, replicated
+from clip_jax.sharding import activations_on, batch_sharding, replicated
 from clip_jax.training import gradients
 from clip_jax.training.gradients import Metrics
 from clip_jax.training.state import State, abstract_state
@@ -60,7 +60,8 @@ def make_train_step(
         def encode(params, batch_stats, batch):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["row"])
             pixels = preprocess.normalize(batch["image"])
-            return model.forward(params, batch_stats, pixels, batch["text"], train=True, keys=keys)
+            with activations_on(mesh):
+                return model.forward(params, batch_stats, pixels, batch["text"], train=True, keys=keys)
 
         batch = batch | {"row": jnp.arange(batch["text"].shape[0])}
         if micro_batches == 1:

@@ -12,7 +12,7 @@ from clip_jax import presets
 from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
-from clip_jax.planning.program import matmul_flops
+from clip_jax.planning.program import collectives, matmul_flops
 from clip_jax.sharding import make_mesh
 from clip_jax.training.optimizer import adafactor
 from clip_jax.training.state import abstract_state
@@ -88,9 +88,9 @@ def test_batch_norm_in_micro_batches_moves_its_running_statistics():
     assert min(moved) > 0 and np.isfinite(moved).all()
 
 
-def traced(micro_batches=1, pairs=256, **computation):
+def traced(micro_batches=1, pairs=256, mesh=None, **computation):
     """The step, and the shapes that it takes."""
-    model, optimizer, mesh = CLIP(SMALL, **computation), optax.sgd(0.1), one()
+    model, optimizer, mesh = CLIP(SMALL, **computation), optax.sgd(0.1), mesh or one()
     step = make_train_step(
         model, presets.HALF, optimizer, lambda _: 0.1, mesh, max_logit_scale=100.0, micro_batches=micro_batches
     )
@@ -120,6 +120,19 @@ def test_remat_policies_take_less_memory_the_more_they_compute():
 
 def temporary(step, shapes):
     return step.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_fully_sharded_parameters_travel_layer_by_layer_and_activations_not_at_all():
+    """The largest message is the gradient of one layer; the activations of the batch would be five times that."""
+    step, shapes = traced(mesh=make_mesh(1, 8, 1))
+    layer = sum(leaf[0].size for leaf in jax.tree.leaves(layers_of(shapes[0].params)))
+    activations = 256 * SMALL.image.tokens * SMALL.image.width
+    sent = [collective.bytes // 4 for collective in collectives(step.lower(*shapes).compile().as_text())]
+    assert 0.9 * layer < max(sent) <= 1.1 * layer < activations / 5
+
+
+def layers_of(params):
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, np.bool_), params["image"]["transformer"]["blocks"])
 
 
 def test_moments_are_sharded_as_their_parameters():
