@@ -1,128 +1,114 @@
-"""One device's tile of the logit matrix: the mesh as a grid, gathered embeddings, and the walk through blocks."""
+"""One device's tile of the logit matrix: the mesh as a grid, the ring that brings images, and the walk through blocks.
+
+Nothing here knows which loss it is for.
+"""
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
+from jaxtyping import Array, Float
 
 from clip_jax.sharding import batch_shards
 
 ROWS, COLUMNS, REPLICAS = "grid_row", "grid_column", "replica"
-BLOCK_ROWS = 256
-"""Rows of a tile whose logits exist at one time."""
+BLOCK_LOGITS = 2**21
+"""Logits that a device holds at one time (8 MiB of float32), in blocks as square as the tile allows."""
+GATHERED_BYTES = 2**30
+"""What gathered texts and their float32 gradient may take on a device. A grid of fewer rows gathers less and sends
+more; one of a single row gathers nothing: a plain ring."""
+
+
+def grid_of(mesh: Mesh, text: Float[Array, "batch dim"]) -> Mesh:
+    """The same devices in the same order, data x fsdp as r rows of c; replicas along tensor.
+
+    As square as possible, which sends least, while the texts of a grid column fit into ``GATHERED_BYTES``.
+    """
+    shards = batch_shards(mesh)
+    batch, dim = text.shape
+    row_bytes = batch // shards * dim * (text.dtype.itemsize + 4)
+    rows = range(1, math.isqrt(shards) + 1)
+    return _grid(mesh, max(r for r in rows if shards % r == 0 and (r == 1 or r * row_bytes <= GATHERED_BYTES)))
 
 
 @functools.lru_cache
-def grid_of(mesh: Mesh) -> Mesh:
-    """The same devices in the same order, data x fsdp as r rows of c; replicas along tensor."""
-    shards = batch_shards(mesh)
-    rows = max(r for r in range(1, int(shards**0.5) + 1) if shards % r == 0)
-    devices = np.asarray(mesh.devices).reshape(rows, shards // rows, -1)
+def _grid(mesh: Mesh, rows: int) -> Mesh:
+    devices = np.asarray(mesh.devices).reshape(rows, batch_shards(mesh) // rows, -1)
     return Mesh(devices, (ROWS, COLUMNS, REPLICAS), axis_types=(AxisType.Auto,) * 3)
 
 
-class Tile:
-    """What a device knows of its tile: gathered embeddings, its own pairs' logits, and how to walk through blocks."""
+def around(chunk: Any, kept: Any, walk: Callable, merge: Callable) -> tuple[Any, Any]:
+    """Sends every device's chunk to all devices of its grid row; what they find out about it comes home.
 
-    def __init__(self, image, text, scale):
-        self.pairs = image.shape[0]
-        self.scale = scale
-        self.images = jax.lax.all_gather(image, COLUMNS, tiled=True)
-        self.texts = jax.lax.all_gather(text, ROWS, tiled=True)
-        # Multiplied in float32, for bfloat16 products would not match the logits.
-        self.positives = scale * jnp.sum(image.astype(jnp.float32) * text.astype(jnp.float32), axis=-1)
-        # Own pairs are block j of the grid row's images and block i of the grid column's texts.
-        self.first_row = jax.lax.axis_index(COLUMNS) * self.pairs
-        self.first_column = jax.lax.axis_index(ROWS) * self.pairs
-        rows = self.images.shape[0]
-        self.block = max(k for k in range(1, min(BLOCK_ROWS, rows) + 1) if rows % k == 0)
+    ``walk(chunk, kept) -> (result, kept)`` is run by every device for every chunk; ``kept`` stays on the device, the
+    results for a chunk are merged on their way, one hop behind it. Hops are issued before the walk that they overlap
+    with. (The last one brings the chunks home as well, where nobody needs them: all hops are alike.)
+    """
+    size = jax.lax.axis_size(COLUMNS)
 
-    def own_rows(self, x):
-        return jax.lax.dynamic_slice_in_dim(x, self.first_row, self.pairs)
+    def shift(x):
+        return jax.lax.ppermute(x, COLUMNS, [(i, (i + 1) % size) for i in range(size)])
 
-    def own_columns(self, x):
-        return jax.lax.dynamic_slice_in_dim(x, self.first_column, self.pairs)
+    def hop(carry, _):
+        chunk, result, kept = carry
+        following, arrived = shift((chunk, result))
+        result, kept = walk(chunk, kept)
+        return (following, merge(arrived, result), kept), None
 
-    def blocks(self):
-        """(first row, images) of each block, to scan over."""
-        rows, dim = self.images.shape
-        return jnp.arange(0, rows, self.block), self.images.reshape(rows // self.block, self.block, dim)
+    if size == 1:
+        return walk(chunk, kept)
+    following = shift(chunk)
+    result, kept = walk(chunk, kept)
+    (_, result, kept), _ = jax.lax.scan(hop, (following, result, kept), length=size - 1)
+    return shift(result), kept
 
-    def logits(self, first, images):
-        """float32[block, columns], -inf where image and text are a pair."""
-        logits = self.scale * jnp.dot(images, self.texts.T, preferred_element_type=jnp.float32)
-        row = first + jnp.arange(self.block)[:, None] - self.first_row
-        column = jnp.arange(self.texts.shape[0])[None, :] - self.first_column
-        return jnp.where((row == column) & (row >= 0) & (row < self.pairs), -jnp.inf, logits)
 
-    def statistics(self):
-        """Maximum and sum of exponentials of the rows (over this tile's columns) and of the columns."""
+def walk(step: Callable, send: Callable, rows: Any, columns: Any, start: Any, kept: Any) -> tuple[Any, Any]:
+    """Goes through the blocks of a tile; ``rows`` and ``columns`` are trees of arrays whose first axis is the tile's.
 
-        def walk(carry, block):
-            maximum, total = carry
-            logits = self.logits(*block)
-            row_maximum = jnp.max(logits, axis=1)
-            row_sum = jnp.sum(jnp.exp(logits - finite(row_maximum)[:, None]), axis=1)
-            new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=0))
-            shift = finite(new_maximum)
-            total = total * jnp.exp(maximum - shift) + jnp.sum(jnp.exp(logits - shift[None, :]), axis=0)
-            return (new_maximum, total), (row_maximum, row_sum)
+    ``step(rows, columns, result, kept) -> (result, kept)`` does one block: ``result`` belongs to the block's rows and
+    begins as ``start``, a tree of one row's values; ``kept`` belongs to its columns.
+    Returns ``send(result)`` of all rows, and ``kept``.
+    """
+    height, width = (jax.tree.leaves(x)[0].shape[0] for x in (rows, columns))
+    block_height = divisor(height, math.isqrt(BLOCK_LOGITS))
+    block_width = divisor(width, BLOCK_LOGITS // block_height)
 
-        columns = self.texts.shape[0]
-        start = (varying(jnp.full(columns, -jnp.inf)), varying(jnp.zeros(columns)))
-        (column_maximum, column_sum), (row_maximum, row_sum) = jax.lax.scan(walk, start, self.blocks())
-        return row_maximum.reshape(-1), row_sum.reshape(-1), column_maximum, column_sum
+    def part(x, number):
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * block_width, block_width), x)
 
-    def gradients(self, row_whole, row_positives, column_whole, column_positives):
-        """Sums over the tile, without positives: p @ texts, p.T @ images, and p times how far a logit is above its
-        positive, which is the gradient by scale with nothing left to cancel; p of the rows and of the columns."""
+    def over_rows(kept, row):
+        def over_columns(number, carry):
+            result, kept = carry
+            result, new = step(row, part(columns, number), result, part(kept, number))
+            kept = jax.tree.map(
+                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, number * block_width, axis=0), kept, new
+            )
+            return result, kept
 
-        def walk(carry, block):
-            text_gradient, scale_gradient = carry
-            first, images, row_whole, row_positives = block
-            logits = self.logits(first, images)
-            row_p, column_p = jnp.exp(logits - row_whole[:, None]), jnp.exp(logits - column_whole[None, :])
-            above = row_p * (logits - row_positives[:, None]) + column_p * (logits - column_positives[None, :])
-            scale_gradient += jnp.sum(jnp.where(jnp.isfinite(logits), above, 0))
-            p = row_p + column_p
-            p = p.astype(images.dtype)
-            image_gradient = jnp.dot(p, self.texts, preferred_element_type=jnp.float32)
-            text_gradient += jnp.dot(p.T, images, preferred_element_type=jnp.float32)
-            # Kept and sent in the embeddings' own type: in bfloat16 half of the memory and of the traffic.
-            return (text_gradient, scale_gradient), image_gradient.astype(images.dtype)
+        result = jax.tree.map(lambda x: varying(jnp.broadcast_to(x, (block_height, *x.shape))), start)
+        result, kept = jax.lax.fori_loop(0, width // block_width, over_columns, (result, kept))
+        return kept, send(result)
 
-        start = (varying(jnp.zeros(self.texts.shape, jnp.float32)), varying(jnp.zeros((), jnp.float32)))
-        blocks = (*self.blocks(), row_whole.reshape(-1, self.block), row_positives.reshape(-1, self.block))
-        (text_gradient, scale_gradient), image_gradient = jax.lax.scan(walk, start, blocks)
-        return image_gradient.reshape(self.images.shape), text_gradient.astype(self.texts.dtype), scale_gradient
+    blocks = jax.tree.map(lambda x: x.reshape(height // block_height, block_height, *x.shape[1:]), rows)
+    kept, results = jax.lax.scan(over_rows, kept, blocks)
+    return jax.tree.map(lambda x: x.reshape(height, *x.shape[2:]), results), kept
 
-    def sigmoid(self, bias):
-        """All of the sigmoid loss but the positives in one walk, for a logit's gradient depends on that logit alone:
-        the sum of softplus(l), row maxima, and with p = sigmoid(l): p @ texts, p.T @ images, sums of p * cosine and p.
-        """
 
-        def walk(carry, block):
-            loss, text_gradient, scale_gradient, bias_gradient = carry
-            scaled = self.logits(*block)
-            logits, images = scaled + bias, block[1]
-            p = jax.nn.sigmoid(logits)
-            loss += jnp.sum(jax.nn.softplus(logits))
-            scale_gradient += jnp.sum(jnp.where(jnp.isfinite(scaled), p * scaled, 0)) / self.scale
-            bias_gradient += jnp.sum(p)
-            p = p.astype(images.dtype)
-            image_gradient = jnp.dot(p, self.texts, preferred_element_type=jnp.float32).astype(images.dtype)
-            text_gradient += jnp.dot(p.T, images, preferred_element_type=jnp.float32)
-            return (loss, text_gradient, scale_gradient, bias_gradient), (image_gradient, jnp.max(logits, axis=1))
+def own(x: Any, pairs: int) -> Any:
+    """What belongs to this device's own pairs, of what belongs to all texts of its grid column."""
+    first = jax.lax.axis_index(ROWS) * pairs
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, pairs), x)
 
-        zero = varying(jnp.zeros((), jnp.float32))
-        start = (zero, varying(jnp.zeros(self.texts.shape, jnp.float32)), zero, zero)
-        carry, (image_gradient, row_maximum) = jax.lax.scan(walk, start, self.blocks())
-        loss, text_gradient, scale_gradient, bias_gradient = carry
-        image_gradient = image_gradient.reshape(self.images.shape)
-        text_gradient = text_gradient.astype(self.texts.dtype)
-        return loss, row_maximum.reshape(-1), image_gradient, text_gradient, scale_gradient, bias_gradient
+
+def divisor(size: int, limit: int) -> int:
+    """The largest divisor up to a limit."""
+    return max(k for k in range(1, min(size, limit) + 1) if size % k == 0)
 
 
 def varying(x):
@@ -130,13 +116,36 @@ def varying(x):
     return jax.lax.pcast(x, (ROWS, COLUMNS), to="varying")
 
 
+def logits(image, image_pair, text, text_pair, scale):
+    """float32[images, texts], -inf where image and text are a pair."""
+    cosines = jnp.dot(image, text.T, preferred_element_type=jnp.float32)
+    return jnp.where(image_pair[:, None] == text_pair[None, :], -jnp.inf, scale * cosines)
+
+
+def positives(image, text, scale):
+    """float32[pairs]. Multiplied in float32, for bfloat16 products would not match the logits."""
+    return scale * jnp.sum(image.astype(jnp.float32) * text.astype(jnp.float32), axis=-1)
+
+
+def summary(logits, axis):
+    """(maximum, sum of exponentials relative to it) along an axis; (-inf, 0) where there is nothing but -inf."""
+    maximum = jnp.max(logits, axis=axis)
+    return maximum, jnp.sum(jnp.exp(logits - jnp.expand_dims(finite(maximum), axis)), axis=axis)
+
+
+def merge(one, other):
+    """The summary of two sets of logits together."""
+    (maximum, total), (other_maximum, other_total) = one, other
+    largest = jnp.maximum(maximum, other_maximum)
+    shift = finite(largest)
+    return largest, total * jnp.exp(maximum - shift) + other_total * jnp.exp(other_maximum - shift)
+
+
+def log_sum_exp(summary):
+    maximum, total = summary
+    return finite(maximum) + jnp.log(total)
+
+
 def finite(maximum):
     """A maximum to subtract: 0 where there was nothing but the positive."""
     return jnp.where(jnp.isfinite(maximum), maximum, 0.0)
-
-
-def finish(maximum, total, axis):
-    """(log-sum-exp, maximum) over all tiles along a grid axis."""
-    largest = jax.lax.pmax(maximum, axis)
-    total = jax.lax.psum(total * jnp.exp(maximum - finite(largest)), axis)
-    return finite(largest) + jnp.log(total), largest

@@ -7,7 +7,7 @@ import pytest
 
 from clip_jax.losses import grid, reference, tile
 from clip_jax.sharding import make_mesh
-from tests.losses.test_softmax import MESHES, embeddings, relative_error
+from tests.losses.test_softmax import MESHES, embeddings, grid_mesh, relative_error, value_and_gradients
 
 
 def float64(image, text, scale, bias):
@@ -22,18 +22,12 @@ def float64(image, text, scale, bias):
     return loss, (scale * by_logits @ text, scale * by_logits.T @ image, by_scale, by_bias)
 
 
-def value_and_gradients(image, text, scale, bias, mesh):
-    differentiated = jax.value_and_grad(lambda *x: grid.sigmoid(*x, mesh=mesh), (0, 1, 2, 3), has_aux=True)
-    (loss, metrics), gradients = jax.jit(differentiated)(image, text, jnp.float32(scale), jnp.float32(bias))
-    return float(loss), float(metrics["accuracy"]), gradients
-
-
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(("shape", "rows"), MESHES, ids=str)
 @pytest.mark.parametrize(("scale", "bias", "aligned"), [(10.0, -10.0, 0.0), (1.0, 0.0, 0.0), (100.0, -12.0, 0.6)])
-def test_loss_and_gradients_are_those_of_float64_on_1_to_8_devices(mesh, scale, bias, aligned):
+def test_loss_and_gradients_are_those_of_float64_on_every_grid(shape, rows, scale, bias, aligned, monkeypatch):
+    mesh = grid_mesh(shape, rows, monkeypatch)
     image, text = embeddings(48, 16, aligned)
-    devices = make_mesh(*mesh, jax.devices()[: int(np.prod(mesh))])
-    loss, accuracy, gradients = value_and_gradients(image, text, scale, bias, devices)
+    loss, accuracy, gradients = value_and_gradients(grid.sigmoid, mesh, image, text, scale, bias)
     tolerance = 1e-6 if scale <= 14.3 else 1e-5
     expected, expected_gradients = float64(image, text, scale, bias)
     assert loss == pytest.approx(expected, rel=tolerance)
@@ -51,16 +45,28 @@ def test_the_definition_equals_float64():
 def test_one_pair_by_hand():
     """A pair with cosine 1 at scale 1 and bias 0: log(1 + exp(-1))."""
     one = jnp.ones((1, 1))
-    loss, _, _ = value_and_gradients(one, one, 1.0, 0.0, make_mesh(1, devices=jax.devices()[:1]))
+    loss, *_ = value_and_gradients(grid.sigmoid, make_mesh(1, devices=jax.devices()[:1]), one, one, 1.0, 0.0)
     assert loss == pytest.approx(np.log(1 + np.exp(-1)), rel=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, 5, 1000])
+@pytest.mark.parametrize("block", [1, 50, 10**6])
 def test_the_size_of_a_block_does_not_matter(block, monkeypatch):
-    monkeypatch.setattr(tile, "BLOCK_ROWS", block)
-    image, text = embeddings(24, 8)
-    loss, _, gradients = value_and_gradients(image, text, 10.0, -10.0, make_mesh(2, devices=jax.devices()[:2]))
+    monkeypatch.setattr(tile, "BLOCK_LOGITS", block)
+    image, text = embeddings(48, 8)
+    mesh = make_mesh(4, devices=jax.devices()[:4])
+    loss, _, gradients = value_and_gradients(grid.sigmoid, mesh, image, text, 10.0, -10.0)
     expected, expected_gradients = float64(image, text, 10.0, -10.0)
     assert loss == pytest.approx(expected, rel=1e-6)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_bfloat16_embeddings_are_within_two_percent_of_float64(rows, monkeypatch):
+    mesh = grid_mesh((8, 1, 1), rows, monkeypatch)
+    image, text = (jnp.asarray(x, jnp.bfloat16) for x in embeddings(64, 16, 0.5))
+    loss, _, gradients = value_and_gradients(grid.sigmoid, mesh, image, text, 10.0, -10.0)
+    expected, expected_gradients = float64(*(np.asarray(x, np.float64) for x in (image, text)), 10.0, -10.0)
+    assert loss == pytest.approx(expected, rel=2e-2)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(ours, theirs) < 2e-2

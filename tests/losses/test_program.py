@@ -1,0 +1,128 @@
+"""What the losses' programs hold, send and compute, read from the jaxpr and from what XLA makes of it on 8 devices."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.losses import grid, tile
+from clip_jax.planning import program
+from clip_jax.sharding import batch_sharding, make_mesh, replicated
+from tests.losses.test_softmax import embeddings
+
+BATCH, DIM, DEVICES = 32_768, 64, 8
+PAIRS = BATCH // DEVICES
+LOSSES = {"softmax": (grid.softmax, 3), "sigmoid": (grid.sigmoid, 4)}
+
+
+@functools.lru_cache
+def traced(name):
+    """The loss with all its gradients at a batch of 32,768, from shapes alone."""
+    loss, arguments = LOSSES[name]
+    mesh = make_mesh()
+    rows = jax.ShapeDtypeStruct((BATCH, DIM), jnp.float32, sharding=batch_sharding(mesh))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    gradient = jax.value_and_grad(lambda *x: loss(*x, mesh=mesh)[0], tuple(range(arguments)))
+    return jax.jit(gradient).trace(rows, rows, *[scalar] * (arguments - 2))
+
+
+@functools.lru_cache
+def compiled(name):
+    return traced(name).lower().compile().as_text()
+
+
+@pytest.mark.parametrize(("name", "bound"), [("softmax", 8.4), ("sigmoid", 6.3)])
+def test_matmul_flops_of_a_device(name, bound):
+    assert program.matmul_flops(traced(name).jaxpr) / DEVICES <= bound * PAIRS * BATCH * DIM
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_device_holds_its_rows_of_the_logits_or_anything_as_large(name):
+    """On the 2 x 4 grid a device has 4,096 pairs and gathers 8,192 texts; logits exist in blocks."""
+    shapes = [tuple(map(int, re.findall(r"\d+", shape.split("[")[1]))) for shape in program.buffers(compiled(name))]
+    assert max(map(math.prod, shapes)) == tile.BLOCK_LOGITS < PAIRS * BATCH / 50
+    assert (1024, 2048) in shapes and (2 * PAIRS, DIM) in shapes
+    assert not any(sum(side >= 2 * PAIRS for side in shape) > 1 or BATCH in shape for shape in shapes)
+
+
+@pytest.mark.parametrize(("name", "around_the_ring"), [("softmax", 3), ("sigmoid", 2)])
+def test_embeddings_and_gradients_are_sent_once_along_each_axis_of_the_grid(name, around_the_ring):
+    """Texts are gathered and their gradients scattered over the two rows; images go around a row of four, and so do
+    their gradients, softmax's images twice. Everything else is vectors."""
+    mesh = tile.grid_of(make_mesh(), np.zeros((BATCH, DIM), np.float32))
+    wide = [c for c in program.collectives(compiled(name)) if c.bytes >= PAIRS * DIM * 4]
+    text_bytes = 2 * PAIRS * DIM * 4
+    columns = [(c.kind, c.bytes, c.times) for c in wide if program.axes(c, mesh) == (tile.ROWS,)]
+    assert sorted(columns) == [("all-gather", text_bytes, 1), ("reduce-scatter", text_bytes, 1)]
+    ring = [c for c in wide if program.axes(c, mesh) == (tile.COLUMNS,)]
+    assert {(c.kind, c.bytes) for c in ring} == {("collective-permute", PAIRS * DIM * 4)}
+    # XLA may issue the first hop once for both passes.
+    assert around_the_ring * 4 - 1 <= sum(c.times for c in ring) <= around_the_ring * 4
+    assert len(wide) == len(columns) + len(ring)
+    narrow = sum(c.traffic for c in program.collectives(compiled(name)) if c not in wide)
+    assert narrow < 0.1 * sum(c.traffic for c in wide)
+
+
+def test_a_hop_is_issued_before_the_walk_that_it_overlaps_with():
+    """In the program's order, the images' ppermute comes before the loop over blocks of the same hop."""
+    hops = [e for e in _all_equations(traced("softmax").jaxpr.jaxpr) if e.primitive.name == "scan"]
+    bodies = [[e.primitive.name for e in hop.params["jaxpr"].jaxpr.eqns] for hop in hops]
+    rings = [names for names in bodies if "ppermute" in names]
+    assert len(rings) == 2
+    assert all(max(i for i, n in enumerate(names) if n == "ppermute") < names.index("scan") for names in rings)
+
+
+def _all_equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=program._is_program):
+            if program._is_program(inner):
+                yield from _all_equations(getattr(inner, "jaxpr", inner))
+
+
+def test_a_grid_is_square_while_the_gathered_texts_fit_and_a_ring_when_nothing_does():
+    mesh = make_mesh()
+
+    def grid_shape(batch):
+        return tuple(tile.grid_of(mesh, jax.ShapeDtypeStruct((batch, 1024), jnp.bfloat16)).shape.values())
+
+    # A text takes 2 KiB and its gradient 4, and two rows gather a quarter of the batch: 1 GiB at 699,050.
+    assert grid_shape(32_768) == grid_shape(699_048) == (2, 4, 1)
+    assert grid_shape(699_056) == (1, 8, 1)
+
+
+@pytest.mark.slow
+def test_softmax_at_a_batch_of_32768_on_8_devices_is_that_of_float64():
+    """Executed, not only compiled: against float64 in NumPy, 512 rows at a time. Logits are below 14.3, so that their
+    exponentials need no maximum."""
+    image, text = embeddings(BATCH, DIM, 0.3)
+    scale = 14.3
+    wide_image, wide_text = image.astype(np.float64), text.astype(np.float64)
+    chunks = [slice(i, i + 512) for i in range(0, BATCH, 512)]
+    row_sum, column_sum, positive = np.zeros(BATCH), np.zeros(BATCH), scale * np.sum(wide_image * wide_text, axis=1)
+    for rows in chunks:
+        e = np.exp(scale * wide_image[rows] @ wide_text.T)
+        row_sum[rows] = e.sum(axis=1)
+        column_sum += e.sum(axis=0)
+    expected = np.mean((np.log(row_sum) + np.log(column_sum)) / 2 - positive)
+    by_image, by_text, by_scale = np.zeros_like(wide_image), np.zeros_like(wide_text), 0.0
+    for rows in chunks:
+        cosines = wide_image[rows] @ wide_text.T
+        p = np.exp(scale * cosines)
+        p *= (1 / row_sum[rows, None] + 1 / column_sum) / 2
+        p[np.arange(512), np.arange(BATCH)[rows]] -= 1
+        by_image[rows] = p @ wide_text
+        by_text += p.T @ wide_image[rows]
+        by_scale += np.sum(p * cosines)
+    gradients = (scale / BATCH * by_image, scale / BATCH * by_text, by_scale / BATCH)
+
+    mesh = make_mesh()
+    run = jax.jit(jax.value_and_grad(lambda *x: grid.softmax(*x, mesh=mesh)[0], (0, 1, 2)))
+    loss, found = run(*(jax.device_put(x, batch_sharding(mesh)) for x in (image, text)), jnp.float32(scale))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    for ours, theirs in zip(found, gradients, strict=True):
+        assert np.linalg.norm(np.asarray(ours) - theirs) <= 1e-6 * np.linalg.norm(theirs)
