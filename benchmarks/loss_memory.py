@@ -1,11 +1,17 @@
-"""Peak memory of the softmax loss with its gradients on TPU slices that are not there, as the TPU compiler says it.
+"""What the losses with their gradients need on TPU slices that are not there, as the TPU compiler says it.
 
 pip install libtpu
 python benchmarks/loss_memory.py
 
-Compiles value and gradients (images, texts, scale) of the loss alone, bfloat16 embeddings, for v5e slices on a CPU.
-"Peak" is per chip and includes arguments and results. What ``--xla_force_host_platform_device_count`` cannot tell:
-how the TPU's own compiler schedules gathers and scatters.
+Compiles the value and all gradients of the loss alone, bfloat16 embeddings, for v5e slices on a CPU (seconds each), and
+prints, per chip:
+
+peak      memory, arguments and results included
+flops     of matrix products, in units of b B D (pairs of a chip, global batch, width), from the jaxpr
+traffic   bytes received by collectives, from the compiled program, and the largest collective
+buffer    elements of the largest array in the compiled program, as a share of b x B, one chip's rows of logits
+
+What ``--xla_force_host_platform_device_count`` cannot tell: how the TPU's own compiler schedules gathers and scatters.
 """
 
 import os
@@ -18,31 +24,67 @@ os.environ |= {
     "JAX_PLATFORMS": "cpu",
 }
 
+import math
+import re
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from clip_jax.losses import grid
+from clip_jax.losses import grid, tile
+from clip_jax.planning import program
 from clip_jax.sharding import batch_sharding, make_mesh, replicated
 
 CASES = [
-    # topology, global batch, embedding width, bound in MiB
-    ("v5e:16x16", 32_768, 768, 32),
-    ("v5e:16x16", 1_048_576, 1024, 820),
-    ("v5e:2x4", 32_768, 768, 128),
+    # topology, global batch, embedding width, bound in MiB, and what would be better still
+    ("v5e:16x16", 32_768, 768, 32, None),
+    ("v5e:16x16", 1_048_576, 1024, 820, 512),
+    ("v5e:2x4", 32_768, 768, 128, 100),
 ]
+LOSSES = {"softmax": (grid.softmax, 1, 8.4), "sigmoid": (grid.sigmoid, 2, 6.3)}  # loss, scalars, bound of FLOPs
+TRAFFIC_BOUND = 0.9e9  # of a million pairs on 16 x 16; a ring or a gather over one axis: 6.4 to 8.6
 
 
-def peak_mib(topology: str, batch: int, dim: int) -> float:
-    """MiB per chip."""
+def measure(loss: Callable, scalars: int, topology: str, batch: int, dim: int) -> dict[str, float]:
+    """Of one chip: peak MiB, FLOPs in bBD, bytes received, bytes of the largest collective, largest array in bB."""
     mesh = make_mesh(devices=list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices))
+    chips = mesh.size
     embeddings = jax.ShapeDtypeStruct((batch, dim), jnp.bfloat16, sharding=batch_sharding(mesh))
-    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    loss = jax.jit(jax.value_and_grad(lambda i, t, s: grid.softmax(i, t, s, mesh=mesh)[0], (0, 1, 2)))
-    return loss.lower(embeddings, embeddings, scale).compile().memory_analysis().peak_memory_in_bytes / 2**20
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    gradient = jax.value_and_grad(lambda *x: loss(*x, mesh=mesh)[0], tuple(range(2 + scalars)))
+    traced = jax.jit(gradient).trace(embeddings, embeddings, *[scalar] * scalars)
+    compiled = traced.lower().compile()
+    text = compiled.as_text()
+    collectives = program.collectives(text)
+    sizes = [math.prod(map(int, re.findall(r"\d+", shape.split("[")[1]))) for shape in program.buffers(text)]
+    return {
+        "peak": compiled.memory_analysis().peak_memory_in_bytes / 2**20,
+        "flops": program.matmul_flops(traced.jaxpr) / chips / (batch / chips * batch * dim),
+        "traffic": sum(c.traffic for c in collectives),
+        "largest": max(c.bytes for c in collectives),
+        "buffer": max(sizes) / (batch / chips * batch),
+    }
+
+
+def show(label: str, name: str, topology: str, batch: int, dim: int, bound: str) -> None:
+    loss, scalars, flops_bound = LOSSES[name]
+    m = measure(loss, scalars, topology, batch, dim)
+    print(
+        f"{label:8} {name:8} {topology:10} B = {batch:9,} D = {dim:5}  peak {m['peak']:6.1f} MiB ({bound})"
+        f"  flops {m['flops']:.2f} bBD (<= {flops_bound})  traffic {m['traffic'] / 1e6:7.1f} MB,"
+        f" largest {m['largest'] / 1e6:6.1f} MB  buffer {m['buffer']:.4f} bB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
-    for topology, batch, dim, bound in CASES:
-        peak = peak_mib(topology, batch, dim)
-        print(f"{topology:10} B = {batch:9,}  D = {dim:5}  peak {peak:7.1f} MiB  (bound {bound})")
+    for topology, batch, dim, bound, stretch in CASES:
+        for name in LOSSES:
+            limits = f"<= {bound}" + (f", stretch {stretch}" if stretch else "")
+            show("grid", name, topology, batch, dim, limits)
+    print(f"bound of the traffic at B = 1,048,576 on 16x16: {TRAFFIC_BOUND / 1e6:.0f} MB")
+    tile.GATHERED_BYTES = 0  # nothing is gathered: a ring
+    for topology, batch, dim, _, _ in CASES:
+        for name in LOSSES:
+            show("ring", name, topology, batch, dim, "no bound")

@@ -80,7 +80,7 @@ def grid_mesh(shape, rows, monkeypatch):
     """The mesh; a limit of no bytes at all makes a grid of one row of what would have more."""
     if rows == 1:
         monkeypatch.setattr(tile, "GATHERED_BYTES", 0)
-    mesh = make_mesh(*shape, jax.devices()[: int(np.prod(shape))])
+    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     assert tile.grid_of(mesh, np.zeros((48, 16), np.float32)).shape[tile.ROWS] == rows
     return mesh
 
