@@ -46,25 +46,36 @@ def matrix(gallery: Gallery) -> str:
     """The similarity of the first pairs as a heat map: a row for each caption, a column for each image."""
     n = min(len(gallery.captions), MATRIX_PAIRS)
     similarity = gallery.similarity[:n, :n]
-    finite = similarity[np.isfinite(similarity)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low, high = _range(similarity)
     captions_right = int((caption_ranks(similarity) == 1).sum())
     images_right = int((caption_ranks(similarity.T) == 1).sum())
-
-    head = "".join(f'<th scope="col">{_picture(i, f"image {i + 1}")}</th>' for i in range(n))
-    body = ""
-    for j, caption in enumerate(gallery.captions[:n]):
-        cells = "".join(_cell(similarity[i, j], low, high, right=i == j) for i in range(n))
-        body += f'<tr><th scope="row">{_caption(caption)}</th>{cells}</tr>'
-    summary = (
+    note = (
         f"Cosine of every image (columns) with every caption (rows), {_cosine(low)} to {_cosine(high)}; "
         "pairs that belong together are framed. "
         f"{captions_right} of {n} captions find their image first, {images_right} of {n} images their caption."
     )
-    table = (
-        f'<table class="matrix" style="--n:{n}"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
-    )
-    return f'<p class="note">{summary}</p><div class="scroll">{table}</div>'
+    return f'<p class="note">{note}</p>{heat_map(similarity, gallery.captions[:n], framed=range(n))}'
+
+
+def heat_map(similarity: Float32[np.ndarray, "n m"], captions: Sequence[str], framed: Sequence[int]) -> str:
+    """A table of cosines: a column for each of n images, a row for each of m captions; ``framed[i]`` of column i.
+
+    The images are those of ``picture_styles``.
+    """
+    low, high = _range(similarity)
+    head = "".join(f'<th scope="col">{_picture(i, f"image {i + 1}")}</th>' for i in range(len(similarity)))
+    body = ""
+    for j, caption in enumerate(captions):
+        cells = "".join(_cell(row[j], low, high, right=framed[i] == j) for i, row in enumerate(similarity))
+        body += f'<tr><th scope="row">{_caption(caption)}</th>{cells}</tr>'
+    head = f"<thead><tr><td></td>{head}</tr></thead>"
+    table = f'<table class="matrix" style="--n:{len(similarity)}">{head}<tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def _range(similarity: np.ndarray) -> tuple[float, float]:
+    finite = similarity[np.isfinite(similarity)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
 
 
 def retrieval(gallery: Gallery) -> str:
@@ -87,9 +98,14 @@ def image_styles(gallery: Gallery) -> str:
     first, hardest = _shown_captions(caption_ranks(gallery.similarity))
     for j in (*first, *hardest):
         shown.update((j, *_best_images(gallery.similarity, j)))
-    height, width = gallery.images.shape[1:3]
+    return picture_styles(gallery.images, sorted(shown))
+
+
+def picture_styles(images: UInt8[np.ndarray, "n height width 3"], shown: Iterable[int]) -> str:
+    """CSS that gives the class ``i0`` the first image, and so on."""
+    height, width = images.shape[1:3]
     rules = [f".picture{{aspect-ratio:{width}/{height}}}"]
-    rules += [f".i{i}{{background-image:url({_data_uri(gallery.images[i])})}}" for i in sorted(shown)]
+    rules += [f".i{i}{{background-image:url({_data_uri(images[i])})}}" for i in shown]
     return "".join(rules)
 
 

@@ -63,7 +63,7 @@ def render(name: str, run: Mapping[str, Any], history: Mapping[str, Curve], gall
     datasets = summary.evaluations(history, first=gallery.dataset if gallery is not None else "")
     body = _header(name, run, config, history)
     body += document.cards(summary.headline(history, datasets))
-    body += _learning(history, datasets, config)
+    body += learning(history, datasets, config)
     body += _optimization(history)
     body += _evaluation(datasets)
     styles = ""
@@ -112,7 +112,7 @@ def _header(name: str, run: Mapping[str, Any], config: Mapping[str, Any], histor
     return html + "".join(f'<p class="warning">{escape(warning)}</p>\n' for warning in warnings)
 
 
-def _learning(history: Mapping[str, Curve], datasets: Datasets, config: Mapping[str, Any]) -> str:
+def learning(history: Mapping[str, Curve], datasets: Datasets, config: Mapping[str, Any]) -> str:
     """Loss and accuracy, in training and on held-out data."""
     pairs = history.get("train/pairs")
     batch_size = config.get("batch_size")
