@@ -72,8 +72,8 @@ def test_each_object_has_one_writer(bucket):
     for folder, text in ((first, "first"), (second, "second")):
         (folder.path / "run.json").write_text(text)
         (folder.path / f"samples.{0 if folder is first else 1}.jsonl").write_text(text)
-    second.push(1)
     first.push(0)
+    second.push(1)
     found = copy(url, first.path.parent / "copy")
     assert (found / "run.json").read_text() == "first"
     assert (found / "samples.0.jsonl").read_text() == "first" and (found / "samples.1.jsonl").read_text() == "second"
