@@ -32,6 +32,7 @@ def defaults() -> ConfigDict:
             "ema_decay": 0.0,  # of a moving average of the parameters, which is what is evaluated and loaded; 0: none
             "data": {
                 "train": "shapes:train",  # kind:where, see clip_jax/data/sources
+                "samples": AUTO,  # how many there are, for a plan where the data is not at hand; training counts them
                 "caption": "txt",  # tar shards: txt, or a dotted path into the sample's JSON
                 "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
@@ -135,6 +136,7 @@ CHOICES = {
 
 AT_LEAST = {
     "batch_size": 1,
+    "data.samples": AUTO,
     "data.shuffle_block": 1,
     "data.shuffle_window": 1,
     "data.workers": 1,

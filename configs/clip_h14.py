@@ -2,6 +2,7 @@
 
 python main.py --config='configs/clip_h14.py:tar:/data/train-*.tar' --workdir=runs/clip_h14
 
+Planned for v5e-256 (docs/plans.md).
 Expect: train/loss about ln(32768) = 10.4 at the first step; zero-shot ImageNet top-1 0.780 (OpenCLIP, LAION-2B).
 """
 
@@ -18,6 +19,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.model.name = "ViT-H/14"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
+    config.mesh.fsdp = 16  # parameters, moments and gradients are 16 GB: a chip's whole memory
 
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 2000

@@ -2,6 +2,7 @@
 
 python main.py --config='configs/clip_rn50.py:tar:/data/train-*.tar' --workdir=runs/clip_rn50
 
+Planned for v5e-128 (docs/plans.md).
 Expect: train/loss about ln(32768) = 10.4 at the first step; zero-shot ImageNet top-1 0.598 (the paper's weights).
 """
 
@@ -13,6 +14,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.epochs = 32.0
     config.batch_size = 32_768
     config.data.train = data
+    config.data.samples = 400_000_000  # the paper's
     config.data.workers = 16
 
     config.model.name = "RN50"

@@ -5,6 +5,7 @@ python main.py --config=configs/clip_vit_l14.py:tfds:coco_captions/train --workd
 
 The part behind the first colon is the data: webdataset shards or a prepared TFDS dataset. On fewer devices than the
 paper's, lower the batch (--config.batch_size) before anything else.
+Planned for v5e-256 (docs/plans.md).
 Expect: train/loss about ln(32768) = 10.4 at the first step; zero-shot ImageNet top-1 after 32 epochs of 400M pairs:
 0.755 (the paper's weights), 0.730 (OpenCLIP on LAION-400M).
 """
@@ -17,6 +18,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.epochs = 32.0
     config.batch_size = 32_768
     config.data.train = data
+    config.data.samples = 400_000_000  # the paper's
     config.data.workers = 16
 
     config.model.name = "ViT-L/14-quickgelu"  # QuickGELU, as the released weights

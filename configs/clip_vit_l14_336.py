@@ -3,6 +3,7 @@
 python main.py --config='configs/clip_vit_l14_336.py:tar:/data/train-*.tar' --workdir=runs/clip_vit_l14_336
 
 Starts from runs/clip_vit_l14 (--config.model.init_from), whose position embeddings are resized to the finer grid.
+Planned for v5e-256 (docs/plans.md).
 Expect: zero-shot ImageNet top-1 0.766 (the paper's weights).
 """
 
@@ -14,12 +15,14 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.epochs = 1.0
     config.batch_size = 32_768
     config.data.train = data
+    config.data.samples = 400_000_000  # the paper's
     config.data.workers = 16
 
     config.model.name = "ViT-L/14-336-quickgelu"
     config.model.init_from = "runs/clip_vit_l14"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
+    config.mesh.fsdp = 16  # a chip cannot hold the state and the activations of 577 tokens
 
     config.optimizer.learning_rate = 2e-5
     config.optimizer.warmup_steps = 0

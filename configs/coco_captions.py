@@ -7,6 +7,7 @@ then, here:
 python main.py --config=configs/coco_captions.py --workdir=runs/coco --config.data.tfds_dir=DIR
 
 Training takes one of an image's captions at random; evaluation takes all five of each image of the Karpathy split.
+Planned for v5e-8 (docs/plans.md).
 Expect: train/loss about ln(512) = 6.2 at the first step. COCO alone is small for a CLIP: as a first run on real
 photographs, not as a model to keep.
 """
@@ -19,6 +20,7 @@ def get_config():
     config.epochs = 30.0
     config.batch_size = 512
     config.data.train = "tfds:coco_captions/train"
+    config.data.samples = 82_783  # coco_captions/train
     config.data.workers = 8
     config.data.crop_scale = (0.5, 1.0)
     config.eval.heldout = "tfds:coco_captions/val"

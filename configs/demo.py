@@ -6,6 +6,7 @@ python main.py --config=configs/demo.py --workdir=runs/demo
 
 Twenty-four of the sixty-four combinations of colour and shape never appear in training; zero-shot accuracy is
 measured among these alone, retrieval on scenes that hold one of them.
+Planned for v5e-1 (docs/plans.md); a CPU will do.
 Expect: zero-shot top-1 0.996 (chance 0.042), image to text R@1 0.727 and text to image R@1 0.729 among 512, R@5 0.99;
 3 minutes of training at 740 pairs/s, 4 minutes with the installation.
 """

@@ -4,6 +4,7 @@ python main.py --config=configs/emoji.py --workdir=runs/emoji
 python main.py --config=configs/emoji.py:DIR --workdir=runs/emoji          DIR holds train-*.tar and heldout-*.tar
 
 Held out are 184 new combinations of things seen in training (a person, an activity, a skin tone).
+Planned for v5e-1 (docs/plans.md); a CPU will do.
 Expect: after 12 epochs (161 steps, 8 minutes on two idle CPU cores at 80 to 110 pairs/s with
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in front), with seeds 0, 1, 2 and on average:
     image to text R@1  0.848  0.826  0.853  -> 0.842        R@5  0.995  0.989  0.984  -> 0.989
@@ -25,6 +26,7 @@ def get_config(folder: str = ""):
     config.batch_size = 256
 
     config.data.train = f"tar:{shards}/train-*.tar"
+    config.data.samples = 3447
     config.eval.heldout = f"tar:{shards}/heldout-*.tar"
     config.eval.every_epochs = 1.0
     config.checkpoint.every_epochs = 1.0

@@ -5,6 +5,7 @@ python main.py --config=configs/own_images.py:folder:photos/train --workdir=runs
 
 A small model (5M + 8M parameters, 128 px) that trains on a CPU and learns its own vocabulary from the captions. With a
 GPU or a TPU, take more: --config.model.name=ViT-B/32 --config.model.dtype=bfloat16 --config.batch_size=1024
+Planned for v5e-8 (docs/plans.md).
 Expect: train/loss about ln(256) = 5.5 at the first step, falling within the first epochs.
 """
 

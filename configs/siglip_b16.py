@@ -3,6 +3,7 @@
 python main.py --config='configs/siglip_b16.py:tar:/data/train-*.tar' --workdir=runs/siglip_b16
 The optimizer is big_vision's Adafactor; its decay of 1e-4 is not multiplied by the rate of 1e-3 there and is 0.1 here.
 
+Planned for v5e-64 (docs/plans.md).
 Expect: train/loss about 10 at the first step (bias -10); zero-shot ImageNet top-1 0.760 (paper, WebLI).
 """
 

@@ -30,7 +30,7 @@ class Request(NamedTuple):
     config: ConfigDict
     machines: Machines
     samples: int | None = None
-    """Of the dataset; needed for a run that lasts epochs."""
+    """Of the dataset, for a run that lasts epochs; None: what the config says."""
     price: float | None = None
     """Of one chip for one hour."""
     mfu: float | None = None
@@ -85,10 +85,11 @@ class Plan(NamedTuple):
     @property
     def steps(self) -> int | None:
         """None where the run lasts epochs and nobody said how many samples there are."""
-        config, samples = self.request.config, self.request.samples
-        if config.epochs != configs.AUTO and samples is None:
+        config = self.request.config
+        samples = config.data.samples if self.request.samples is None else self.request.samples
+        if config.epochs != configs.AUTO and samples == configs.AUTO:
             return None
-        return configs.duration(config, "", samples or 0)
+        return configs.duration(config, "", samples)
 
     @property
     def hours(self) -> float | None:
@@ -105,7 +106,8 @@ class Plan(NamedTuple):
 
     @property
     def warnings(self) -> list[str]:
-        parts, free = self.chosen.parts, self.request.machines.chip.free_hbm_per_device
+        """Of the config as it is."""
+        parts, free = self.given.parts, self.request.machines.chip.free_hbm_per_device
         whole = undivided(parts.state, parts.mesh)
         if whole < WORTH_A_WARNING * free:
             return []

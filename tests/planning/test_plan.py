@@ -1,13 +1,17 @@
 """``clip-jax plan``: numbers that follow from each other, JSON with what is promised, and one line for each mistake."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from clip_jax import config as configs
 from clip_jax.commands import main
 from clip_jax.hardware import tpu
+from clip_jax.planning.memory import undivided
 from clip_jax.planning.plan import Request, make_plan, to_json
+from clip_jax.planning.search import reckon
 
 L14 = ["plan", "--config=configs/clip_vit_l14.py", "--tpu=v5e-256", "--estimate"]
 
@@ -60,8 +64,10 @@ def test_a_measured_mfu_takes_the_place_of_the_bound():
 
 
 def test_without_the_number_of_samples_epochs_have_no_length(capsys):
-    assert main([*L14, "--config.epochs=2"]) == 0
+    assert main([*L14, "--config.epochs=2", "--config.data.samples=-1"]) == 0
     assert "give --samples=N" in capsys.readouterr().out
+    assert answered(capsys)["steps"] == 32 * 400_000_000 // 32_768  # the recipe says it
+    assert answered(capsys, "--samples=1000000")["steps"] == 32 * 1_000_000 // 32_768
     assert to_json(plan_of(overrides={"steps": "100"}))["steps"] == 100
 
 
@@ -76,8 +82,20 @@ def test_a_width_that_the_mesh_does_not_divide_is_warned_of():
     # bigG's widths are 1664 and 1280: 256 chips cannot share them, 128 can
     plan = plan_of("configs/clip_bigg14.py", overrides={"mesh.fsdp": "256"})
     assert not plan.fits and plan.chosen.changes["mesh.fsdp"] <= 128
-    unmended = plan_of("configs/clip_bigg14.py", overrides={"mesh.fsdp": "256", "batch_size": "256"}, compilations=1)
-    assert "mesh.fsdp=128 divides them" in unmended._replace(found=unmended.found._replace(candidate=None)).warnings[0]
+    assert "mesh.fsdp=128 divides them" in plan.warnings[0]
+    assert plan_of("configs/clip_bigg14.py").warnings == []
+
+
+@pytest.mark.parametrize("recipe", sorted(Path("configs").glob("*.py")), ids=lambda r: r.stem)
+def test_a_recipe_fits_the_slice_that_it_names(recipe):
+    machines = re.search(r"Planned for ([\w-]+)", recipe.read_text().split('"""')[1])[1]
+    given = reckon(configs.load(str(recipe)), tpu(machines))
+    assert given.memory.total < 0.85 * given_free(machines)
+    assert undivided(given.parts.state, given.parts.mesh) < 0.01 * given_free(machines)
+
+
+def given_free(machines):
+    return tpu(machines).chip.free_hbm_per_device
 
 
 MISTAKES = [
