@@ -160,15 +160,16 @@ def _activations(model: CLIP, mesh: Mesh | AbstractMesh, pairs: int, passes: int
 
 
 def _loss(model: CLIP, mesh: Mesh | AbstractMesh, batch_size: int, loss_name: str, slices: int) -> Transfer:
-    """Images gathered along a row of the grid, texts along a column, their gradients scattered back.
+    """Images and their gradients go around a row of the grid; texts are gathered along a column, their gradients
+    scattered back.
 
-    The softmax gathers again in its backward pass. Slices divide the rows: texts come from all of them.
+    The softmax sends its images around again in its backward pass. Slices divide the rows: texts come from all of them.
     """
     rows, columns = grid_shape(mesh)
     row_of_float32 = FLOAT32 * model.architecture.embed_dim
-    times = 3 if loss_name == "softmax" else 2
-    images = times * batch_size // rows * (columns - 1) // columns * row_of_float32
-    texts = times * batch_size // columns * row_of_float32
+    circles = 3 if loss_name == "softmax" else 2
+    images = circles * batch_size // rows * row_of_float32 if columns > 1 else 0
+    texts = 2 * batch_size // columns * row_of_float32
     dcn = crossing(texts, rows, min(slices, rows))
     return Transfer("embeddings and their gradients", images + texts * (rows - 1) // rows - dcn, dcn)
 

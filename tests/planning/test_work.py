@@ -66,8 +66,8 @@ def test_a_data_parallel_step_moves_its_gradients_twice():
     reckoned = {t.what: t.ici_bytes for t in work_of(model, mesh).transfers}
     moved = sum(c.traffic for c in compiled if c.kind == "all-reduce")
     assert moved == pytest.approx(reckoned["gradients summed over the batch"], rel=0.02)
-    embeddings = sum(c.traffic for c in compiled if c.kind in ("all-gather", "reduce-scatter"))
-    assert embeddings == pytest.approx(reckoned["embeddings and their gradients"], rel=0.5)
+    embeddings = sum(c.traffic for c in compiled if c.kind in ("all-gather", "reduce-scatter", "collective-permute"))
+    assert embeddings == pytest.approx(reckoned["embeddings and their gradients"], rel=0.1)
 
 
 def test_fsdp_gathers_weights_in_each_pass_and_scatters_gradients():
@@ -92,9 +92,9 @@ def test_texts_come_from_other_slices_and_images_do_not():
     name = "embeddings and their gradients"
     one, two = (next(t for t in work_of(clip(), mesh_of(data=8), slices=n).transfers if t.what == name) for n in (1, 2))
     float32 = 4
-    # A grid of 2 x 4: each row is a slice, and half of a column's texts are in the other one. Thrice: gathered in both
-    # passes, their gradients scattered.
-    assert two.dcn_bytes == 3 * (BATCH // 4) * SMALL.embed_dim * float32 // 2
+    # A grid of 2 x 4: each row is a slice, and half of a column's texts are in the other one. Twice: gathered, and their
+    # gradients scattered.
+    assert two.dcn_bytes == 2 * (BATCH // 4) * SMALL.embed_dim * float32 // 2
     assert two.ici_bytes + two.dcn_bytes == one.ici_bytes
 
 
