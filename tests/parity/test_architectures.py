@@ -5,9 +5,6 @@ position embeddings are perturbed (they start at zero or one, where a mistake wo
 """
 
 import dataclasses
-import json
-import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -28,17 +25,9 @@ from clip_jax.models.resize import resize
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
+from tests.parity.peers import MARKS, relative, run
 
-ROOT = Path(__file__).resolve().parents[2]
-PEERS = Path(os.environ.get("CLIP_JAX_PEERS") or ROOT / ".venv-peers")
-
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.skipif(
-        not (PEERS / ".complete").exists(),
-        reason=f"no peers at {PEERS}: run tests/peers/make_env.sh DIR and set CLIP_JAX_PEERS=DIR",
-    ),
-]
+pytestmark = MARKS
 
 PEER = """
 import functools, json, sys
@@ -210,7 +199,8 @@ RESIZED = {"vit": (56, 20), "clipa": (24, 8)}
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory) -> Path:
     """A folder with the weights, inputs and embeddings of every model."""
-    return run_peer(
+    return run(
+        PEER,
         tmp_path_factory.mktemp("peers"),
         {
             name: {"config": m.config, "custom_text": m.custom_text, "timm": dict(m.timm), "train": name == "rn"}
@@ -218,20 +208,6 @@ def peers(tmp_path_factory) -> Path:
             for name, m in MODELS.items()
         },
     )
-
-
-def run_peer(folder: Path, jobs: dict[str, dict]) -> Path:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [PEERS / "bin" / "python", "-c", PEER, folder]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-def relative(ours, theirs) -> float:
-    """The largest distance of two embeddings, relative to their norm."""
-    difference = np.linalg.norm(np.asarray(ours) - theirs, axis=-1)
-    return float(np.max(difference / np.linalg.norm(theirs, axis=-1)))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -255,7 +231,7 @@ def compare(name: str, architecture: Architecture, folder: Path) -> None:
 def test_a_whole_model_by_name_equals_open_clip(name, tmp_path):
     """One of each family at its full depth and width, built from the name alone on both sides."""
     job = {"named": name, "timm": {}, "train": False, "resize": None, "tokens": False}
-    folder = run_peer(tmp_path, {name: job})
+    folder = run(PEER, tmp_path, {name: job})
     compare(name, presets.preset(name).architecture, folder)
 
 

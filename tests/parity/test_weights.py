@@ -17,18 +17,12 @@ from safetensors.numpy import load_file
 import clip_jax
 from clip_jax import commands, presets
 from clip_jax.interop import open_clip_config
+from tests.parity import peers
+from tests.parity.peers import ROOT, relative
 
-ROOT = Path(__file__).resolve().parents[2]
-PEERS = Path(os.environ.get("CLIP_JAX_PEERS") or ROOT / ".venv-peers")
 VOCAB = ROOT.parent / "shared" / "data" / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.skipif(
-        not (PEERS / ".complete").exists(),
-        reason=f"no peers at {PEERS}: run tests/peers/make_env.sh DIR and set CLIP_JAX_PEERS=DIR",
-    ),
-]
+pytestmark = peers.MARKS
 
 COMMON = """
 import json, sys
@@ -187,18 +181,11 @@ CONVERSIONS += [("open_clip_quick_gelu", "huggingface"), ("hf_quick_gelu", "open
 CONVERSIONS += [("open_clip_siglip", "bigvision")]
 
 
-def peers_run(script: str, folder: Path, jobs) -> None:
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [PEERS / "bin" / "python", "-c", script, folder]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """The peers' models, each saved in every way they know."""
     folder = tmp_path_factory.mktemp("made")
-    peers_run(MAKE, folder, JOBS)
+    peers.run(MAKE, folder, JOBS)
     return folder
 
 
@@ -211,14 +198,8 @@ def exported(made, tmp_path_factory) -> Path:
         path = folder / f"{name}_as_{layout}_model"
         assert commands.main(["export", f"--model={made / name}", f"--format={layout}", f"--to={path}"]) == 0
         jobs[f"{name}_as_{layout}"] = {"format": layout, "path": str(path), **JOBS[name]}
-    peers_run(READ, folder, jobs)
+    peers.run(READ, folder, jobs)
     return folder
-
-
-def relative(ours, theirs) -> float:
-    """The largest distance of two embeddings, relative to their norm."""
-    difference = np.linalg.norm(np.asarray(ours) - theirs, axis=-1)
-    return float(np.max(difference / np.linalg.norm(theirs, axis=-1)))
 
 
 def same_embeddings(model, given) -> None:
@@ -272,7 +253,7 @@ def test_peer_to_clip_jax_to_peer_changes_no_bit(name, layout, made, exported):
 
 
 def test_every_configuration_of_open_clip_is_the_preset_of_its_name():
-    folder = next((PEERS / "lib").glob("python3*/site-packages/open_clip/model_configs"))
+    folder = next((peers.PEERS / "lib").glob("python3*/site-packages/open_clip/model_configs"))
     known = {name.replace("/", "-"): name for name in presets.PRESETS}
     found = [file for file in folder.glob("*.json") if file.stem in known]
     assert len(found) > 70
@@ -311,7 +292,7 @@ def test_transformers_reads_the_exported_tokenizer_as_we_do(tmp_path):
     )
     texts = ["a cat", "Two DOGS, on the beach! 1234", "eine schöne Straße", "猫と犬 🐱", ""]
     (tmp_path / "out" / "texts.json").write_text(json.dumps(texts))
-    command = [PEERS / "bin" / "python", "-c", TOKENIZE, tmp_path / "out"]
+    command = [peers.PEERS / "bin" / "python", "-c", TOKENIZE, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     for row, ids in zip(tokenizer(texts), json.loads((tmp_path / "out" / "ids.json").read_text()), strict=True):
