@@ -22,6 +22,9 @@ from clip_jax.settings import AT_LEAST, AUTO, CHOICES, ONLY_WITH, UNITS, default
 
 __all__ = ["AUTO", "check", "defaults", "duration", "load", "override", "resolve_preset"]
 
+PUBLISHED = ("clipa", "siglip", "siglip2")
+"""Tokenizers with the vocabulary of another model, whose end token has a low id: their models pool the last place."""
+
 MAY_CHANGE_ON_RESTART = ("micro_batch", "mesh", "eval", "checkpoint", "log")
 
 
@@ -100,11 +103,10 @@ def check(config: ConfigDict, place: str) -> None:
         raise UserError(f"{place}: how long to train? give one of steps, examples, epochs")
     preset = presets.preset(given["model.name"])
     resolved = given | {"tokenizer.kind": given["tokenizer.kind"] or preset.tokenizer}
-    for key, needs, value in ONLY_WITH:
-        if given[key] != known[key] and resolved[needs] != value:
-            raise UserError(
-                f"{place}: {key} has no effect with {needs}={resolved[needs]}; leave it out or set {needs}={value}"
-            )
+    for key, needs, values in ONLY_WITH:
+        if given[key] != known[key] and resolved[needs] not in values:
+            way_out = f"leave it out or set {needs}={' or '.join(values)}"
+            raise UserError(f"{place}: {key} has no effect with {needs}={resolved[needs]}; {way_out}")
     if given["optimizer.schedule"] == "cosine" and any(given[f"optimizer.cooldown_{unit}"] != AUTO for unit in UNITS):
         raise UserError(f"{place}: optimizer.cooldown: a cosine ends at zero by itself; use it with rsqrt or constant")
     if given["model.patch_dropout"] > 0 and isinstance(preset.architecture.image, ResNetTower):
@@ -166,7 +168,7 @@ def check_lengths(config: ConfigDict, steps: int, samples: int) -> None:
 def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets.Preset:
     """The named preset with the config's own sizes, activation and pixel statistics in place of the automatic ones.
 
-    ``vocab_size`` is the tokenizer's, for a run that trains its own; a given ``model.text.vocab_size`` wins.
+    ``vocab_size`` is the tokenizer's, which the text tower takes; a given ``model.text.vocab_size`` wins.
     """
     named = presets.preset(config.model.name)
     architecture = named.architecture
@@ -183,8 +185,16 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
         return dataclasses.replace(shape, **sizes)
 
     text = tower("text", architecture.text, config.model.text)
+    kind = config.tokenizer.kind or named.tokenizer
     if vocab_size is not None and config.model.text.vocab_size == AUTO:
-        text = dataclasses.replace(text, vocab_size=vocab_size)
+        # A published model keeps the rows that its vocabulary leaves unused: CLIPA has 32,000 for BERT's 30,522.
+        published = kind == named.tokenizer and kind in PUBLISHED
+        text = dataclasses.replace(text, vocab_size=max(vocab_size, text.vocab_size) if published else vocab_size)
+    if text.pooling == "argmax" and kind in PUBLISHED:
+        raise UserError(
+            f"config.tokenizer.kind={kind}: {config.model.name} pools a text at its highest token, which is not "
+            "this tokenizer's end token; use clip or sentencepiece"
+        )
     architecture = dataclasses.replace(
         architecture,
         image=tower("image", architecture.image, config.model.image),
@@ -197,7 +207,7 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
         mean=config.model.mean or named.preprocess.mean, std=config.model.std or named.preprocess.std
     )
     check_architecture(architecture, named.architecture)
-    return presets.Preset(architecture, preprocess, config.tokenizer.kind or named.tokenizer)
+    return presets.Preset(architecture, preprocess, kind)
 
 
 def check_architecture(architecture: presets.Architecture, named: presets.Architecture) -> None:

@@ -20,7 +20,15 @@ from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
 
 RUN_FILE = "run.json"
-TOKENIZER_FILES = {"sentencepiece": "sentencepiece.model", "clip": "merges.txt"}
+TOKENIZER_FILES = {
+    "sentencepiece": "sentencepiece.model",
+    "clip": "merges.txt",
+    "clipa": "vocab.txt",
+    "siglip": "spiece.model",
+    "siglip2": "tokenizer.model",
+}
+TOKENIZER_JSON = "tokenizer.json"
+"""What Hugging Face keeps in place of the last three."""
 
 NOT_COPIED = ("checkpoints", "tensorboard")
 """Of a folder in a bucket: written there by all processes, and appended to under new names."""
@@ -92,13 +100,24 @@ def write(folder: Path, values: dict[str, Any]) -> None:
     temporary.replace(folder / RUN_FILE)
 
 
-def tokenizer_file(folder: Path, kind: str) -> Path:
-    return folder / "tokenizer" / TOKENIZER_FILES[kind]
+def tokenizer_file(folder: Path, kind: str) -> Path | None:
+    """The file of the tokenizer that a run folder carries; None where it carries none yet."""
+    places = [folder / "tokenizer" / name for name in (TOKENIZER_FILES[kind], TOKENIZER_JSON)]
+    return next((file for file in places if file.is_file()), None)
+
+
+def write_tokenizer(folder: Path, kind: str, data: bytes) -> None:
+    """Puts the tokenizer's file there in one go, under the name that its content asks for."""
+    file = folder / "tokenizer" / (TOKENIZER_JSON if data[:1] == b"{" else TOKENIZER_FILES[kind])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(file)
 
 
 def open_tokenizer(folder: Path, kind: str, context_length: int) -> Tokenizer:
-    """The tokenizer that a run folder carries."""
+    """The tokenizer that a run folder carries. Raises UserError."""
     file = tokenizer_file(folder, kind)
-    if kind == "clip":
-        return tokenizers.clip(file, context_length)
-    return tokenizers.sentencepiece(file, context_length)
+    if file is None:
+        raise UserError(f"{folder / 'tokenizer' / TOKENIZER_FILES[kind]}: missing; restore the run's folder as it was")
+    return tokenizers.KINDS[kind](file, context_length)

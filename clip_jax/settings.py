@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from clip_jax.data.tokenizers import KINDS
 from clip_jax.models.transformer import ACTIVATIONS
 
 AUTO = -1
@@ -45,8 +46,10 @@ def defaults() -> ConfigDict:
                 "prefetch": 4,  # batches ready before they are needed
             },
             "tokenizer": {
-                "kind": "",  # clip or sentencepiece; empty: the model's
-                "vocab": "",  # clip: path of bpe_simple_vocab_16e6.txt.gz; empty: Hugging Face cache or hub
+                "kind": "",  # clip, clipa, siglip, siglip2, sentencepiece (trained on the captions); empty: the model's
+                # Path of clip's bpe_simple_vocab_16e6.txt.gz, clipa's vocab.txt, siglip's .model or tokenizer.json;
+                # empty: from the Hugging Face cache or hub.
+                "vocab": "",
                 "train_captions": 100_000,  # sentencepiece: learns its pieces from the first so many samples' captions
             },
             "model": {
@@ -123,7 +126,7 @@ def defaults() -> ConfigDict:
 
 CHOICES = {
     "data.truncated": ("stop", "keep"),
-    "tokenizer.kind": ("", "clip", "sentencepiece"),
+    "tokenizer.kind": ("", *KINDS),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "named", "offload", "full"),
     "model.activation": ("", *ACTIVATIONS),
@@ -154,10 +157,10 @@ AT_LEAST = {
     "mesh.cpu_devices": 1,
 }
 
-# A setting that another setting leaves without effect is a mistake, not a detail: (key, needs, value it needs).
+# A setting that another setting leaves without effect is a mistake, not a detail: (key, needs, one of these).
 ONLY_WITH = (
-    ("tokenizer.vocab", "tokenizer.kind", "clip"),
-    ("tokenizer.train_captions", "tokenizer.kind", "sentencepiece"),
-    ("optimizer.timescale", "optimizer.schedule", "rsqrt"),
-    ("optimizer.eps", "optimizer.name", "adamw"),
+    ("tokenizer.vocab", "tokenizer.kind", ("clip", "clipa", "siglip", "siglip2")),
+    ("tokenizer.train_captions", "tokenizer.kind", ("sentencepiece",)),
+    ("optimizer.timescale", "optimizer.schedule", ("rsqrt",)),
+    ("optimizer.eps", "optimizer.name", ("adamw",)),
 )

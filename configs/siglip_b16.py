@@ -1,6 +1,7 @@
 """SigLIP ViT-B/16 after Zhai et al. 2023: sigmoid loss at a global batch of 32,768.
 
 python main.py --config='configs/siglip_b16.py:tar:/data/train-*.tar' --workdir=runs/siglip_b16
+The tokenizer is the paper's (T5's 32,000 pieces): from the Hugging Face cache or hub, or --config.tokenizer.vocab=PATH.
 The optimizer is big_vision's Adafactor; its decay of 1e-4 is not multiplied by the rate of 1e-3 there and is 0.1 here.
 
 Planned for v5e-64 (docs/plans.md).
@@ -21,7 +22,6 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.model.activation = "gelu_tanh"  # in both towers, as the original was trained
-    config.tokenizer.kind = "sentencepiece"  # 32,000 pieces learned from the run's captions
     config.loss.name = "sigmoid"
     config.loss.max_logit_scale = 0.0  # big_vision does not clamp it
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clip_jax import __version__
+from clip_jax import __version__, run_folder
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.interop import big_vision, files, folders, huggingface, huggingface_config, open_clip, open_clip_config
@@ -88,7 +88,8 @@ def _tokenizer(to: Path, layout: str, preset: Preset, tokenizer: Tokenizer | Non
             return ["tokenizer: CLIP's, which was not found here; OpenCLIP brings its own"]
         _write_clip_tokenizer(to, tokenizer)
         return ["tokenizer: CLIP's (vocab.json, merges.txt)"]
-    copied = [path for path in source.iterdir() if path.name in _COPIED | set(folders.TOKENIZERS[kind])]
+    place = source / "tokenizer" if run_folder.is_run(source) else source
+    copied = [path for path in place.iterdir() if path.name in _COPIED | set(folders.TOKENIZERS[kind])]
     for path in copied:
         shutil.copyfile(path, to / path.name)
     names = ", ".join(sorted(path.name for path in copied))

@@ -140,13 +140,12 @@ def open_tokenizer(foreign: Foreign) -> Tokenizer:
     """The tokenizer of the folder, or of the model's kind where the folder has none."""
     kind, length = foreign.preset.tokenizer, foreign.preset.architecture.text.context_length
     file = folders.tokenizer_file(foreign.folder, kind)
-    if kind == "clip":
-        return tokenizers.clip(file, length)
     if file is None:
-        raise UserError(
-            f"{foreign.folder}: has none of {', '.join(folders.TOKENIZERS[kind])}, which the texts of this model need; "
-            "copy one there from where the model was published (images need none)"
-        )
-    if kind == "clipa":
-        return tokenizers.wordpiece(file, length)
-    return tokenizers.siglip(file, length, version=2 if kind == "siglip2" else 1)
+        try:
+            file = tokenizers.hub.download(kind, foreign.preset.architecture.text.vocab_size)
+        except UserError as error:
+            raise UserError(
+                f"{foreign.folder}: has none of {', '.join(folders.TOKENIZERS[kind])}, which the texts of this model "
+                f"need (images need none); {error}"
+            ) from error
+    return tokenizers.KINDS[kind](file, length)

@@ -230,27 +230,31 @@ def prepare_tokenizer(workdir: Path, config: ConfigDict, source: Source) -> Toke
     preset = configs.resolve_preset(config)
     kind, length = preset.tokenizer, preset.architecture.text.context_length
     file = run_folder.tokenizer_file(workdir, kind)
-    made = file.read_bytes() if file.exists() else b""
-    if jax.process_index() == 0 and not made:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        made = _make_tokenizer(file, kind, config, source, preset.architecture.text.vocab_size)
+    if jax.process_index() == 0 and file is None:
+        made = _make_tokenizer(workdir, kind, config, source, preset.architecture.text.vocab_size)
+        run_folder.write_tokenizer(workdir, kind, made)
     if jax.process_count() > 1:
-        made = _broadcast(made)
-        if not file.exists():  # no disk is shared
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(made)
+        file = run_folder.tokenizer_file(workdir, kind)
+        made = _broadcast(file.read_bytes() if file is not None else b"")
+        if run_folder.tokenizer_file(workdir, kind) is None:  # no disk is shared
+            run_folder.write_tokenizer(workdir, kind, made)
     return run_folder.open_tokenizer(workdir, kind, length)
 
 
-def _make_tokenizer(file: Path, kind: str, config: ConfigDict, source: Source, vocab_size: int) -> bytes:
+def _make_tokenizer(workdir: Path, kind: str, config: ConfigDict, source: Source, vocab_size: int) -> bytes:
+    """The file's content: trained on the run's captions, or published (from a path, the cache or the hub)."""
     if kind == "sentencepiece":
+        file = workdir / "tokenizer" / "training.model"
         tokenizers.train_sentencepiece(_captions(source, config.tokenizer.train_captions), vocab_size, file)
-    else:
+        made = file.read_bytes()
+        file.unlink()
+        return made
+    if kind == "clip":
         merges = tokenizers.clip(config.tokenizer.vocab or None).codec.merges
-        temporary = file.with_suffix(".tmp")
         lines = ["#version: CLIP", *(" ".join(pair) for pair in merges)]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        return ("\n".join(lines) + "\n").encode()
+    file = Path(config.tokenizer.vocab) if config.tokenizer.vocab else tokenizers.hub.download(kind, vocab_size)
+    tokenizers.KINDS[kind](file, 64)  # raises UserError where it is not a vocabulary of this kind
     return file.read_bytes()
 
 

@@ -5,9 +5,21 @@
 ``sentencepiece``); ours are the repair of the text before and the start, end and padding around.
 """
 
+from functools import partial
+
+from clip_jax.data.tokenizers import hub
 from clip_jax.data.tokenizers.byte_pairs import clip
 from clip_jax.data.tokenizers.sentence_pieces import sentencepiece, siglip, train_sentencepiece
 from clip_jax.data.tokenizers.tokenizer import Tokenizer
 from clip_jax.data.tokenizers.word_pieces import wordpiece
 
-__all__ = ["Tokenizer", "clip", "sentencepiece", "siglip", "train_sentencepiece", "wordpiece"]
+__all__ = ["KINDS", "Tokenizer", "clip", "hub", "sentencepiece", "siglip", "train_sentencepiece", "wordpiece"]
+
+KINDS = {
+    "clip": clip,
+    "clipa": wordpiece,
+    "siglip": siglip,
+    "siglip2": partial(siglip, version=2),
+    "sentencepiece": sentencepiece,
+}
+"""The tokenizer kinds of presets: each builds a ``Tokenizer`` from its file and a context length."""

@@ -14,13 +14,12 @@ from pathlib import Path
 import regex
 from tokenizers.models import BPE
 
-from clip_jax.data.tokenizers import cleaning
+from clip_jax.data.tokenizers import cleaning, hub
 from clip_jax.data.tokenizers.tokenizer import Tokenizer, fingerprint
 from clip_jax.errors import UserError
 
 Merges = list[tuple[str, str]]
 
-HUB_REPOSITORY = "openai/clip-vit-base-patch32"
 MERGES = 49152 - 256 - 2  # The file goes on to 262,144; CLIP stops here.
 MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of the lines that CLIP uses
 START, END = "<start_of_text>", "<end_of_text>"
@@ -38,12 +37,12 @@ def clip(vocab: str | Path | None, context_length: int = 77) -> Tokenizer:
     folder; empty: that of ``openai/clip-vit-base-patch32`` from the Hugging Face cache or hub. UserError when the file
     is missing or is not CLIP's.
     """
-    path = Path(vocab) if vocab else _from_hub()
+    path = Path(vocab) if vocab else hub.download("clip")
     merges = _read_merges(path)
     if hashlib.sha256("\n".join(" ".join(pair) for pair in merges).encode()).hexdigest() != MERGES_SHA256:
         raise UserError(
             f"{path}: not CLIP's vocabulary; give OpenAI's bpe_simple_vocab_16e6.txt.gz, or leave the setting empty "
-            f"to take {HUB_REPOSITORY} from the Hugging Face hub"
+            f"to take that of {hub.CLIP.repository} from the Hugging Face hub"
         )
     codec = BytePairs(merges)
     return Tokenizer(
@@ -131,19 +130,3 @@ def _read_merges(path: Path) -> Merges:
         raise UserError(f"{path}: no such file; the vocabulary of CLIP is bpe_simple_vocab_16e6.txt.gz") from None
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as CLIP's vocabulary ({error})") from error
-
-
-def _from_hub() -> Path:
-    # Imported here: half a second of start-up that a given file saves.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    for name, local in (("merges.txt", True), ("tokenizer.json", True), ("merges.txt", False)):
-        try:
-            return Path(hf_hub_download(HUB_REPOSITORY, name, local_files_only=local))
-        except (EntryNotFoundError, OSError) as error:
-            last = error
-    raise UserError(
-        f"CLIP's vocabulary is neither given, nor in the Hugging Face cache, nor can be downloaded from "
-        f"{HUB_REPOSITORY}: give the path of a bpe_simple_vocab_16e6.txt.gz"
-    ) from last
