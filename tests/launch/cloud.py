@@ -10,7 +10,7 @@ refused                 ``create`` fails with this message
 failed                  the request ends in FAILED instead of becoming active
 slow_boot               so many ssh connections are refused at first
 drops                   the ssh connections (counted from 1) that break after a second, or at their end
-preempt                 {"file", "lines", "grace_seconds" (None: SIGKILL at once)}: taken away when the file has so many
+preempt                 {"file", "lines", "grace_seconds"}: taken away when the file has so many; None: SIGKILL at once
 
 and ``environment`` of the machines.
 """
@@ -178,12 +178,15 @@ def scp(slice_: dict, workers: list[int], source: str, destination: str) -> None
         shutil.copy2(source, Path(slice_["folder"]) / str(worker) / "home" / destination)
 
 
-def kill(folder: Path, number: int) -> None:
-    """Sends a signal to every process of the machines in a folder."""
+def kill(folder: Path, number: int) -> int:
+    """Sends a signal to every process of the machines in a folder; returns how many there were."""
+    found = 0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"{MARK}={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
                 os.kill(int(process.name), number)
+                found += 1
+    return found
 
 
 def preempt(name: str, folder: str) -> None:
@@ -202,7 +205,9 @@ def preempt(name: str, folder: str) -> None:
             return
     if when["grace_seconds"] is not None:
         kill(Path(folder), signal.SIGTERM)
-        time.sleep(when["grace_seconds"])
+        over = time.monotonic() + when["grace_seconds"]
+        while kill(Path(folder), 0) and time.monotonic() < over:
+            time.sleep(0.1)  # a machine is off as soon as nothing runs on it
     with world() as state:
         kill(Path(folder), signal.SIGKILL)
         if life():

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.launch.processes import kill_all
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(__file__).resolve().parent / "bin"
@@ -58,6 +59,10 @@ class Cloud(NamedTuple):
     def environment(self) -> dict[str, str]:
         own = {"CLIP_JAX_CLOUD": str(self.folder), "CLIP_JAX_CLOUD_PYTHON": sys.executable}
         return os.environ | own | {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin"}
+
+    def machine(self, life: int, worker: int = 0) -> Path:
+        """What is on the disk of a worker of the slice that was created as so-manieth."""
+        return self.folder / "machines" / f"a-run-{life}" / str(worker)
 
     def launch(self, *arguments: str, seconds: float = 60) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -118,10 +123,4 @@ def cloud(tmp_path, checkout):
     cloud = Cloud(tmp_path, checkout)
     cloud.schedule()
     yield cloud
-    from tests.launch import processes
-
-    processes.kill_all(tmp_path)
-
-
-def interrupt(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGINT)
+    kill_all(tmp_path)
