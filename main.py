@@ -5,6 +5,8 @@
 
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -35,13 +37,27 @@ def main(overrides: dict[str, str]) -> int:
     )
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process. One of several that fails alone does not wait, as JAX's own exit does for minutes, for others
+    that will never come; they notice that it is gone."""
+    together = code in (errors.EXIT_DONE, errors.EXIT_PREEMPTED, errors.EXIT_NON_FINITE)
+    if not together and flags.FLAGS.is_parsed() and flags.FLAGS.coordinator is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     try:
         arguments, overrides = split_overrides(sys.argv)
-        app.run(lambda _: sys.exit(main(overrides)), argv=arguments)
+        app.run(lambda _: leave(main(overrides)), argv=arguments)
     except KeyboardInterrupt:
         print("main.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except errors.UserError as error:
         print(f"main.py: {error}", file=sys.stderr)
-        sys.exit(errors.EXIT_USER_ERROR)
+        leave(errors.EXIT_USER_ERROR)
+    except Exception:
+        traceback.print_exc()
+        leave(errors.EXIT_UNEXPECTED)

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_DONE = 0
+EXIT_UNEXPECTED = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 42
 EXIT_NON_FINITE = 43

@@ -60,6 +60,16 @@ class Slice(NamedTuple):
         return [f"--name={self.name}", *self.place(), f"--provider={self.provider}", *internal]
 
 
+class Setup(NamedTuple):
+    """What a worker gets before a run."""
+
+    revision: str
+    env_file: str = ""
+    """NAME=VALUE lines for the run's environment."""
+    prepare: str = ""
+    """A script that the worker runs last."""
+
+
 class Worker(NamedTuple):
     """What ``worker.sh status`` says."""
 
@@ -86,9 +96,10 @@ def delete_command(slice_: Slice) -> list[str]:
     return [str(SCRIPTS / "delete_tpu_vm.sh"), *slice_.flags()]
 
 
-def setup_command(slice_: Slice, revision: str, env_file: str) -> list[str]:
-    secrets = [f"--env-file={env_file}"] if env_file else []
-    return [str(SCRIPTS / "setup_worker.sh"), *slice_.flags(), f"--revision={revision}", *secrets]
+def setup_command(slice_: Slice, what: Setup) -> list[str]:
+    files = {"env-file": what.env_file, "prepare": what.prepare}
+    given = [f"--{name}={file}" for name, file in files.items() if file]
+    return [str(SCRIPTS / "setup_worker.sh"), *slice_.flags(), f"--revision={what.revision}", *given]
 
 
 def train_command(slice_: Slice, main_flags: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ def check(
     program = next(
         (p for p in (checkout / ".venv/bin/clip-jax", shutil.which("clip-jax")) if p and Path(p).exists()), ""
     )
-    command = [str(program or "clip-jax"), "plan", *flags, f"--tpu={accelerator}", "--json"]
+    command = [str(program or "clip-jax"), "plan", *flags, f"--tpu={accelerator}", "--compilations=1", "--json"]
     if dry_run:
         print(f"# does it fit?\n+ {shlex.join(['clip-jax', *command[1:]])}")
         return
@@ -43,7 +43,7 @@ def check(
         needs = plan.get("hbm_bytes_per_chip")
         needs = f" ({needs / 2**30:.1f} GiB a chip)" if needs else ""
         raise LaunchError(
-            f"the run does not fit {accelerator}{needs}: {shlex.join(command[:-1])} shows settings that do; "
+            f"the run does not fit {accelerator}{needs}: {shlex.join(command[:-2])} shows settings that do; "
             "--no-plan launches it all the same"
         )
     print(f"it fits {accelerator}, says clip-jax plan")

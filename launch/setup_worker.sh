@@ -5,6 +5,7 @@
 #
 # --revision=HEAD        what to install: anything git knows; changes that are not committed stay here
 # --env-file=FILE        lines of NAME=VALUE for the run's environment: the place for secrets (HF_TOKEN=...)
+# --prepare=FILE         a script of yours that each worker runs last, each time: mounts a bucket, copies data
 # --internal-ips         reach the workers by their internal addresses
 # --dry-run              print the commands only
 
@@ -13,16 +14,18 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 
-revision="HEAD" env_file=""
+revision="HEAD" env_file="" prepare=""
 for argument in "$@"; do
     case $argument in
     --revision=*) revision=${argument#*=} ;;
     --env-file=*) env_file=${argument#*=} ;;
+    --prepare=*) prepare=${argument#*=} ;;
     *) common_flag "$argument" ;;
     esac
 done
 need name zone
 [ -z "$env_file" ] || [ -f "$env_file" ] || fail "--env-file=$env_file: no such file"
+[ -z "$prepare" ] || [ -f "$prepare" ] || fail "--prepare=$prepare: no such file"
 commit=$(git -C "$checkout" rev-parse --short=12 --verify --quiet "$revision^{commit}") ||
     fail "--revision=$revision: not a revision of $checkout (a git checkout is needed)"
 [ -z "$(git -C "$checkout" status --porcelain)" ] || echo "setup_worker.sh: changes that are not committed are left out: $commit" >&2
@@ -40,3 +43,7 @@ if [ -n "$env_file" ]; then
 fi
 code="clip_jax/code-$commit"
 on_workers all "mkdir -p $code && tar -xzf clip_jax-$commit.tar.gz -C $code && bash $code/launch/worker.sh setup"
+if [ -n "$prepare" ]; then
+    to_workers "$prepare" clip_jax/prepare.sh
+    on_workers all "bash clip_jax/prepare.sh"
+fi

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import gcloud
 import restarts
 from accelerators import Accelerator, LaunchError, accelerator
-from gcloud import NoCapacity, Slice, State, Unreachable, Worker
+from gcloud import NoCapacity, Setup, Slice, State, Unreachable, Worker
 from restarts import Outcome, Start
 
 SETUP_SECONDS = 1800
@@ -29,8 +29,7 @@ class Wish(NamedTuple):
     """In order of preference; a run goes on over any of them."""
     main_flags: list[str]
     workdir: str
-    revision: str
-    env_file: str
+    setup: Setup
     poll_seconds: float
     patience_minutes: float
     """How long to wait for one kind of slice before the next is tried, where there are several."""
@@ -143,7 +142,7 @@ def set_up(wish: Wish, slice_: Slice) -> bool:
             pauses.sleep()
             if still(slice_) is State.LOST:
                 return False
-        if gcloud.succeeds(gcloud.setup_command(slice_, wish.revision, wish.env_file), SETUP_SECONDS):
+        if gcloud.succeeds(gcloud.setup_command(slice_, wish.setup), SETUP_SECONDS):
             return True
         say(f"setup did not succeed (attempt {attempt + 1} of {SETUP_ATTEMPTS})")
     return False

@@ -20,7 +20,7 @@ import gcloud
 import plans
 import spot_loop
 from accelerators import LaunchError, accelerator
-from gcloud import Slice
+from gcloud import Setup, Slice
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def create(args: argparse.Namespace) -> int:
 
 
 def setup(args: argparse.Namespace) -> int:
-    return perform(args, gcloud.setup_command(the_slice(args), args.revision, args.env_file))
+    return perform(args, gcloud.setup_command(the_slice(args), the_setup(args)))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,8 +94,7 @@ def loop(args: argparse.Namespace) -> int:
         accelerators=tuple(args.accelerator),
         main_flags=args.main_flags,
         workdir=workdir(args.main_flags),
-        revision=args.revision,
-        env_file=args.env_file,
+        setup=the_setup(args),
         poll_seconds=args.poll_seconds,
         patience_minutes=args.patience_minutes,
         wait_hours=args.wait_hours,
@@ -109,7 +108,7 @@ def loop(args: argparse.Namespace) -> int:
         return tell(args, wish)
     # The scripts find mistakes in their flags before anything is paid for.
     for command in (
-        gcloud.setup_command(wish.slice, wish.revision, wish.env_file),
+        gcloud.setup_command(wish.slice, wish.setup),
         gcloud.train_command(wish.slice, wish.main_flags),
     ):
         rehearse(command, quiet=True)
@@ -131,7 +130,7 @@ def tell(args: argparse.Namespace, wish: spot_loop.Wish) -> int:
         ),
         (
             f"set up its {slice_.accelerator.hosts} workers; may be repeated",
-            [gcloud.setup_command(slice_, wish.revision, wish.env_file)],
+            [gcloud.setup_command(slice_, wish.setup)],
         ),
         ("the newest checkpoint", [gcloud.worker_command(slice_, 0, "status", wish.workdir)]),
         (
@@ -174,6 +173,10 @@ def the_slice(args: argparse.Namespace) -> Slice:
         service_account=args.service_account,
         internal_ips=args.internal_ips,
     )
+
+
+def the_setup(args: argparse.Namespace) -> Setup:
+    return Setup(args.revision, args.env_file, args.prepare)
 
 
 def with_kind(slice_: Slice, kind: str) -> Slice:
@@ -234,6 +237,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--internal-ips", action="store_true", help="no addresses on the internet")
     add("--revision", default="HEAD", help="of this checkout, to run")
     add("--env-file", default="", help="NAME=VALUE lines for the run's environment: the place for secrets")
+    add("--prepare", default="", help="a script that each worker runs at the end of its setup: mounts a bucket, ...")
     add("--no-plan", dest="plan", action="store_false", help="do not ask clip-jax plan whether the run fits")
     add("--dry-run", action="store_true", help="print every command, run none")
     add("--poll-seconds", type=float, default=20.0, help="loop: the first wait between two looks at the cloud")

@@ -59,7 +59,7 @@ def run(
     folder.push(jax.process_index())
     try:
         with (
-            stop.out_of_memory_told(),
+            stop.told_in_one_line(folder),
             stop.watchdog(config.log.watchdog_seconds) as alive,
             stop.sigterm_at() as reached,
         ):

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: asked to by SIGTERM, hung, or out of memory.
+"""How a run ends before its last step: asked to by SIGTERM, hung, out of memory or of disk.
 
 Periodic checkpoints are the guarantee (a machine can vanish without a word); a checkpoint at SIGTERM is the fast path.
 """
@@ -80,19 +80,24 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def out_of_memory_told() -> Iterator[None]:
-    """Turns XLA's or the machine's lack of memory, pages long, into an ``OutOfMemoryError`` of one line."""
+def told_in_one_line(workdir: object) -> Iterator[None]:
+    """Turns a lack of memory or of disk, a page long as libraries tell it, into an error of one line."""
     try:
         yield
     except MemoryError as error:
         raise errors.OutOfMemoryError(
             f"the machine is out of memory ({error}): lower config.data.prefetch and config.data.workers"
         ) from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        text = str(error)
+        if "No space left on device" in text or "Disk quota exceeded" in text:  # TensorStore has it in its message only
+            raise errors.UserError(
+                f"no space is left for {workdir}: free some (config.checkpoint.keep_last keeps fewer checkpoints); "
+                "the same command goes on from the last complete one"
+            ) from error
+        if not (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text):
             raise
-        first_line = str(error).strip().splitlines()[0]
         raise errors.OutOfMemoryError(
-            f"the devices are out of memory ({first_line}): set config.model.remat=full, split the parameters with "
-            "config.mesh.fsdp, or take more devices"
+            f"the devices are out of memory ({text.strip().splitlines()[0]}): lower config.micro_batch, set "
+            "config.model.remat=full, split the parameters with config.mesh.fsdp, or take more devices"
         ) from error

@@ -31,6 +31,7 @@ for line in act.get("says", []):
     time.sleep(act.get("pause", 0))
 if "checkpoint" in act:
     (workdir / "checkpoints" / str(act["checkpoint"])).mkdir(parents=True)
+    (workdir / "kept").write_text("a checkpoint")
 time.sleep(act.get("lasts", 0))
 sys.exit(act.get("code", 0))
 '''

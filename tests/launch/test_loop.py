@@ -48,7 +48,7 @@ def test_a_hang_or_a_crash_starts_again_on_the_same_slice(cloud):
 
 @pytest.mark.parametrize("grace_seconds", [None, 0.3])
 def test_a_slice_that_is_taken_away_is_deleted_and_asked_for_again(cloud, grace_seconds):
-    gone = {"file": str(cloud.workdir / "turns"), "lines": 1, "grace_seconds": grace_seconds}
+    gone = {"file": str(cloud.workdir / "kept"), "lines": 1, "grace_seconds": grace_seconds}
     cloud.schedule({"preempt": gone})
     cloud.script({"checkpoint": 3, "says": ["a line of the log"], "lasts": 30}, {})
     done = cloud.loop()
@@ -76,7 +76,7 @@ def test_without_room_for_the_first_kind_of_slice_the_second_is_taken(cloud):
 
 
 def test_a_slice_that_is_lost_is_first_asked_for_as_it_was(cloud):
-    gone = {"file": str(cloud.workdir / "turns"), "lines": 1, "grace_seconds": None}
+    gone = {"file": str(cloud.workdir / "kept"), "lines": 1, "grace_seconds": None}
     cloud.schedule({"preempt": gone})
     cloud.script({"checkpoint": 3, "lasts": 30}, {})
     done = cloud.loop(accelerator="v6e-8,v4-8")
@@ -163,3 +163,21 @@ def test_a_worker_is_set_up_once_for_all_revisions_with_the_same_dependencies(cl
     installs = (cloud.folder / "pip.log").read_text().splitlines()
     assert len(installs) == 1
     assert "-c " in installs[0] and installs[0].endswith("[tpu,gcs]") and "constraints.txt" in installs[0]
+
+
+def test_a_script_of_ones_own_prepares_every_worker_before_the_run_starts_there(cloud):
+    script = cloud.folder / "my data.sh"
+    script.write_text('mkdir -p "$HOME/data" && [ ! -e "$CLIP_JAX_CLOUD/run/turns" ] && touch "$HOME/data/shard.tar"\n')
+    cloud.script({})
+    done = cloud.loop(f"--prepare={script}", accelerator="v4-16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(cloud.machine(0, worker) / "home/data/shard.tar").exists() for worker in (0, 1)] == [True, True]
+
+
+def test_a_script_that_fails_to_prepare_is_tried_again_and_no_run_starts_over_it(cloud):
+    script = cloud.folder / "prepare.sh"
+    script.write_text('echo "main.py was not to start"; exit 1\n')
+    cloud.script({})
+    done = cloud.loop(f"--prepare={script}", "--fruitless-restarts=1")
+    assert done.returncode == 2 and cloud.starts() == 0, done.stdout
+    assert "setup did not succeed (attempt 6 of 6)" in done.stdout and "nothing is left of a-run" in done.stdout

@@ -157,6 +157,8 @@ def test_a_secret_on_the_command_line_is_refused(checkout, flag):
         ("create_tpu_vm.sh", [*WHERE, "--acelerator=v6e-8"], "--acelerator=v6e-8 is not a flag of this script"),
         ("train.sh", [*WHERE, "--hosts=1"], "main.py's own flags are missing"),
         ("setup_worker.sh", [*WHERE, "--revision=nowhere"], "not a revision of"),
+        ("setup_worker.sh", [*WHERE, "--prepare=mount.sh"], "--prepare=mount.sh: no such file"),
+        ("tpu.py", ["loop", *WHERE, *MAIN, "--env-file=nowhere"], "--env-file=nowhere: no such file"),
         ("tpu.py", ["loop", *WHERE, *MAIN, "--accelerator=v5e-12"], "no such slice (nearest: v5litepod-1"),
         ("tpu.py", ["loop", *WHERE, "--config=configs/ok.py"], "--workdir=gs://BUCKET/NAME is missing"),
         (
@@ -216,7 +218,7 @@ def test_the_exit_codes_of_all_workers_mean_one_thing(codes, decision, code):
 
 def test_the_codes_are_those_of_main():
     mains = {getattr(errors, name) for name in dir(errors) if name.startswith("EXIT_")}
-    assert {code for code, _, _ in restarts.MEANINGS} == mains - {errors.EXIT_DONE}
+    assert {code for code, _, _ in restarts.MEANINGS} == mains - {errors.EXIT_DONE, errors.EXIT_UNEXPECTED}
 
 
 def test_starts_are_bounded_by_the_hour():

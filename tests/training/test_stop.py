@@ -1,6 +1,8 @@
 """A run that cannot or must not go on says so in one line, keeps what it has, and exits with a code of its own."""
 
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import portpicker
 import pytest
 
 from clip_jax import errors
+from clip_jax.checkpoint import latest_step
 from clip_jax.training import loop, stop
 from tests.training import runs
 from tests.training.test_resume import lines
@@ -66,6 +69,19 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path
     assert kept == {str(newest)}
 
 
+@pytest.mark.slow
+def test_when_one_of_two_processes_dies_the_other_ends_by_itself(tmp_path):
+    port = portpicker.pick_unused_port()
+    arguments = (f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}", "--config.steps=2000")
+    joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.eval.every_steps=1000")
+    both = [start(tmp_path, *arguments, *joined, f"--process_id={i}") for i in range(2)]
+    wait_for(lambda: lines(tmp_path / "run") >= 4, both[0])
+    both[1].kill()
+    output = both[0].communicate(timeout=120)[0]  # and not after the minutes that JAX would wait for the other at exit
+    assert both[0].returncode not in (0, 2, 42), output
+    both[1].communicate()
+
+
 def test_a_run_that_hangs_shows_its_threads_and_exits_with_44():
     program = """
         import time
@@ -110,8 +126,37 @@ def test_out_of_memory_is_one_line_and_45(tmp_path, monkeypatch, capsys):
 
 
 def test_another_error_of_the_devices_is_not_called_out_of_memory():
-    with pytest.raises(jax.errors.JaxRuntimeError), stop.out_of_memory_told():
+    with pytest.raises(jax.errors.JaxRuntimeError), stop.told_in_one_line("a run"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_2(code):
+    with (
+        pytest.raises(errors.UserError, match="no space is left for runs/a: free some"),
+        stop.told_in_one_line("runs/a"),
+    ):
+        raise OSError(code, os.strerror(code))
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path):
+    """On a file system of three megabytes; skipped where the test may not mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a test may not mount a file system here")
+    try:
+        recipe = runs.write_recipe(tmp_path)
+        many = ("--config.checkpoint.keep_last=100", "--config.checkpoint.every_steps=1", "--config.steps=100")
+        done = runs.main(tmp_path, f"--config={recipe}", f"--workdir={disk / 'run'}", *many)
+        assert done.returncode == errors.EXIT_USER_ERROR, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("main.py: no space is left for")
+        kept = latest_step(str(disk / "run"))
+        assert kept is not None and kept >= 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_run_writes_which_samples_each_step_took(small_run):
