@@ -32,7 +32,7 @@ commit=$(git -C "$checkout" rev-parse --short=12 --verify --quiet "$revision^{co
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-git -C "$checkout" archive --format=tar.gz "--output=$folder/code.tar.gz" "$commit"
+run git -C "$checkout" archive --format=tar.gz "--output=$folder/code.tar.gz" "$commit"
 
 # Alone first: all workers at once would change the project's ssh keys at the same time, which is refused.
 on_workers 0 true

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import gcloud
 import plans
+import restarts
 import spot_loop
 from accelerators import LaunchError, accelerator
 from gcloud import Setup, Slice
@@ -102,10 +103,10 @@ def loop(args: argparse.Namespace) -> int:
         fruitless_restarts=args.fruitless_restarts,
         delete_at_end=args.delete_at_end,
     )
-    for wanted in wish.accelerators:
-        plans.check(CHECKOUT, wanted.name, wish.main_flags, wanted=args.plan, dry_run=args.dry_run)
     if args.dry_run:
         return tell(args, wish)
+    for wanted in wish.accelerators:
+        plans.check(CHECKOUT, wanted.name, wish.main_flags, wanted=args.plan)
     # The scripts find mistakes in their flags before anything is paid for.
     for command in (
         gcloud.setup_command(wish.slice, wish.setup),
@@ -117,46 +118,64 @@ def loop(args: argparse.Namespace) -> int:
 
 def tell(args: argparse.Namespace, wish: spot_loop.Wish) -> int:
     """The whole life of a run, by the very commands that the loop would run."""
-    slice_ = wish.slice
+    slice_, kind = wish.slice, wish.slice.accelerator
     longest = spot_loop.LONGEST_POLL * wish.poll_seconds
-    for text, commands in (
-        ("ask for a slice", [gcloud.create_command(wish.slice._replace(accelerator=a)) for a in wish.accelerators[:1]]),
+    others = "".join(
+        f"; no room for {wish.patience_minutes:g} minutes: {a.name} instead, and so on" for a in wish.accelerators[1:2]
+    )
+    describe = [
+        gcloud.describe_command(slice_, "queued-resources", "state.state"),
+        gcloud.describe_command(slice_, "tpu-vm", "state,acceleratorType"),
+    ][slice_.provider != "queued" :]
+    print(
+        f"# The life of the run in {wish.workdir}: {kind.name} ({kind.hosts} worker(s), {kind.devices} devices), "
+        f"{slice_.capacity}, in {slice_.zone}.\n# These commands; none of them is run now."
+    )
+    kinds_to_plan = wish.accelerators if args.plan and recipe(wish.main_flags) else ()
+    steps = (
         (
-            f"every {wish.poll_seconds:g} to {longest:g} s, for up to {wish.wait_hours:g} hours, until it is active",
-            [
-                gcloud.describe_command(slice_, "queued-resources", "state.state"),
-                gcloud.describe_command(slice_, "tpu-vm", "state,acceleratorType"),
-            ][slice_.provider != "queued" :],
+            "Does it fit? If not, nothing is asked for",
+            [plans.command("clip-jax", a.name, wish.main_flags) for a in kinds_to_plan],
         ),
+        (f"Ask for a slice{others}", [gcloud.create_command(slice_)]),
+        (f"Look every {wish.poll_seconds:g} to {longest:g} s, for up to {wish.wait_hours:g} hours: active?", describe),
         (
-            f"set up its {slice_.accelerator.hosts} workers; may be repeated",
+            f"Set up its {kind.hosts} worker(s): this revision and pinned dependencies; may be repeated",
             [gcloud.setup_command(slice_, wish.setup)],
         ),
-        ("the newest checkpoint", [gcloud.worker_command(slice_, 0, "status", wish.workdir)]),
+        ("Which checkpoint is the newest? Starts from the same one are counted", [status_command(slice_, 0, wish)]),
         (
-            f"start main.py on every worker ({slice_.accelerator.devices} devices); it restores the newest checkpoint",
+            "Start main.py on every worker: it stops what ran before and goes on from that checkpoint",
             [gcloud.train_command(slice_, wish.main_flags)],
         ),
-        ("follow the log; a dropped connection is made again", [gcloud.worker_command(slice_, 0, "follow", "0", "60")]),
-        ("when it ends: all exit codes", [gcloud.worker_command(slice_, "all", "status", wish.workdir)]),
         (
-            "0: done; 2, 43, 45: stop, a restart mends nothing; 42, 44, others: start again where the slice is active; "
-            "taken away: delete it and begin again from the top",
-            [gcloud.delete_command(slice_)],
+            "Follow the log; a connection that drops is made again, the run does not notice",
+            [gcloud.worker_command(slice_, 0, "follow", "0", "60")],
         ),
-    ):
-        print(f"\n# {text}")
+        ("It ended: why? The exit codes of all workers say it", [status_command(slice_, "all", wish)]),
+    )
+    for number, (text, commands) in enumerate(steps, 1):
+        print(f"\n# {number}. {text}")
         for command in commands:
             perform(args, command)
-    others = ", ".join(a.name for a in wish.accelerators[1:])
-    if others:
-        print(f"\n# no room for {wish.patience_minutes:g} minutes: the same with {others}")
+    words = {"stop": "stop        ", "again": "again from 4"}
+    print("#    0      done")
+    for code, decision, meaning in sorted(restarts.MEANINGS):
+        print(f"#    {code:<6} {words[decision]}  {meaning}")
+    print("#    other  again from 4  it broke off")
+    print("\n# The slice is taken away, at any moment, or cannot be set up: delete what is left, and again from 2")
+    perform(args, gcloud.delete_command(slice_))
     print(
-        f"\n# at most {wish.restarts_per_hour} starts an hour; {wish.fruitless_restarts} in a row without a new "
-        "checkpoint end it; at the end it says what still costs money"
-        + (", and deletes it" if wish.delete_at_end else "")
+        f"\n# At most {wish.restarts_per_hour} starts an hour; {wish.fruitless_restarts} in a row from the same "
+        "checkpoint end it."
+        + ("\n# At the end it deletes the slice." if wish.delete_at_end else "")
+        + "\n# On every exit it says what is left and costs money, and how to delete it."
     )
     return 0
+
+
+def status_command(slice_: Slice, worker: int | str, wish: spot_loop.Wish) -> list[str]:
+    return gcloud.worker_command(slice_, worker, "status", wish.workdir)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -187,23 +206,26 @@ def workdir(main_flags: list[str]) -> str:
     return next((f.partition("=")[2] for f in main_flags if f.startswith("--workdir=")), "")
 
 
+def recipe(main_flags: list[str]) -> str:
+    """The recipe's file; none for a run that goes on by its folder alone."""
+    return next((f.partition("=")[2].partition(":")[0] for f in main_flags if f.startswith("--config=")), "")
+
+
 def need_run(args: argparse.Namespace) -> None:
     """Mistakes that would otherwise be found on the slice, after it was paid for."""
     if not workdir(args.main_flags):
         raise LaunchError("--workdir=gs://BUCKET/NAME is missing: the folder where the run keeps its checkpoints")
-    recipe = next((f.partition("=")[2].partition(":")[0] for f in args.main_flags if f.startswith("--config=")), "")
-    listed = ["git", "-C", str(CHECKOUT), "cat-file", "-e", f"{args.revision}:{os.path.normpath(recipe)}"]
-    if recipe and not args.dry_run and subprocess.run(listed, capture_output=True).returncode:
-        raise LaunchError(
-            f"--config={recipe} is not a file of {args.revision}: commit it, for workers get commits only"
-        )
+    file = recipe(args.main_flags)
+    listed = ["git", "-C", str(CHECKOUT), "cat-file", "-e", f"{args.revision}:{os.path.normpath(file)}"]
+    if file and not args.dry_run and subprocess.run(listed, capture_output=True).returncode:
+        raise LaunchError(f"--config={file} is not a file of {args.revision}: commit it, for workers get commits only")
 
 
 def perform(args: argparse.Namespace, command: list[str]) -> int:
     """Runs a command, or prints what it would run."""
     if not args.dry_run:
         return subprocess.run(command).returncode
-    if command[0] == "gcloud":
+    if command[0] in ("gcloud", "clip-jax"):
         print(f"+ {shlex.join(command)}", flush=True)
         return 0
     return rehearse(command)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -105,10 +106,18 @@ def test_the_list_of_flags_is_that_of_an_installed_gcloud():
 def test_the_dry_run_of_the_loop_tells_the_whole_life_of_a_run(checkout):
     flags = ["--zone=us-west4-a", "--accelerator=v5litepod-256", *MAIN]
     done = dry(checkout, "tpu.py", "loop", "--dry-run", *flags)
-    verbs = [words[4] if words[0] == "gcloud" else words[1] for words in printed(done.stdout)]
-    life = ["plan", "create", "describe", "describe", "ssh", "scp", "ssh", "ssh", "ssh", "ssh", "ssh", "delete"]
-    assert verbs == life, done.stdout
-    assert "set up its 64 workers" in done.stdout and "(256 devices)" in done.stdout
+    place = {"gcloud": 4, "git": 3, "clip-jax": 1}
+    verbs = [words[place[words[0]]] for words in printed(done.stdout)]
+    setup, run = ["archive", "ssh", "scp", "ssh"], ["ssh", "ssh", "ssh", "ssh"]
+    assert verbs == ["plan", "create", "describe", "describe", *setup, *run, "delete"], done.stdout
+    assert "in gs://bucket/run: v5litepod-256 (64 worker(s), 256 devices), spot, in us-west4-a" in done.stdout
+    told = dict(re.findall(r"^#    (\d+) +(stop|again from 4|done)", done.stdout, re.MULTILINE))
+    assert told == {"0": "done", "2": "stop", "42": "again from 4", "43": "stop", "44": "again from 4", "45": "stop"}
+
+
+def test_the_dry_run_of_a_loop_that_goes_on_by_its_folder_alone_has_no_plan(checkout):
+    done = dry(checkout, "tpu.py", "loop", "--dry-run", *WHERE, "--workdir=gs://bucket/run")
+    assert done.returncode == 0 and "clip-jax plan" not in done.stdout
 
 
 NASTY = [
