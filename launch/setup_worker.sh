@@ -5,7 +5,8 @@
 #
 # --revision=HEAD        what to install: anything git knows; changes that are not committed stay here
 # --env-file=FILE        lines of NAME=VALUE for the run's environment: the place for secrets (HF_TOKEN=...)
-# --prepare=FILE         a script of yours that each worker runs last, each time: mounts a bucket, copies data
+# --prepare=FILE         a script that each worker runs last, each time, with the run's environment: prepare_copy.sh and
+#                        prepare_mount.sh bring data from a bucket, or one of your own
 # --internal-ips         reach the workers by their internal addresses
 # --dry-run              print the commands only
 
@@ -45,5 +46,5 @@ code="clip_jax/code-$commit"
 on_workers all "mkdir -p $code && tar -xzf clip_jax-$commit.tar.gz -C $code && bash $code/launch/worker.sh setup"
 if [ -n "$prepare" ]; then
     to_workers "$prepare" clip_jax/prepare.sh
-    on_workers all "bash clip_jax/prepare.sh"
+    on_workers all "set -a && { [ ! -f .clip_jax.env ] || . ./.clip_jax.env; } && bash clip_jax/prepare.sh"
 fi

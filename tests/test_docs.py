@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,17 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.shards import jpeg
+from clip_jax import config as configs
+from clip_jax import errors, hardware
+from clip_jax.planning import plan as planning
+from clip_jax.planning import report
+from tests.data.shards import jpeg, write_shards
+from tests.launch.conftest import MAIN, Cloud, commit, make_checkout
+from tests.launch.processes import kill_all
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+POD = ROOT / "docs/pod.md"
+"""Its commands meet the stand-in for the cloud."""
+DOCUMENTS = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {POD})]
 
 SHORT = "--config.steps=2 --config.optimizer.warmup_steps=0"
 """What makes a documented training run short: everything else of it runs as written."""
 
 
-def blocks(language: str) -> list[str]:
-    return [b for d in DOCUMENTS for b in re.findall(rf"```{language}\n(.*?)```", d.read_text(), re.DOTALL)]
+def blocks(language: str, documents: list[Path] = DOCUMENTS) -> list[str]:
+    return [b for d in documents for b in re.findall(rf"```{language}\n(.*?)```", d.read_text(), re.DOTALL)]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,86 @@ def test_the_python_of_the_readme_runs(clone):
     done = run(clone, f".venv/bin/python - <<'END'\n{''.join(blocks('python'))}\nEND", seconds=300)
     probabilities = np.array(re.findall(r"\[\[([^]]*)\]\]", done.stdout)[-1].split(), float)
     assert probabilities[0] > 0.9
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """The stand-in for the cloud, and a checkout of ours to launch from, with a main.py that only acts."""
+    folder = make_checkout(tmp_path / "a check" / "out", ["launch", "setup.py", "configs", "clip_jax"])
+    (folder / "main.py").write_text(MAIN)
+    (folder / ".gitignore").write_text("__pycache__\n.venv\n")
+    commit(folder)
+    (folder / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
+    write_shards(folder / "shards", 4)
+    cloud = Cloud(tmp_path, folder)
+    now = {"waiting": 0, "provisioning": 0}
+    kept = str(tmp_path / "buckets/my-bucket/runs/b32/kept")
+    cloud.schedule(now, now | {"preempt": {"file": kept, "lines": 1, "grace_seconds": None}}, now, now)
+    yield cloud
+    kill_all(tmp_path)
+
+
+@pytest.mark.slow
+def test_every_command_on_the_way_to_a_pod_runs_against_the_stand_in_for_the_cloud(cloud):
+    lasts, done = {"says": ["step 500"], "checkpoint": 500, "lasts": 60}, {"says": ["the end"]}
+    cloud.script(lasts, done)
+    (cloud.folder / "buckets/my-bucket/runs/try").mkdir(parents=True)  # its own run just ends
+    (cloud.folder / "buckets/my-bucket/runs/try/turns").write_text("x")
+    (cloud.folder / "buckets/my-bucket/runs/gpu").mkdir(parents=True)
+    (cloud.folder / "buckets/my-bucket/runs/gpu/turns").write_text("x")
+    environment = cloud.environment() | {"PYTHONPATH": str(cloud.checkout)}
+    said = ""
+    for command in "".join(blocks("bash", [POD])).splitlines():
+        check_settings(command)
+        quick = " --poll-seconds=0.1" if " loop " in command else ""
+        ran = subprocess.run(
+            ["bash", "-c", command + quick], cwd=cloud.checkout, capture_output=True, text=True, env=environment
+        )
+        assert ran.returncode == 0, f"{command}\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
+        said += ran.stdout
+    # The run was taken away once, and went on from its checkpoint; on the second slice it went on again.
+    assert "the slice was taken away" in said and said.count("from step 500") >= 2, said
+    assert "it fits v5litepod-16" in said and "clip-jax is absent" in said and "nothing costs money" in said
+    data = [list((cloud.folder / "machines").glob(f"clip-jax-{life}/*/home/data/*.tar")) for life in range(4)]
+    assert [len(found) for found in data] == [2, 8, 8, 2]  # both shards on every worker
+
+
+def check_settings(command: str) -> None:
+    """UserError where a command names a recipe or a setting that there is not."""
+    for words in (shlex.split(command), *(shlex.split(w.partition("=")[2]) for w in shlex.split(command) if " " in w)):
+        flags = [w for w in words if w.startswith("--config")]
+        recipe = next((w.partition("=")[2] for w in flags if w.startswith("--config=")), None)
+        if recipe:
+            overrides = dict(w.removeprefix("--config.").split("=", 1) for w in flags if w.startswith("--config."))
+            configs.load(str(ROOT / recipe), overrides)
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| `(\w+\.py)` \|(.*)\|$", POD.read_text(), re.MULTILINE))
+def test_the_costs_in_the_guide_are_those_that_the_plan_says(row):
+    recipe, cells = row[0], [cell.strip() for cell in row[1].split("|")]
+    for mfu, expected in ((None, cells[:3]), (0.3, cells[3:])):
+        request = planning.Request(
+            config=configs.load(str(ROOT / "configs" / recipe), {"examples": "1000000000"}),
+            machines=hardware.tpu("v5e-256"),
+            price=1.2,
+            mfu=mfu,
+            compile=False,
+        )
+        said = dict(dict(report.sections(planning.make_plan(request)))["The run"])
+        hours = re.search(r"([\d:]+), (?:at least )?([\d,]+) chip-hours", said["time"])
+        cost = re.search(r"([\d,]+) at 1.2", said["cost"])
+        assert [*hours.groups(), cost[1]] == expected
+
+
+def test_every_row_of_what_happens_when_names_tests_that_there_are():
+    text = (ROOT / "docs/what_happens_when.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+    rows = re.split(r"^(?=\*\*|## )", text, flags=re.MULTILINE)[1:]
+    assert all("::test_" in row for row in rows if row.startswith("**")) and len(named) > 40
+    codes = {getattr(errors, name) for name in dir(errors) if name.startswith("EXIT_")}
+    assert codes == {int(code) for code in re.findall(r"^\| (\d+)", text, re.MULTILINE)}
 
 
 def test_every_file_that_the_readme_names_is_there():

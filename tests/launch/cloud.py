@@ -12,7 +12,7 @@ slow_boot               so many ssh connections are refused at first
 drops                   the ssh connections (counted from 1) that break after a second, or at their end
 preempt                 {"file", "lines", "grace_seconds"}: taken away when the file has so many; None: SIGKILL at once
 
-and ``environment`` of the machines.
+and ``environment`` of the machines. Buckets are folders in ``buckets/``; other resources are only taken note of.
 """
 
 import contextlib
@@ -214,6 +214,33 @@ def preempt(name: str, folder: str) -> None:
             life()["state"] = "LOST"
 
 
+def bucket(place: str) -> Path:
+    """The folder that stands for gs://BUCKET/PATH; a path of this machine is itself."""
+    return HOME / "buckets" / place.removeprefix("gs://") if place.startswith("gs://") else Path(place)
+
+
+def storage(verb: str, names: list[str]) -> None:
+    """Buckets, as far as the scripts and the guides need them."""
+    source = bucket(names[0])
+    if names[0].startswith("gs://") and not (found := bucket("gs://" + names[0][5:].partition("/")[0])).is_dir():
+        if verb != "create":
+            raise Refused(f"HTTPError 404: The specified bucket {found.name} does not exist.")
+        source.mkdir(parents=True)
+    elif verb == "ls":
+        for path in sorted(source.parent.parent.glob(f"{source.parent.name}/{source.name}")):
+            print(f"gs://{path.relative_to(HOME / 'buckets')}")
+    elif verb in ("cp", "rsync"):
+        target = bucket(names[1])
+        if verb == "cp" and target.is_dir():
+            target = target / source.name
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, target)
+    elif verb == "rm":
+        shutil.rmtree(source)
+
+
 def main(words: list[str]) -> int:
     command = command_of(words)
     with (HOME / "calls.jsonl").open("a") as calls:
@@ -224,6 +251,11 @@ def main(words: list[str]) -> int:
     flags = {w[2:].partition("=")[0]: w.partition("=")[2] for w in rest if w.startswith("--")}
     names = [w for w in rest if not w.startswith("--")]
     *_, resource, verb = command.split()
+    if command.startswith("storage "):
+        storage(verb, names)
+        return 0
+    if resource not in ("queued-resources", "tpu-vm") or verb == "list":
+        return 0
     queued = resource == "queued-resources"
     with world() as state:
         name = names[-1].partition(":")[0]

@@ -15,22 +15,26 @@ from tests.launch.processes import kill_all
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(__file__).resolve().parent / "bin"
 
-MAIN = '''"""Stands in for main.py: does what the next line of the script beside its folder says."""
-import json, pathlib, sys, time
+MAIN = '''"""Stands in for main.py: does what the next line of the script says."""
+import json, os, pathlib, sys, time
 
-workdir = next(pathlib.Path(a.partition("=")[2]) for a in sys.argv if a.startswith("--workdir="))
+cloud = pathlib.Path(os.environ["CLIP_JAX_CLOUD"])
+place = next(a.partition("=")[2] for a in sys.argv if a.startswith("--workdir="))
+workdir = cloud / "buckets" / place[5:] if place.startswith("gs://") else pathlib.Path(place)
 workdir.mkdir(parents=True, exist_ok=True)
 turn = workdir / "turns"
 number = len(turn.read_text()) if turn.exists() else 0
 turn.write_text("x" * (number + 1))
-script = json.loads((workdir.parent / "script.json").read_text())
+script = json.loads((cloud / "script.json").read_text())
 act = script[min(number, len(script) - 1)]
 (workdir / f"arguments-{number}.json").write_text(json.dumps(sys.argv[1:]))
 for line in act.get("says", []):
     print(line, flush=True)
     time.sleep(act.get("pause", 0))
 if "checkpoint" in act:
-    (workdir / "checkpoints" / str(act["checkpoint"])).mkdir(parents=True)
+    kept = workdir / "checkpoints" / str(act["checkpoint"])
+    kept.mkdir(parents=True, exist_ok=True)
+    (kept / "commit_success.txt").write_text("")
     (workdir / "kept").write_text("a checkpoint")
 time.sleep(act.get("lasts", 0))
 sys.exit(act.get("code", 0))

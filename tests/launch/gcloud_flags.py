@@ -1,7 +1,10 @@
 """The flags that each gcloud command takes, from its page in cloud.google.com/sdk/gcloud/reference (2025-10).
 
 Only of the generally available track: ``tpu-vm ssh --batch-size`` and ``--tunnel-through-iap`` are alpha's alone.
+As a program: checks a command of xpk.
 """
+
+import sys
 
 # fmt: off
 EVERY_COMMAND = {
@@ -42,11 +45,35 @@ FLAGS = {
     },
     "storage cp": {"recursive", "no-clobber", "gzip-in-flight", "gzip-local", "manifest-path", "continue-on-error"},
     "storage rsync": {"recursive", "delete-unmatched-destination-objects", "exclude", "checksums-only", "no-clobber"},
+    "storage buckets add-iam-policy-binding": {"member", "role", "condition", "condition-from-file"},
+    "storage rm": {"recursive", "all-versions", "continue-on-error", "exclude-managed-folders"},
+    "iam service-accounts create": {"description", "display-name"},
+    "compute tpus accelerator-types list": {"zone", "filter", "limit", "page-size", "sort-by"},
+    "compute tpus queued-resources list": {"zone", "filter", "limit", "page-size", "sort-by"},
     "config set": {"installation"},
     "services enable": {"async"},
     "auth login": {"brief", "launch-browser", "update-adc", "force"},
 }
+
+XPK = {
+    "workload create": {
+        "workload", "cluster", "project", "zone", "tpu-type", "device-type", "command", "docker-image",
+        "base-docker-image", "script-dir", "num-slices", "priority", "max-restarts", "restart-on-exit-codes",
+        "termination-grace-period-seconds", "ttl-seconds-after-finished", "env", "env-file", "spot", "on-demand",
+        "reservation", "dry-run", "quiet", "skip-validation",
+    },
+    "workload list": {"cluster", "project", "zone", "filter-by-status", "filter-by-job", "wait-for-job-completion"},
+    "workload delete": {"cluster", "project", "zone", "workload", "filter-by-status", "filter-by-job", "force"},
+    "cluster create": {
+        "cluster", "project", "zone", "tpu-type", "device-type", "num-slices", "num-nodes", "spot", "on-demand",
+        "reservation", "gke-version", "host-maintenance-interval", "default-pool-cpu-machine-type",
+        "default-pool-cpu-num-nodes", "custom-cluster-arguments", "custom-nodepool-arguments", "private", "force",
+        "dry-run", "quiet", "skip-validation",
+    },
+    "cluster delete": {"cluster", "project", "zone", "force", "dry-run", "quiet", "skip-validation"},
+}
 # fmt: on
+"""The flags of xpk's commands that a guide may name, from its parsers (AI-Hypercomputer/xpk, src/xpk/parser)."""
 
 
 def command_of(words: list[str]) -> str | None:
@@ -62,3 +89,14 @@ def unknown_flags(words: list[str]) -> list[str]:
     known = FLAGS[command_of(words)] | EVERY_COMMAND
     own = words[: words.index("--")] if "--" in words else words
     return [w for w in own if w.startswith("--") and w[2:].partition("=")[0] not in known]
+
+
+def check_xpk(words: list[str]) -> str | None:
+    """What xpk would not understand."""
+    command = " ".join(words[:2])
+    unknown = [w for w in words[2:] if w.startswith("--") and w[2:].partition("=")[0] not in XPK.get(command, ())]
+    return f"xpk {command}: unknown {' '.join(unknown) or 'command'}" if unknown or command not in XPK else None
+
+
+if __name__ == "__main__":
+    sys.exit(check_xpk(sys.argv[1:]))

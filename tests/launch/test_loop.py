@@ -1,10 +1,13 @@
 """The spot loop against the stand-in for the cloud, with a main.py that only acts."""
 
+import shutil
 import signal
 import subprocess
 import time
 
 import pytest
+
+from tests.launch.conftest import Cloud, commit
 
 
 def test_a_run_goes_from_nothing_to_done_with_one_command(cloud):
@@ -181,3 +184,26 @@ def test_a_script_that_fails_to_prepare_is_tried_again_and_no_run_starts_over_it
     done = cloud.loop(f"--prepare={script}", "--fruitless-restarts=1")
     assert done.returncode == 2 and cloud.starts() == 0, done.stdout
     assert "setup did not succeed (attempt 6 of 6)" in done.stdout and "nothing is left of a-run" in done.stdout
+
+
+def test_the_newest_checkpoint_in_a_bucket_is_one_that_is_complete(cloud):
+    run = cloud.folder / "buckets/a-bucket/run"
+    (run / "checkpoints/9").mkdir(parents=True)  # begun and never finished
+    cloud.script({"checkpoint": 3, "code": 44}, {"checkpoint": 7, "code": 44}, {})
+    flags = [f for f in cloud.loop_flags() if not f.startswith("--workdir")]
+    done = cloud.launch(*flags, "--workdir=gs://a-bucket/run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "start 1, from step 0" in done.stdout and "start 2, from step 3" in done.stdout
+    assert "start 3, from step 7" in done.stdout
+
+
+def test_newer_code_is_what_the_next_start_runs(cloud, tmp_path):
+    newer = Cloud(cloud.folder, tmp_path / "out")
+    shutil.copytree(cloud.checkout, newer.checkout)
+    cloud.script({"checkpoint": 1, "code": 2}, {})
+    assert newer.loop().returncode == 2
+    program = newer.checkout / "main.py"
+    program.write_text('print("newer code", flush=True)\n' + program.read_text())
+    assert "newer code" not in newer.loop().stdout  # not committed
+    commit(newer.checkout)
+    assert "newer code" in newer.loop().stdout
