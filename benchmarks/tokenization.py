@@ -13,19 +13,17 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from pathlib import Path
+
+import peer
 
 from clip_jax.data import tokenizers
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
+DATA = peer.ROOT.parent / "shared" / "data"
 VOCAB = DATA / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
-PEERS = Path(os.environ.get("CLIP_JAX_PEERS") or ROOT / ".venv-peers")
 
 # Answers each line on stdin, the name of a set of captions, with the seconds of a first and of a second pass over it.
 OPEN_CLIP = """
@@ -70,20 +68,14 @@ def our_seconds(captions: list[str]) -> list[float]:
 def measure(captions: dict[str, list[str]], repeats: int) -> dict[str, list[tuple[list[float], list[float]]]]:
     """For each set, ``repeats`` pairs of (ours, OpenCLIP's) seconds of a first and of a second pass."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # inherited by the peer
+    pairs = {name: [] for name in captions}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(captions, file)
         file.flush()
-        command = [PEERS / "bin" / "python", "-c", OPEN_CLIP, file.name]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
-            if peer.stdout.readline().strip() != "ready":
-                sys.exit(f"{PEERS}: OpenCLIP did not start")
-            pairs = {name: [] for name in captions}
+        with peer.started(OPEN_CLIP, file.name) as ask:
             for _ in range(repeats):
                 for name, texts in captions.items():
-                    ours = our_seconds(texts)
-                    print(name, file=peer.stdin, flush=True)
-                    pairs[name].append((ours, json.loads(peer.stdout.readline())))
-            peer.stdin.close()
+                    pairs[name].append((our_seconds(texts), ask(name)))
     return pairs
 
 
@@ -93,8 +85,6 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     if not VOCAB.exists():
         sys.exit(f"no captions to measure with: {DATA} is missing")
-    if not (PEERS / ".complete").exists():
-        sys.exit(f"no peers at {PEERS}: run tests/peers/make_env.sh DIR and set CLIP_JAX_PEERS=DIR")
     captions = read_captions()
     pairs = measure(captions, repeats)
     print(f"{'captions':<16}{'pass':<8}{'ours /s':>12}{'OpenCLIP /s':>14}{'ratio':>8}{'lowest':>9}{'highest':>9}")

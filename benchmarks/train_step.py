@@ -1,0 +1,172 @@
+"""Pairs/s, MFU and memory of a recipe's training step, on whatever is here: CPU, GPU or TPU; OpenCLIP's beside it.
+
+python benchmarks/train_step.py --config=configs/emoji.py [--config.batch_size=64 ...] [--steps=2] [--repeats=7]
+
+Any model, batch, type and mesh by the recipe's settings: --config.model.name=ViT-B/32 --config.mesh.fsdp=2. The step is
+the one that main.py runs, on random pixels and tokens that lie on the devices already. With the peers' environment
+(CLIP_JAX_PEERS, or .venv-peers) OpenCLIP trains the same model, in turns with us: eager, or with --compile by
+torch.compile; bfloat16 as its amp_bf16.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import peer
+
+from clip_jax import config as configs
+from clip_jax import hardware
+from clip_jax.command_line import split_overrides
+from clip_jax.interop import open_clip_config
+from clip_jax.models import flops
+from clip_jax.sharding import make_mesh, to_devices
+from clip_jax.training import setup
+from clip_jax.training.state import create_state
+
+GIB = 2**30
+
+OPEN_CLIP = (
+    peer.PEAK
+    + """
+import json, math, sys, time
+import torchvision_ops_stub  # before open_clip
+import torch
+from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.model import CLIP, CustomTextCLIP
+
+job = json.load(open(sys.argv[1]))
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.manual_seed(0)
+kind = CustomTextCLIP if job["model"].pop("custom_text", False) else CLIP
+model = kind(**job["model"]).to(device).train()
+size, batch = model.visual.image_size, job["batch"]
+size = size if isinstance(size, (tuple, list)) else (size, size)
+pixels = torch.randn(batch, 3, *size, device=device)
+tokens = torch.randint(1, job["vocabulary"], (batch, job["length"]), device=device)
+gains = [p for p in model.parameters() if p.ndim < 2]
+matrices = [p for p in model.parameters() if p.ndim >= 2]
+groups = [{"params": gains, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.2}]
+optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
+loss_of = SigLipLoss() if job["loss"] == "sigmoid" else ClipLoss()
+run = torch.compile(model) if job["compile"] else model
+mixed = torch.autocast(device, torch.bfloat16, enabled=job["dtype"] == "bfloat16")
+
+def step():
+    optimizer.zero_grad()
+    with mixed:
+        loss = loss_of(*run(pixels, tokens))
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, math.log(100))
+    return loss.item()
+
+def memory():
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return peak()
+
+print("ready", flush=True)
+for line in sys.stdin:
+    start = time.perf_counter()
+    for _ in range(int(line)):
+        step()
+    print(json.dumps([time.perf_counter() - start, memory()]), flush=True)
+"""
+)
+
+
+def prepare(config: configs.ConfigDict) -> tuple[Callable[[int], float], int, str]:
+    """(seconds of so many steps, how many devices, what their memory holds)."""
+    if config.mesh.cpu_devices > 1:
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
+    setup.check_batch(config, mesh)
+    preset = configs.resolve_preset(config)
+    model = setup.make_model(config, preset)
+    rate = setup.make_schedule(config, 100_000, config.batch_size)
+    optimizer = setup.make_optimizer(config, rate)
+    step = setup.make_step(config, preset, model, optimizer, rate, mesh)
+    image, text, rng = preset.architecture.image, preset.architecture.text, np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (config.batch_size, image.image_size, image.image_size, 3), np.uint8),
+        "text": rng.integers(1, text.vocab_size, (config.batch_size, text.context_length)).astype(np.int32),
+    }
+    batch = to_devices(batch, mesh, config.batch_size)
+    state = create_state(model, optimizer, mesh, config.seed, average=config.ema_decay > 0)
+    compiled = step.lower(state, batch).compile()
+
+    def run(steps: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - start
+
+    run(1)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use", peer.peak())
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return run, mesh.size, f"{peak / GIB:.2f} GiB at most, temporary by the compiler {temporary / GIB:.2f} GiB a device"
+
+
+def compare(config: configs.ConfigDict, run: Callable[[int], float], args: argparse.Namespace) -> tuple:
+    """(our seconds, OpenCLIP's, what its memory holds), of ``repeats`` turns."""
+    preset = configs.resolve_preset(config)
+    text = preset.architecture.text
+    job = {
+        "model": open_clip_config.from_preset(preset)["model_cfg"],
+        "batch": config.batch_size,
+        "vocabulary": text.vocab_size,
+        "length": text.context_length,
+        "loss": config.loss.name,
+        "dtype": config.model.dtype,
+        "compile": args.compile,
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file)
+        file.flush()
+        with peer.started(OPEN_CLIP, file.name) as ask:
+            ask("1")
+            turns = [(run(args.steps), *ask(str(args.steps))) for _ in range(args.repeats)]
+    ours, theirs, memory = zip(*turns, strict=True)
+    return ours, theirs, f"{max(memory) / GIB:.2f} GiB at most"
+
+
+def main() -> None:
+    arguments, overrides = split_overrides(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a recipe; --config.some.key=value overrides a setting")
+    parser.add_argument("--steps", type=int, default=2, help="of a turn")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="OpenCLIP by torch.compile")
+    args = parser.parse_args(arguments)
+    config = configs.load(args.config, overrides)
+    run, devices, memory = prepare(config)
+    theirs, their_memory = (), ""
+    if peer.is_there():
+        ours, theirs, their_memory = compare(config, run, args)
+    else:
+        ours = [run(args.steps) for _ in range(args.repeats)]
+    speed, *their_speed = (config.batch_size * args.steps / statistics.median(s) for s in (ours, theirs) if s)
+    kind = jax.devices()[0].device_kind
+    print(f"{config.model.name}, batch {config.batch_size:,}, {config.model.dtype}, {devices} x {kind}")
+    print(f"pairs/s   {speed:,.1f}")
+    needed = flops.training(configs.resolve_preset(config).architecture) * speed
+    peak = hardware.peak_flops(kind)
+    print(f"FLOP/s    {needed / 1e12:.3f} T" + (f", MFU {needed / peak / devices:.1%}" if peak else ""))
+    print(f"memory    {memory}")
+    if theirs:
+        print(f"OpenCLIP  {their_speed[0]:,.1f} pairs/s; ours divided by it {peer.ratio(ours, theirs)}")
+        print(f"          {their_memory}")
+
+
+if __name__ == "__main__":
+    main()
