@@ -38,7 +38,7 @@ class Preset(NamedTuple):
     preprocess: Preprocess
     tokenizer: str
     """``clip`` (byte-pair encoding), ``clipa`` (WordPiece), ``siglip``, ``siglip2``, or ``sentencepiece`` (trained on
-    the run's own captions)."""
+    the run's own captions); of a foreign model whose tokenizer is none of these, the repository that has it."""
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

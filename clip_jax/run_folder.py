@@ -5,6 +5,7 @@ metrics.jsonl     one JSON object a line
 checkpoints/      one folder a step
 tokenizer/        what turns captions into tokens, so that the folder needs nothing else
 report.html
+init_from.txt     where the run started from other weights: what became of each tensor
 """
 
 import atexit

@@ -47,8 +47,8 @@ def defaults() -> ConfigDict:
             },
             "tokenizer": {
                 "kind": "",  # clip, clipa, siglip, siglip2, sentencepiece (trained on the captions); empty: the model's
-                # Path of clip's bpe_simple_vocab_16e6.txt.gz, clipa's vocab.txt, siglip's .model or tokenizer.json;
-                # empty: from the Hugging Face cache or hub.
+                # Path of clip's bpe_simple_vocab_16e6.txt.gz, clipa's vocab.txt, siglip's .model or tokenizer.json
+                # (empty: from the Hugging Face cache or hub), another run's sentencepiece.model (empty: trained).
                 "vocab": "",
                 "train_captions": 100_000,  # sentencepiece: learns its pieces from the first so many samples' captions
             },
@@ -159,7 +159,6 @@ AT_LEAST = {
 
 # A setting that another setting leaves without effect is a mistake, not a detail: (key, needs, one of these).
 ONLY_WITH = (
-    ("tokenizer.vocab", "tokenizer.kind", ("clip", "clipa", "siglip", "siglip2")),
     ("tokenizer.train_captions", "tokenizer.kind", ("sentencepiece",)),
     ("optimizer.timescale", "optimizer.schedule", ("rsqrt",)),
     ("optimizer.eps", "optimizer.name", ("adamw",)),

@@ -7,13 +7,14 @@ HELP = "Turn a .pt, .bin or TorchScript file into safetensors; only tensors are 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a file, or a folder of OpenCLIP or Transformers that has a .bin")
+    parser.add_argument("source", help="a file, a folder of OpenCLIP or Transformers that has a .bin, or hf://org/name")
     parser.add_argument("--to", required=True, help="a new folder")
     parser.add_argument("--model", help="the model's name, where neither the file nor a config beside it tells")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from clip_jax.interop import folders
     from clip_jax.interop.convert import convert
 
-    for line in convert(Path(arguments.source), Path(arguments.to), arguments.model):
+    for line in convert(folders.local(arguments.source, pickles=True), Path(arguments.to), arguments.model):
         print(line)

@@ -29,7 +29,7 @@ def convert(source: Path, to: Path, model: str | None) -> list[str]:
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to}: not empty; give a new folder")
     file = _pickle_in(source) if source.is_dir() else source
-    state = torch_files.read(file)
+    state = files.read_shards(file, torch_files.read) if file.name.endswith(files.INDEX) else torch_files.read(file)
     layout = folders.layout_of(list(state), str(file))
     state = State(state.source, {name: x for name, x in state.entries.items() if name not in open_clip.IGNORED})
     beside = file.parent / folders.CONFIGS[layout]
@@ -41,7 +41,7 @@ def convert(source: Path, to: Path, model: str | None) -> list[str]:
     elif beside.is_file():
         lines.append(f"config: copied from {beside}")
         for path in sorted(file.parent.iterdir()):
-            if path.suffix in (".json", ".txt", ".model") and not path.name.endswith(".index.json"):
+            if path.suffix in (".json", ".txt", ".model") and not path.name.endswith(files.INDEX):
                 shutil.copyfile(path, to / path.name)
     elif torch_files.is_torchscript(file):
         preset = openai.preset(state)
@@ -56,7 +56,7 @@ def convert(source: Path, to: Path, model: str | None) -> list[str]:
 
 
 def _pickle_in(folder: Path) -> Path:
-    names = [name for layout in folders.WEIGHTS.values() for name in layout if name.endswith(files.PICKLED)]
+    names = [name for layout in folders.WEIGHTS.values() for name in layout if files.is_pickled(Path(name))]
     present = [folder / name for name in names if (folder / name).is_file()]
     if not present:
         raise UserError(f"{folder}: has none of {', '.join(names)}; give the file itself")

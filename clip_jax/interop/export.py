@@ -89,14 +89,14 @@ def _tokenizer(to: Path, layout: str, preset: Preset, tokenizer: Tokenizer | Non
         _write_clip_tokenizer(to, tokenizer)
         return ["tokenizer: CLIP's (vocab.json, merges.txt)"]
     place = source / "tokenizer" if run_folder.is_run(source) else source
-    copied = [path for path in place.iterdir() if path.name in _COPIED | set(folders.TOKENIZERS[kind])]
+    copied = [path for path in place.iterdir() if path.name in _COPIED | set(folders.TOKENIZERS.get(kind, ()))]
     for path in copied:
         shutil.copyfile(path, to / path.name)
     names = ", ".join(sorted(path.name for path in copied))
     return [f"tokenizer: {names}" if copied else f"tokenizer: left out, {source} has none"]
 
 
-_COPIED = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+_COPIED = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 
 
 def _write_clip_tokenizer(to: Path, tokenizer: Tokenizer) -> None:

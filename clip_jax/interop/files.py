@@ -15,7 +15,7 @@ import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,25 @@ DTYPES = {
 }
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+INDEX = ".index.json"
+
+
+def is_pickled(path: Path) -> bool:
+    """Whether it is, or names, what only ``clip-jax import`` opens."""
+    return path.name.removesuffix(INDEX).endswith(PICKLED)
 
 
 def read(path: str | Path) -> State:
     """The tensors of a ``.safetensors``, ``.safetensors.index.json`` or ``.npz`` file. Raises UserError."""
     path = Path(path)
-    if path.name.endswith(".index.json"):
-        return _read_shards(path)
+    if is_pickled(path):
+        raise UserError(f"{path}: a pickle, which is never opened here; `clip-jax import {path} --to=DIR` converts it")
+    if path.name.endswith(INDEX):
+        return read_shards(path, _read_safetensors)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".npz":
         return _read_npz(path)
-    if path.suffix in PICKLED:
-        raise UserError(f"{path}: a pickle, which is never opened here; `clip-jax import {path} --to=DIR` converts it")
     raise UserError(f"{path}: not a file of weights that is known (.safetensors, .safetensors.index.json, .npz)")
 
 
@@ -156,22 +162,22 @@ def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int):
     return read
 
 
-def _read_shards(index: Path) -> State:
-    """The files that a ``.safetensors.index.json`` names, as one."""
+def read_shards(index: Path, read_one: Callable[[Path], State]) -> State:
+    """The files that an index (``model.safetensors.index.json``) names, as one. Raises UserError."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
+        names = sorted(set(places.values()))
     except OSError as error:
         raise UserError(f"{index}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of safetensors files ({error})") from error
-    if outside := [file for file in files if Path(file).name != file]:
+        raise UserError(f"{index}: not an index of files of weights ({error})") from error
+    if outside := [name for name in names if Path(name).name != name]:
         raise UserError(f"{index}: names {outside[0]}, which is not a file beside it")
-    shards = {file: _read_safetensors(index.parent / file) for file in files}
-    for name, file in places.items():
-        if name not in shards[file]:
-            raise UserError(f"{index}: {name} should be in {file} and is not there")
-    return State(str(index), {name: shards[file].entries[name] for name, file in places.items()})
+    shards = {name: read_one(index.parent / name) for name in names}
+    for tensor, name in places.items():
+        if tensor not in shards[name]:
+            raise UserError(f"{index}: {tensor} should be in {name} and is not there")
+    return State(str(index), {tensor: shards[name].entries[tensor] for tensor, name in places.items()})
 
 
 def _read_npz(path: Path) -> State:

@@ -26,7 +26,12 @@ HUB = "hf://"
 
 WEIGHTS = {
     "openclip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
-    "huggingface": ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+    "huggingface": (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
     "bigvision": (),
 }
 CONFIGS = {"openclip": "open_clip_config.json", "huggingface": "config.json"}
@@ -51,9 +56,14 @@ class Found(NamedTuple):
         return self.weights.parent
 
 
-def local(source: str | Path) -> Path:
-    """A path as it is; ``hf://org/name`` downloaded (or found in the cache) by huggingface_hub, without its pickles; a
-    folder in a bucket copied, without its checkpoints."""
+DOWNLOADED = ("*.json", "*.safetensors", "*.npz", "*.txt", "*.model")
+PICKLES_DOWNLOADED = ("*.json", "*.bin", "*.pt", "*.txt", "*.model")
+"""What ``clip-jax import`` takes in their place."""
+
+
+def local(source: str | Path, *, pickles: bool = False) -> Path:
+    """A path as it is; ``hf://org/name`` downloaded (or found in the cache) by huggingface_hub, with its pickles only
+    where they are asked for; a folder in a bucket copied, without its checkpoints."""
     text = str(source)
     if not text.startswith(HUB):
         folder = run_folder.Folder(source).path
@@ -65,9 +75,8 @@ def local(source: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     name = text.removeprefix(HUB).strip("/")
-    patterns = ["*.json", "*.safetensors", "*.npz", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=list(PICKLES_DOWNLOADED if pickles else DOWNLOADED)))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"{text}: no such repository on the Hugging Face hub, or it is not public to you") from error
     except Exception as error:  # The hub's client has a dozen ways to say that there is no network.
@@ -75,6 +84,12 @@ def local(source: str | Path) -> Path:
             f"{text}: not in the Hugging Face cache, and cannot be downloaded ({type(error).__name__}); copy the "
             "folder here and give its path, or try again with a network"
         ) from error
+    if not pickles and not run_folder.is_run(folder) and not [*folder.glob("*.safetensors"), *folder.glob("*.npz")]:
+        raise UserError(
+            f"{text}: has neither safetensors nor npz, and its pickles are not downloaded; "
+            f"`clip-jax import {text} --to=DIR` reads those"
+        )
+    return folder
 
 
 def find(folder: Path) -> Found:
@@ -89,7 +104,7 @@ def find(folder: Path) -> Found:
     if len(every) > 1:
         others = ", ".join(found.weights.name for found in every[1:])
         log.warning("%s: reading %s (%s); not read: %s", folder, first.weights.name, first.layout, others)
-    if first.weights.suffix in files.PICKLED:
+    if files.is_pickled(first.weights):
         raise UserError(
             f"{first.weights}: a pickle, which is never opened here; `clip-jax import {folder} --to=DIR` converts it"
         )
@@ -106,7 +121,7 @@ def _layouts(folder: Path) -> list[Found]:
     if len(arrays) == 1:
         found.append(Found("bigvision", arrays[0], None))
     # A pickle is only what is read where nothing else is there.
-    return sorted(found, key=lambda each: each.weights.suffix in files.PICKLED)
+    return sorted(found, key=lambda each: files.is_pickled(each.weights))
 
 
 def layout_of(names: Sequence[str], place: str) -> str:

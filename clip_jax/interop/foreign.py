@@ -139,6 +139,11 @@ def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
 def open_tokenizer(foreign: Foreign) -> Tokenizer:
     """The tokenizer of the folder, or of the model's kind where the folder has none."""
     kind, length = foreign.preset.tokenizer, foreign.preset.architecture.text.context_length
+    if kind not in tokenizers.KINDS:
+        raise UserError(
+            f"{foreign.folder}: its texts need the tokenizer of {kind}, which clip_jax does not have; give its token "
+            "ids to encode_tokens (images need none)"
+        )
     file = folders.tokenizer_file(foreign.folder, kind)
     if file is None:
         try:

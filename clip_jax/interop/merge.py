@@ -4,9 +4,11 @@ A model is loaded at another image size or text length this way, and a run start
 (``config.model.init_from``). Pure functions of trees.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +17,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from clip_jax.errors import UserError, nearest
 from clip_jax.models.clip import Params
 from clip_jax.models.resize import bicubic, linear
+from clip_jax.presets import Preset
 
-POSITIONS = "position_embedding"
+POSITIONS = ("position_embedding", "spatial_embedding")
+UNSEEN = (
+    "activation",
+    "causal",
+    "eos_id",
+    "norm_before_pooling",
+    "norm_epsilon",
+    "norm_last",
+    "pooling",
+    "rotary_grid",
+)
+"""What decides a tower's numbers, and shows in no tensor's name or shape."""
 
 
 class Report(NamedTuple):
@@ -28,21 +42,49 @@ class Report(NamedTuple):
     """In the model and not in the weights, or in another shape: left as the model starts."""
     ignored: tuple[str, ...]
     """In the weights and not in the model."""
+    differing: tuple[str, ...]
+    """Settings that the weights were made with and the model does not have (``differences``)."""
 
     def lines(self) -> list[str]:
         """For people: how many were loaded, and each that was not."""
-        return [
-            f"{len(self.loaded)} tensors loaded",
-            *(f"{kind} {name}" for kind in ("resized", "initialised", "ignored") for name in getattr(self, kind)),
-        ]
+        return [f"{len(self.loaded)} tensors loaded", *(line for line in self.every() if not line.startswith("loaded"))]
+
+    def every(self) -> list[str]:
+        """A line for each tensor."""
+        return [f"{kind} {name}" for kind, names in self._asdict().items() for name in names]
 
 
-def merge(target: Params, loaded: Params, allow: Sequence[str] = ()) -> tuple[Params, Report]:
+def differences(target: Preset, loaded: Preset) -> dict[str, str]:
+    """By name, ``image/activation``, what the weights were made with and this model has otherwise, in words."""
+
+    def settings(preset: Preset) -> dict[str, Any]:
+        towers = {"image": preset.architecture.image, "text": preset.architecture.text}
+        return {
+            **{
+                f"{name}/{key}": value
+                for name, tower in towers.items()
+                for key, value in dataclasses.asdict(tower).items()
+                if key in UNSEEN
+            },
+            **{f"preprocess/{key}": list(getattr(preset.preprocess, key)) for key in ("mean", "std")},
+            "tokenizer": preset.tokenizer,
+        }
+
+    ours, theirs = settings(target), settings(loaded)
+    both = [name for name in ours if name in theirs]  # A ResNet has no activation to choose.
+    return {
+        name: f"{theirs[name]} in the weights, {ours[name]} in the model" for name in both if ours[name] != theirs[name]
+    }
+
+
+def merge(
+    target: Params, loaded: Params, allow: Sequence[str] = (), differing: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Params, Report]:
     """``target`` (arrays, or their shapes) with the leaves of ``loaded`` in their places.
 
     Position embeddings of another length are resized as OpenCLIP does it. A leaf that is missing, left over or of
     another shape is a UserError unless a pattern in ``allow`` (``text/*``) matches its path; then the target's own leaf
-    stays.
+    stays. So is a setting in ``differing`` (of ``differences``).
     """
     wanted, given = flatten_dict(target, sep="/"), flatten_dict(loaded, sep="/")
     result, kinds, refused = {}, {"loaded": [], "resized": [], "initialised": []}, []
@@ -62,15 +104,17 @@ def merge(target: Params, loaded: Params, allow: Sequence[str] = ()) -> tuple[Pa
         kinds[kind].append(name)
     ignored = [name for name in given if name not in wanted]
     refused += [f"{name} (not in the model)" for name in ignored if not _allowed(name, allow)]
+    refused += [f"{name} ({what})" for name, what in differing.items() if not _allowed(name, allow)]
     if refused:
         more = f", and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise UserError(
             f"weights that do not fit the model: {', '.join(refused[:3])}{more}; allow by name what may differ"
         )
-    every = [*wanted, *given]
+    every = [*wanted, *given, *differing]
     if unknown := [pattern for pattern in allow if not any(fnmatchcase(name, pattern) for name in every)]:
         raise UserError(f"{unknown[0]}: allowed, but no tensor has that name{nearest(unknown[0], every)}")
-    return unflatten_dict(result, sep="/"), Report(**{k: tuple(v) for k, v in kinds.items()}, ignored=tuple(ignored))
+    report = Report(**{k: tuple(v) for k, v in kinds.items()}, ignored=tuple(ignored), differing=tuple(differing))
+    return unflatten_dict(result, sep="/"), report
 
 
 def resize_positions(positions: Any, length: int, *, image: bool) -> np.ndarray:

@@ -163,11 +163,14 @@ def _text(text: dict[str, Any], activation: str, place: str) -> TextTower:
 
 
 def _tokenizer(text: dict[str, Any]) -> str:
-    """The kind. OpenCLIP names a folder on the hub; its treatment of texts and the vocabulary tell them apart."""
-    if not text["hf_tokenizer_name"]:
+    """The kind. OpenCLIP names a repository on the hub, which is returned where its tokenizer is none of ours."""
+    name = text["hf_tokenizer_name"]
+    if not name:
         return "clip"
     if (text["tokenizer_kwargs"] or {}).get("strip_sep_token"):
         return "clipa"
+    if "SigLIP" not in name and name != "google/mt5-base":  # whose pieces the multilingual SigLIP has
+        return name
     return "siglip2" if text["vocab_size"] == 256_000 else "siglip"
 
 
@@ -262,7 +265,7 @@ def _text_config(text: TextTower, tokenizer: str) -> dict[str, Any]:
         "layers": text.layers,
         "mlp_ratio": _ratio(text.mlp_width, text.width),
         **_act_and_norm(text),
-        **TOKENIZER_CONFIGS.get(tokenizer, {}),
+        **TOKENIZER_CONFIGS.get(tokenizer, {"hf_tokenizer_name": tokenizer}),
     }
     if not text.causal:
         config["no_causal_mask"] = True
@@ -278,6 +281,8 @@ def _text_config(text: TextTower, tokenizer: str) -> dict[str, Any]:
 
 
 TOKENIZER_CONFIGS = {
+    "clip": {},
+    "sentencepiece": {},
     "clipa": {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}},
     "siglip": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}},
     "siglip2": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP2", "tokenizer_kwargs": {"clean": "canonicalize"}},

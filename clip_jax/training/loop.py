@@ -23,7 +23,7 @@ from clip_jax.data.stream import stream
 from clip_jax.errors import NonFiniteError, PreemptedError, StoppedError, UserError
 from clip_jax.evaluation.embed import make_encoders
 from clip_jax.evaluation.runner import Evaluator
-from clip_jax.interop.merge import merge
+from clip_jax.interop.merge import differences, merge
 from clip_jax.model import load
 from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery
@@ -214,12 +214,25 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
 
 
 def init_from(run: Run, state: State) -> State:
-    """A fresh state with the weights that ``config.model.init_from`` names; what did not come from them is said."""
+    """A fresh state with the weights that ``config.model.init_from`` names.
+
+    What did not come from them is said; ``init_from.txt`` has a line for every tensor.
+    """
     source = run.config.model.init_from
-    loaded = load(run.config.model.name, weights=source) if Path(source).is_file() else load(source)
-    params, report = merge(state.params, loaded.params, run.config.model.init_from_allow)
+    bare = Path(source).is_file()  # says nothing but its tensors
+    loaded = load(run.config.model.name, weights=source) if bare else load(source)
+    differing = {} if bare else differences(run.preset, loaded.preset)
+    if run.preset.tokenizer == loaded.preset.tokenizer == "sentencepiece":  # each learned from captions of its own
+        ours, theirs = (
+            tokenizer.codec.processor.serialized_model_proto() for tokenizer in (run.tokenizer, loaded.tokenizer)
+        )
+        if ours != theirs:
+            file = f"{source}/tokenizer/{run_folder.TOKENIZER_FILES['sentencepiece']}"
+            differing["tokenizer"] = f"another vocabulary; --config.tokenizer.vocab={file} takes that of the weights"
+    params, report = merge(state.params, loaded.params, run.config.model.init_from_allow, differing)
     if jax.process_index() == 0:
         print(f"{source}: " + "; ".join(report.lines()))
+        (run.workdir / "init_from.txt").write_text("\n".join([source, *report.every()]) + "\n", encoding="utf-8")
     place = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.batch_stats))
     return state._replace(
         params=jax.device_put(params, place[0]),

@@ -243,7 +243,7 @@ def prepare_tokenizer(workdir: Path, config: ConfigDict, source: Source) -> Toke
 
 def _make_tokenizer(workdir: Path, kind: str, config: ConfigDict, source: Source, vocab_size: int) -> bytes:
     """The file's content: trained on the run's captions, or published (from a path, the cache or the hub)."""
-    if kind == "sentencepiece":
+    if kind == "sentencepiece" and not config.tokenizer.vocab:
         file = workdir / "tokenizer" / "training.model"
         tokenizers.train_sentencepiece(_captions(source, config.tokenizer.train_captions), vocab_size, file)
         made = file.read_bytes()

@@ -97,3 +97,19 @@ def write(path: Path, value, *, torchscript: bool = False) -> Path:
         if torchscript:
             archive.writestr("archive/constants.pkl", b"")
     return path
+
+
+def write_torchscript(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """The archive of a module with these tensors, as OpenAI published CLIP."""
+    root = {}
+    for name, array in arrays.items():
+        *modules, last = name.split(".")
+        node = root
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[last] = tensor(array)
+
+    def bag(node):
+        return Bag(**{name: bag(below) if isinstance(below, dict) else below for name, below in node.items()})
+
+    return write(path, bag(root), torchscript=True)

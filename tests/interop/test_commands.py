@@ -61,18 +61,7 @@ def test_a_torchscript_archive_of_openai_becomes_a_folder_that_loads(tmp_path, c
     arrays = {name: x.astype(np.float16) for name, x in state().items()}
     # Heads have 64 features in OpenAI's models; this one's text tower has 32 in all.
     arrays |= {"input_resolution": np.array(32, np.int64), "vocab_size": np.array(49408, np.int64)}
-    root = {}
-    for name, array in arrays.items():
-        *path, last = name.split(".")
-        node = root
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = pickles.tensor(array)
-
-    def bag(node):
-        return pickles.Bag(**{k: bag(v) if isinstance(v, dict) else v for k, v in node.items()})
-
-    path = pickles.write(tmp_path / "ViT-B-32.pt", bag(root), torchscript=True)
+    path = pickles.write_torchscript(tmp_path / "ViT-B-32.pt", arrays)
     to = tmp_path / "out"
     assert commands.main(["import", str(path), f"--to={to}"]) == 0
     assert "an archive of OpenAI's" in capsys.readouterr().out

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from clip_jax.errors import UserError
-from clip_jax.interop.merge import merge, resize_positions
+from clip_jax.interop.merge import UNSEEN, differences, merge, resize_positions
 from clip_jax.models.clip import CLIP
+from clip_jax.presets import SIGLIP
 from tests.interop import folders_of
 from tests.interop.folders_of import PRESET
 
@@ -25,7 +26,7 @@ def test_the_same_model_is_loaded_whole():
     loaded = folders_of.parameters()
     params, report = merge(shapes(), loaded)
     jax.tree.map(np.testing.assert_array_equal, params, loaded)
-    assert len(report.loaded) == len(jax.tree.leaves(loaded)) and report[1:] == ((), (), ())
+    assert len(report.loaded) == len(jax.tree.leaves(loaded)) and report[1:] == ((), (), (), ())
     assert report.lines() == [f"{len(report.loaded)} tensors loaded"]
 
 
@@ -85,3 +86,53 @@ def test_what_the_model_lacks_is_ignored_only_by_name():
 def test_a_pattern_that_matches_nothing_is_a_typing_mistake():
     with pytest.raises(UserError, match=r"text/projektion: allowed, but .*nearest: text/projection"):
         merge(shapes(), folders_of.parameters(), ["text/projektion"])
+
+
+OTHERWISE = {  # every field of the towers, with another value than PRESET's
+    "image": {
+        "image_size": 64, "patch_size": 8, "width": 32, "layers": 1, "heads": 4, "mlp_width": 128,
+        "activation": "gelu", "class_token": False, "patch_bias": True, "norm_pre": False, "norm_epsilon": 1e-6,
+        "pooling": "average", "norm_before_pooling": True, "projection": False, "projection_bias": True,
+        "norm_last": True, "swiglu": True, "key_bias": False, "rotary_grid": 16,
+    },
+    "text": {
+        "context_length": 16, "vocab_size": 300, "width": 64, "layers": 1, "heads": 2, "mlp_width": 64,
+        "activation": "gelu", "causal": False, "pooling": "last", "eos_id": 7, "norm_epsilon": 1e-6,
+        "projection": False, "projection_bias": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tower", OTHERWISE)
+def test_every_setting_of_a_tower_shows_in_the_shapes_or_is_compared(tower):
+    fields = {field.name for field in dataclasses.fields(getattr(PRESET.architecture, tower))}
+    assert fields == OTHERWISE[tower].keys()
+    for name, value in OTHERWISE[tower].items():
+        if name in UNSEEN:
+            changed = dataclasses.replace(getattr(PRESET.architecture, tower), **{name: value})
+            other = PRESET._replace(architecture=dataclasses.replace(PRESET.architecture, **{tower: changed}))
+            assert list(differences(PRESET, other)) == [f"{tower}/{name}"]
+        else:
+            assert jax.tree.map(np.shape, shapes(**{tower: {name: value}})) != jax.tree.map(np.shape, shapes())
+
+
+def test_weights_made_with_other_settings_are_an_error_unless_allowed_by_name():
+    gelu = dataclasses.replace(PRESET.architecture.text, activation="gelu")
+    model = PRESET._replace(
+        architecture=dataclasses.replace(PRESET.architecture, text=gelu), preprocess=SIGLIP, tokenizer="siglip"
+    )
+    found = differences(model, PRESET)
+    assert found["text/activation"] == "quick_gelu in the weights, gelu in the model"
+    assert list(found) == ["text/activation", "preprocess/mean", "preprocess/std", "tokenizer"]
+    with pytest.raises(UserError, match=r"text/activation \(quick_gelu in the weights, gelu in the model\)"):
+        merge(shapes(), folders_of.parameters(), ["preprocess/*", "tokenizer"], found)
+    report = merge(shapes(), folders_of.parameters(), ["*/activation", "preprocess/*", "tokenizer"], found)[1]
+    assert report.differing == tuple(found) and "differing tokenizer" in report.lines()
+
+
+def test_positions_of_an_attention_pooling_are_resized_too():
+    pooling = {"image": {"attention_pooling": {"spatial_embedding": np.ones((50, 8), np.float32)}}}
+    target = {"image": {"attention_pooling": {"spatial_embedding": np.zeros((82, 8), np.float32)}}}
+    params, report = merge(target, pooling)
+    assert report.resized == ("image/attention_pooling/spatial_embedding",)
+    np.testing.assert_allclose(params["image"]["attention_pooling"]["spatial_embedding"], 1, atol=1e-6)

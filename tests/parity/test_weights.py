@@ -55,11 +55,25 @@ def results(model, size, length, vocab):
             embeddings = model.encode_image(image), model.encode_text(text)
     image_embedding, text_embedding = map(features, embeddings)
     return {
+        **hidden_states(model, image, text),
         "image": image.permute(0, 2, 3, 1).contiguous(),
         "text": text,
         "image_embedding": image_embedding,
         "text_embedding": text_embedding,
     }
+
+def hidden_states(model, image, text):
+    if not isinstance(model, transformers.PreTrainedModel):
+        return {}
+    with torch.no_grad():
+        towers = {
+            "image": model.vision_model(pixel_values=image, output_hidden_states=True),
+            "text": model.text_model(input_ids=text, output_hidden_states=True),
+        }
+    found = {f"{name}_last": tower.last_hidden_state for name, tower in towers.items()}
+    for name, tower in towers.items():
+        found |= {f"{name}_hidden_{i}": state for i, state in enumerate(tower.hidden_states)}
+    return found
 
 def weights(model):
     return {name: x.clone().contiguous() for name, x in model.state_dict().items() if "position_ids" not in name}
@@ -213,6 +227,23 @@ def same_embeddings(model, given) -> None:
 @pytest.mark.parametrize("name", JOBS)
 def test_a_folder_of_the_peer_gives_the_peers_embeddings(name, made):
     same_embeddings(clip_jax.load(made / name), load_file(made / f"{name}.results"))
+
+
+@pytest.mark.parametrize("name", ["hf_quick_gelu", "hf_siglip"])
+def test_tokens_of_every_block_are_transformers_hidden_states(name, made):
+    """``return_tokens=N`` is ``hidden_states[N]``, -2 is ``hidden_states[-2]``; with the final norm the last one is
+    ``last_hidden_state``."""
+    model, given = clip_jax.load(made / name), load_file(made / f"{name}.results")
+    text = given["text"].astype(np.int32)
+    with jax.default_matmul_precision("highest"):
+        for layer in (1, 2, -1, -2):
+            hidden = layer if layer > 0 else 3 + layer  # hidden_states[0] is what goes into the first of two blocks
+            image_tokens = model.encode_pixels(given["image"], return_tokens=layer)
+            text_tokens = model.encode_tokens(text, return_tokens=layer)
+            assert relative(image_tokens, given[f"image_hidden_{hidden}"]) < 1e-5
+            assert relative(text_tokens, given[f"text_hidden_{hidden}"]) < 1e-5
+        last = model.clip.text_tokens(model.params, text, -1, normalize=True)
+        assert relative(last, given["text_last"]) < 1e-5
 
 
 @pytest.mark.parametrize(

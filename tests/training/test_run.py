@@ -9,7 +9,7 @@ from clip_jax import __version__
 from clip_jax.errors import UserError
 from clip_jax.training import loop
 from clip_jax.training.metrics import Writer, truncate
-from tests.data.shards import sample, write_shard
+from tests.data.shards import jpeg, sample, write_shard
 from tests.training import runs
 
 
@@ -156,6 +156,27 @@ def test_a_run_may_start_from_another_runs_weights(small_run, tmp_path, capsys):
     first = runs.metrics(tmp_path / "run")[0]
     assert first["train/logit_scale"] == pytest.approx(trained["train/logit_scale"], rel=1e-3)
     assert first["train/logit_scale"] != pytest.approx(1 / 0.07, rel=1e-3)  # where a fresh model starts
+    lines = (tmp_path / "run" / "init_from.txt").read_text().splitlines()
+    assert lines[0] == str(small_run) and len(lines) > 30 and all(line.startswith("loaded ") for line in lines[1:])
     other = start | {"model.embed_dim": "20"}
     with pytest.raises(UserError, match="weights that do not fit the model: image/projection"):
         loop.run(workdir=str(tmp_path / "other"), recipe=recipe, overrides=other)
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_another_takes_its_vocabulary_or_is_refused(small_run, tmp_path):
+    """Each run learns its own pieces: the same ids would be other words."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(16):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+        (folder / f"{i}.txt").write_text(f"something else, {i} of them")
+    recipe, workdir = str(small_run.parent / "recipe.py"), tmp_path / "run"
+    start = {"model.init_from": str(small_run), "steps": "1", "optimizer.warmup_steps": "0"}
+    start |= {"data.train": f"folder:{folder}", "eval.heldout": f"folder:{folder}"}
+    with pytest.raises(UserError, match=r"tokenizer \(another vocabulary; --config\.tokenizer\.vocab=") as refused:
+        loop.run(workdir=str(tmp_path / "refused"), recipe=recipe, overrides=start)
+    vocabulary = re.search(r"--config\.tokenizer\.vocab=(.*sentencepiece\.model)", str(refused.value))[1]
+    assert loop.run(workdir=str(workdir), recipe=recipe, overrides=start | {"tokenizer.vocab": vocabulary}) == 0
+    ours, theirs = (folder / "tokenizer" / "sentencepiece.model" for folder in (workdir, small_run))
+    assert ours.read_bytes() == theirs.read_bytes()
