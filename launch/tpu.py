@@ -12,6 +12,7 @@ the shell scripts beside it, which can be run by hand. --dry-run prints every co
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,13 @@ def loop(args: argparse.Namespace) -> int:
         gcloud.train_command(wish.slice, wish.main_flags),
     ):
         rehearse(command, quiet=True)
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: it still says what costs money
+        signal.signal(ending, interrupt)
     return spot_loop.keep_alive(wish)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def tell(args: argparse.Namespace, wish: spot_loop.Wish) -> int:

@@ -141,13 +141,14 @@ def test_every_command_on_the_way_to_a_pod_runs_against_the_stand_in_for_the_clo
 
 
 def check_settings(command: str) -> None:
-    """UserError where a command names a recipe or a setting that there is not."""
+    """UserError where a command names a recipe or a setting that there is not, or warms up for longer than it runs."""
     for words in (shlex.split(command), *(shlex.split(w.partition("=")[2]) for w in shlex.split(command) if " " in w)):
         flags = [w for w in words if w.startswith("--config")]
         recipe = next((w.partition("=")[2] for w in flags if w.startswith("--config=")), None)
         if recipe:
             overrides = dict(w.removeprefix("--config.").split("=", 1) for w in flags if w.startswith("--config."))
-            configs.load(str(ROOT / recipe), overrides)
+            config = configs.load(str(ROOT / recipe), overrides)
+            configs.check_lengths(config, configs.duration(config, "", 400_000_000), 400_000_000)
 
 
 @pytest.mark.parametrize("row", re.findall(r"^\| `(\w+\.py)` \|(.*)\|$", POD.read_text(), re.MULTILINE))

@@ -49,12 +49,12 @@ def test_a_hang_or_a_crash_starts_again_on_the_same_slice(cloud):
     assert cloud.count("create") == 1 and "start 3, from step 2" in done.stdout
 
 
-@pytest.mark.parametrize("grace_seconds", [None, 0.3])
-def test_a_slice_that_is_taken_away_is_deleted_and_asked_for_again(cloud, grace_seconds):
+@pytest.mark.parametrize(("grace_seconds", "provider"), [(None, "queued"), (0.3, "queued"), (None, "tpu-vm")])
+def test_a_slice_that_is_taken_away_is_deleted_and_asked_for_again(cloud, grace_seconds, provider):
     gone = {"file": str(cloud.workdir / "kept"), "lines": 1, "grace_seconds": grace_seconds}
     cloud.schedule({"preempt": gone})
     cloud.script({"checkpoint": 3, "says": ["a line of the log"], "lasts": 30}, {})
-    done = cloud.loop()
+    done = cloud.loop(f"--provider={provider}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert cloud.count("create") == 2 and cloud.count("delete") == 1
     assert "a-run (v4-8) is lost" in done.stdout and "from step 3" in done.stdout
@@ -128,7 +128,8 @@ def test_a_connection_that_drops_neither_ends_the_run_nor_loses_nor_repeats_its_
     assert shown == [f"line {i}" for i in range(40)]
 
 
-def test_the_loop_may_be_stopped_and_joins_the_run_when_it_is_started_again(cloud):
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_loop_may_be_stopped_and_joins_the_run_when_it_is_started_again(cloud, ending):
     cloud.script({"says": ["begun"], "lasts": 4})
     first = subprocess.Popen(
         cloud.command(*cloud.loop_flags()), env=cloud.environment(), stdout=subprocess.PIPE, text=True
@@ -136,7 +137,7 @@ def test_the_loop_may_be_stopped_and_joins_the_run_when_it_is_started_again(clou
     for line in first.stdout:
         if line == "begun\n":
             break
-    first.send_signal(signal.SIGINT)
+    first.send_signal(ending)
     rest = first.communicate(timeout=30)[0]
     assert first.returncode == 130 and "what runs on the slice goes on" in rest and "to delete it: " in rest
     second = cloud.loop()
@@ -207,3 +208,16 @@ def test_newer_code_is_what_the_next_start_runs(cloud, tmp_path):
     assert "newer code" not in newer.loop().stdout  # not committed
     commit(newer.checkout)
     assert "newer code" in newer.loop().stdout
+
+
+def test_data_in_a_bucket_is_mounted_on_every_worker(cloud):
+    shards = cloud.folder / "buckets/a-bucket/some/shards"
+    shards.mkdir(parents=True)
+    (shards / "train-00000.tar").write_bytes(b"a shard")
+    (cloud.folder / "env").write_text("DATA=gs://a-bucket/some/shards\n")
+    cloud.script({"checkpoint": 1, "code": 44}, {})  # the second setup finds it mounted
+    mount = cloud.checkout / "launch/prepare_mount.sh"
+    done = cloud.loop(f"--prepare={mount}", f"--env-file={cloud.folder / 'env'}", accelerator="v4-16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for worker in (0, 1):
+        assert (cloud.machine(0, worker) / "home/data/train-00000.tar").read_bytes() == b"a shard"

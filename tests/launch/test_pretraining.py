@@ -1,6 +1,7 @@
 """The spot loop carries a real pretraining, of two processes and then one, through what a spot slice does to it."""
 
 import json
+import sys
 
 import pytest
 
@@ -19,6 +20,7 @@ def whole_checkout(tmp_path_factory):
     recipe = runs.write_recipe(data).read_text()
     (folder / "configs/small.py").write_text(recipe)
     commit(folder)
+    (folder / ".venv").symlink_to(sys.prefix, target_is_directory=True)  # where the plan is
     return folder
 
 
@@ -101,3 +103,11 @@ def test_the_line_of_main_about_a_mistake_ends_the_loop(cloud, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     line = "a mistake in the settings (exit code 2): main.py: config.batch_size=13 does not divide over 2 devices"
     assert line in done.stdout and done.stdout.count("] start ") == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_the_plan_says_cannot_fit_is_not_asked_for(cloud):
+    where = ["--name=a-run", "--zone=us-central2-b", "--accelerator=v5litepod-8"]
+    done = cloud.launch("loop", *where, "--config=configs/clip_vit_l14.py", f"--workdir={cloud.workdir}", seconds=120)
+    assert done.returncode == 2 and cloud.calls() == [], done.stdout + done.stderr
+    assert "launch/tpu.py: the run does not fit v5litepod-8 (" in done.stderr

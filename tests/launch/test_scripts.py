@@ -18,9 +18,12 @@ from tests.launch.gcloud_flags import FLAGS, command_of, unknown_flags
 
 sys.path.insert(0, str(ROOT / "launch"))
 import accelerators
+import gcloud
 import plans
 import restarts
+import spot_loop
 from accelerators import LaunchError
+from gcloud import State
 
 WHERE = ["--name=a-run", "--zone=us-east5-b", "--project=a-project"]
 MAIN = ["--config=configs/ok.py", "--workdir=gs://bucket/run"]
@@ -228,6 +231,40 @@ def test_the_exit_codes_of_all_workers_mean_one_thing(codes, decision, code):
 def test_the_codes_are_those_of_main():
     mains = {getattr(errors, name) for name in dir(errors) if name.startswith("EXIT_")}
     assert {code for code, _, _ in restarts.MEANINGS} == mains - {errors.EXIT_DONE, errors.EXIT_UNEXPECTED}
+
+
+@pytest.mark.parametrize(
+    ("request_state", "node", "state"),
+    [
+        (["WAITING_FOR_RESOURCES"], [], State.WAITING),
+        (["ACCEPTED"], [], State.WAITING),  # the older word
+        (["PROVISIONING"], [], State.WAITING),
+        (["ACTIVE"], ["READY", "projects/p/acceleratorTypes/v6e-8"], State.ACTIVE),
+        (["ACTIVE"], ["CREATING", "v6e-8"], State.WAITING),
+        (["ACTIVE"], ["PREEMPTED", "v6e-8"], State.LOST),
+        (["ACTIVE"], [], State.LOST),  # its node is gone
+        (["SUSPENDING"], [], State.LOST),
+        (["SUSPENDED"], ["READY", "v6e-8"], State.LOST),
+        (["FAILED"], [], State.LOST),
+        ([], [], State.ABSENT),
+    ],
+)
+def test_a_request_is_active_lost_or_still_to_come(monkeypatch, request_state, node, state):
+    monkeypatch.setattr(gcloud, "_ask", lambda command: node if "tpu-vm" in command else request_state)
+    slice_ = gcloud.Slice("a-run", "z", "", "queued", accelerators.accelerator("v6e-8"))
+    found, kind = gcloud.state(slice_)
+    assert found is state and kind in ("", "v6e-8")
+
+
+def test_waits_double_up_to_a_bound_and_differ_a_little(monkeypatch):
+    slept = []
+    monkeypatch.setattr(spot_loop.time, "sleep", slept.append)
+    pauses = spot_loop.Pauses(20.0)
+    for _ in range(8):
+        pauses.sleep()
+    for seconds, about in zip(slept, [20, 40, 80, 160, 300, 300, 300, 300], strict=True):
+        assert 0.8 * about <= seconds <= 1.2 * about
+    assert len(set(slept)) == 8
 
 
 def test_starts_are_bounded_by_the_hour():
