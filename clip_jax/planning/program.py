@@ -226,17 +226,17 @@ def _groups(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
     {{0,1},{2,3}}                        listed; or {}, everybody
     [2,4]<=[4,2]T(1,0)                   an iota, reshaped, transposed and cut into rows
     mesh['a'=2,'b'=4] {'a','b':(1)2}     axes of a mesh; of b, seen as 1 x 2 x 2, the part in the middle
+    mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}    the same, its devices in the order of an iota or a list
     """
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}", attributes):
         groups = re.findall(r"\{([\d, ]+)\}", listed[1] or "")
         return tuple(tuple(map(int, group.split(","))) for group in groups) or (tuple(range(partitions)),)
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        rows, shape, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
-        devices = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(rows)
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        devices = _order(iota[2]).reshape(_numbers(iota[1]))
         return tuple(map(tuple, devices.tolist()))
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", attributes):
         shape, along, size = [], [], 1
-        parts = {name: part for name, *part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2])}
+        parts = {name: part for name, *part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[3])}
         for name, whole in re.findall(r"'([^']+)'=(\d+)", mesh[1]):
             before, inner = (int(n) if n else None for n in parts.get(name, (None, None)))
             before, inner = before or 1, inner or int(whole)
@@ -244,12 +244,24 @@ def _groups(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
                 along.append(len(shape) + 1)
                 size *= inner
             shape += [before, inner, int(whole) // before // inner]
-        devices = np.arange(math.prod(shape)).reshape(shape)
+        devices = (np.arange(math.prod(shape)) if mesh[2] is None else _order(mesh[2])).reshape(shape)
         devices = np.moveaxis(devices, along, range(-len(along), 0)).reshape(-1, size)
         return tuple(map(tuple, devices.tolist()))
     if "replica_groups=" in attributes:
         raise ValueError(f"cannot read {attributes[attributes.index('replica_groups=') :][:80]}")
     return (tuple(range(partitions)),)
+
+
+def _order(text: str) -> np.ndarray:
+    """int[devices] of ``[4,2]T(1,0)``, an iota seen as 4 x 2 and transposed, or of a list, ``3,0,2,1``."""
+    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape = _numbers(iota[1])
+        return np.arange(math.prod(shape)).reshape(shape).transpose(iota[2] and _numbers(iota[2])).reshape(-1)
+    return np.array(_numbers(text))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 def _without_layouts(shape: str) -> str:

@@ -191,6 +191,10 @@ GROUPS = {
     # The rows of a 4 x 2 grid over a 2 x 4 mesh: data, and fsdp's first half of 2 x 2.
     "mesh['data'=2,'fsdp'=4] {'data','fsdp':(1)2}": ((0, 2, 4, 6), (1, 3, 5, 7)),
     "mesh['data'=2,'fsdp'=4] {'fsdp':(2)2}": ((0, 1), (2, 3), (4, 5), (6, 7)),
+    # The device at (a, b, c) is number 4 b + 2 a + c: the first two axes are swapped.
+    "mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(1,0,2)) {'a','c'}": ((0, 1, 2, 3), (4, 5, 6, 7)),
+    "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}": ((0, 2, 4, 6), (1, 3, 5, 7)),
+    "mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'b'}": ((3, 1), (0, 2)),
 }
 
 
