@@ -98,6 +98,7 @@ def defaults() -> ConfigDict:
                 "tensor": 1,  # parts of every layer
                 "slices": AUTO,  # TPU slices joined by a data-centre network; -1: as many as there are
                 "cpu_devices": 1,  # simulated, on CPU only
+                "xla_flags": True,  # the platform's preset (clip_jax/xla_flags.py); your own flags win in any case
             },
             "eval": {
                 "heldout": "",  # a source: held-out loss and retrieval

@@ -121,6 +121,20 @@ def split_rows(x: jax.Array) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+def gather_features(table: jax.Array) -> jax.Array:
+    """A parameter [rows, features] made whole along fsdp for a lookup, as a layer's weights are for its product.
+
+    Its rows stay split over tensor. Left to itself the partitioner looks up parts of the features and exchanges them as
+    activations; on a mesh of all three axes it finds no way to ("involuntary full rematerialization").
+    """
+    mesh = _activation_mesh.get()
+    if mesh is None:
+        return table
+    rows = nn.logical_to_mesh_axes(("vocab",), RULES)[0]
+    whole = PartitionSpec(rows if table.shape[0] % mesh.shape[rows] == 0 else None)
+    return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, whole))
+
+
 def split_batch(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
     """[batch, ...] -> [parts, batch / parts, ...]: each part has its share of every device's rows, so none moves."""
     shards = batch_shards(mesh)

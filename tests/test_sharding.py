@@ -1,13 +1,24 @@
 """Meshes, parameter shardings and rows: everything lies where the rules say, on any shape of eight devices."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
-from clip_jax.sharding import make_mesh, mesh_shape, parameter_shardings, process_rows, to_devices
+from clip_jax.planning.program import axes, collectives
+from clip_jax.sharding import (
+    activations_on,
+    batch_sharding,
+    make_mesh,
+    mesh_shape,
+    parameter_shardings,
+    process_rows,
+    to_devices,
+)
 from tests.models.test_clip import SMALL
 
 
@@ -72,6 +83,27 @@ def test_an_axis_that_does_not_divide_stays_whole():
     assert shardings["image"]["transformer"]["blocks"]["attention"]["qkv"].spec == P(
         None, "fsdp", None, None, None
     )  # two heads
+
+
+def test_a_lookup_gathers_the_table_along_fsdp_and_never_replicates_tokens(capfd):
+    """On a mesh of all three axes the partitioner finds no way of its own: it warns, and takes the last resort."""
+    mesh, model, shapes = make_mesh(2, 2, 2), CLIP(SMALL), jax.eval_shape(CLIP(SMALL).init, jax.random.key(0))
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(shapes),
+        shardings := parameter_shardings(shapes, mesh),
+    )
+
+    def gradient(params, text):
+        with activations_on(mesh):
+            return jax.grad(lambda p: jnp.sum(model.encode_text(p, text) ** 2))(params)
+
+    text = jax.ShapeDtypeStruct((64, 12), jnp.int32, sharding=batch_sharding(mesh))
+    compiled = jax.jit(gradient, out_shardings=shardings).lower(params, text).compile().as_text()
+    gathered = [(c.bytes, axes(c, mesh)) for c in collectives(compiled) if c.kind == "all-gather"]
+    assert (100 // 2 * 48 * 4, ("fsdp",)) in gathered  # half of the rows, all of the features
+    assert not any("data" in names for _, names in gathered)
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_rows_reach_the_devices_in_their_global_order():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.transformer import BlockShape, LayerNorm, Remat, Stack, normal, text_block_init, zeros
-from clip_jax.sharding import split_rows
+from clip_jax.sharding import gather_features, split_rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TextTransformer(nn.Module):
         positions = self.param("position_embedding", position_init, (tower.context_length, width))
 
         # Looked up before it is rounded: the gradient of a frequent token is a sum that must be taken in float32.
-        tokens = split_rows(jnp.take(embedding, text, axis=0)).astype(self.dtype)
+        tokens = split_rows(jnp.take(gather_features(embedding), text, axis=0)).astype(self.dtype)
         tokens = tokens + positions[: text.shape[1]].astype(self.dtype)
         inits = text_block_init(width, tower.mlp_width, tower.layers)
         tokens = Stack(tower.layers, tower.block, inits, self.dtype, self.scan, self.remat, name="transformer")(tokens)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
+from clip_jax import xla_flags
 from clip_jax.errors import UserError
 from clip_jax.hardware import Machines
 from clip_jax.planning.work import Transfer
@@ -51,12 +52,15 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
         "topology": topology(machines),
         "free_hbm_bytes": machines.chip.free_hbm_per_device,
     }
+    variables = os.environ | environment(machines)
+    if config.mesh.xla_flags:
+        variables["LIBTPU_INIT_ARGS"] = xla_flags.joined("tpu", os.environ.get("LIBTPU_INIT_ARGS", ""))
     done = subprocess.run(
         [sys.executable, "-m", "clip_jax.planning.compiler"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        env=os.environ | environment(machines),
+        env=variables,
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from clip_jax import xla_flags
 from clip_jax.reports import page, terminal
 from clip_jax.reports.gallery import Gallery
 from clip_jax.sharding import batch_shards
@@ -25,6 +26,7 @@ def header(run: Run) -> list[tuple[str, str]]:
         ("model", f"{run.config.model.name}, {counts['total'] / 1e6:.1f}M parameters"),
         ("towers", f"image {counts['image'] / 1e6:.1f}M, text {counts['text'] / 1e6:.1f}M, {run.config.model.dtype}"),
         ("mesh", f"{axes} on {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
+        ("XLA flags", xla_flags.told(jax.default_backend())),
         ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} a device"),
         ("steps", f"{run.steps} ({run.steps * batch / len(train):.1f} epochs)"),
         ("data", f"{train.name}, {len(train)} samples"),

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
-from clip_jax import errors, run_folder
+from clip_jax import errors, run_folder, xla_flags
 from clip_jax.checkpoint import Checkpoints, place
 from clip_jax.data.stream import stream
 from clip_jax.errors import NonFiniteError, PreemptedError, StoppedError, UserError
@@ -48,6 +48,8 @@ def run(
 ) -> int:
     """Trains, or goes on training, the run in ``workdir``; returns the process's exit code. Raises UserError."""
     folder, config, previous = read_config(workdir, recipe, overrides)
+    if config.mesh.xla_flags:
+        xla_flags.apply()
     if config.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     initialize_processes(*processes)
