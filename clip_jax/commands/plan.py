@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     # JAX takes a second to import: not before the arguments are right.
+    import jax
+
     from clip_jax import config as configs
     from clip_jax import hardware
     from clip_jax.planning import plan as planning
@@ -43,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
         if value is not None and (value < lowest or (highest is not None and value > highest)):
             raise UserError(f"--{name}={value:g} must be at least {lowest}" + f" and at most {highest}" * bool(highest))
     machines = hardware.tpu(arguments.tpu, arguments.slices) if arguments.tpu else hardware.gpu(arguments.gpu)
+    # A plan uses no device: one that is here may be another's, and a TPU compiler without a TPU is noisy.
+    jax.config.update("jax_platforms", "cpu")
     plan = planning.make_plan(
         planning.Request(
             config=configs.load(arguments.config, arguments.overrides),

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import time
 
+import portpicker
 import pytest
 
 from tests.training import runs
@@ -63,6 +64,54 @@ def test_killed_and_resumed_equals_never_killed(tmp_path):
     assert runs.metrics(killed) == runs.metrics(whole)
 
 
+def run_together(tmp_path, processes, *arguments) -> list[str]:
+    """What each of the processes of one run printed; all must end well."""
+    port = portpicker.pick_unused_port()
+    started = [
+        subprocess.Popen(
+            runs.command(
+                *arguments,
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={processes}",
+                f"--process_id={i}",
+            ),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert not any(process.returncode for process in started), outputs
+    return outputs
+
+
+MESH = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.mesh.cpu_devices={}")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """(recipe, metrics of its first ten steps) of one process with eight devices in a mesh of all three axes."""
+    folder = tmp_path_factory.mktemp("one process")
+    recipe = runs.write_recipe(folder)
+    mesh = " ".join(MESH).format(8).split()
+    run_together(folder, 1, f"--config={recipe}", f"--workdir={folder / 'run'}", "--config.steps=10", *mesh)
+    return recipe, runs.metrics(folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_have_the_metrics_of_one_over_10_steps(one_process, tmp_path, processes):
+    recipe, expected = one_process
+    mesh = " ".join(MESH).format(8 // processes).split()
+    run_together(tmp_path, processes, f"--config={recipe}", f"--workdir={tmp_path}", "--config.steps=10", *mesh)
+    found = runs.metrics(tmp_path)
+    assert [line["step"] for line in found if "train/loss" in line] == list(range(1, 11))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_path):
     recipe = runs.write_recipe(tmp_path)
@@ -71,29 +120,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_pa
     done = runs.main(tmp_path, f"--config={recipe}", f"--workdir={one}", devices.format(4))
     assert done.returncode == 0, done.stderr
 
-    import portpicker
-
-    port = portpicker.pick_unused_port()
-    processes = [
-        subprocess.Popen(
-            runs.command(
-                f"--config={recipe}",
-                f"--workdir={two}",
-                devices.format(2),
-                "--config.mesh.fsdp=2",
-                f"--coordinator=127.0.0.1:{port}",
-                "--num_processes=2",
-                f"--process_id={i}",
-            ),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    run_together(tmp_path, 2, f"--config={recipe}", f"--workdir={two}", devices.format(2), "--config.mesh.fsdp=2")
     expected, found = runs.metrics(one), runs.metrics(two)
     assert [line.keys() for line in found] == [line.keys() for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
