@@ -222,6 +222,8 @@ def need_run(args: argparse.Namespace) -> None:
     """Mistakes that would otherwise be found on the slice, after it was paid for."""
     if not workdir(args.main_flags):
         raise LaunchError("--workdir=gs://BUCKET/NAME is missing: the folder where the run keeps its checkpoints")
+    if workdir(args.main_flags).startswith("s3://"):
+        raise LaunchError(f"--workdir={workdir(args.main_flags)}: Cloud TPU's machines keep a run in gs://BUCKET/NAME")
     file = recipe(args.main_flags)
     listed = ["git", "-C", str(CHECKOUT), "cat-file", "-e", f"{args.revision}:{os.path.normpath(file)}"]
     if file and not args.dry_run and subprocess.run(listed, capture_output=True).returncode:

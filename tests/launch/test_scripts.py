@@ -175,6 +175,11 @@ def test_a_secret_on_the_command_line_is_refused(checkout, flag):
         ("tpu.py", ["loop", *WHERE, "--config=configs/ok.py"], "--workdir=gs://BUCKET/NAME is missing"),
         (
             "tpu.py",
+            ["loop", *WHERE, "--workdir=s3://b/r"],
+            "--workdir=s3://b/r: Cloud TPU's machines keep a run in gs://",
+        ),
+        (
+            "tpu.py",
             ["loop", *WHERE, "--config=configs/no.py", "--workdir=gs://b/r"],
             "is not a file of HEAD: commit it",
         ),
