@@ -204,6 +204,8 @@ _OPEN_CLIP = {
     "ViT-S/16-alt": _clip(_image(224, 16, 384, 12), _text(256, 10)),
     "ViT-M/32": _clip(_image(224, 32, 512, 12), _TEXT_B),
     "ViT-M/16": _clip(_image(224, 16, 512, 12), _TEXT_B),
+    "ViT-M/32-alt": _clip(_image(224, 32, 512, 12), _text(384, 12)),
+    "ViT-M/16-alt": _clip(dataclasses.replace(_image(224, 16, 512, 12), layer_scale=1e-4), _text(384, 12)),
     "ViT-e/14": _clip(_image(224, 14, 1792, 56, head_dim=112, mlp_ratio=8.5715), _TEXT_E),
 }
 

@@ -111,7 +111,8 @@ def resize_and_crop(
     filter_ = INTERPOLATIONS[interpolation]
     if resize == "squash":
         return np.asarray(image.resize((size, size), filter_))
-    # torchvision's rule: the longer side is truncated, and the crop's offset rounded.
+    # torchvision's rule: the longer side is truncated, and the crop's offset rounded, half to even. Transformers cuts
+    # the half off, so that its crop of one image in four begins a pixel earlier.
     short, long = min(width, height), max(width, height)
     long = int(size * long / short)
     width, height = (size, long) if width <= height else (long, size)

@@ -31,7 +31,8 @@ def is_siglip(architecture: Architecture) -> bool:
     pooling = getattr(image, "pooling", "none")  # A ResNet has none to choose.
     if pooling == "attention" and not image.class_token and text.pooling == "last" and text.projection_bias:
         return True
-    if pooling == "class" and image.norm_pre and not image.patch_bias and text.pooling == "argmax":
+    plain = pooling == "class" and image.norm_pre and not image.patch_bias and image.layer_scale is None
+    if plain and text.pooling == "argmax":
         return False
     raise UserError("this architecture is neither Transformers' CLIPModel nor its SiglipModel; use --format=openclip")
 

@@ -127,6 +127,8 @@ VIT = (
     ("proj", "projection", ROWS),
 )
 
+LAYER_SCALE = (("ls_1.gamma", "scale_1", VECTOR), ("ls_2.gamma", "scale_2", VECTOR))
+
 TEXT = (
     ("token_embedding.weight", "token_embedding", ROWS),
     ("positional_embedding", "position_embedding", ROWS),
@@ -155,10 +157,11 @@ def _image(tower: ImageTower | ResNetTower) -> list[Row]:
         return _resnet(tower)
     if tower.from_timm:
         return _timm(tower)
+    block = BLOCK if tower.layer_scale is None else (*BLOCK, *LAYER_SCALE)
     return [
         *rows("visual.", "image/", *VIT),
         *(rows("visual.", "image/", *_norm("ln_pre", "norm_pre")) if tower.norm_pre else ()),
-        *rows("visual.transformer.resblocks.{layer}.", "image/transformer/blocks/", *BLOCK),
+        *rows("visual.transformer.resblocks.{layer}.", "image/transformer/blocks/", *block),
     ]
 
 

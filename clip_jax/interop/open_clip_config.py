@@ -28,6 +28,7 @@ VISION = {
     "act_kwargs": None,
     "norm_kwargs": None,
     "timm_model_name": None,
+    "ls_init_value": None,
 }
 TEXT = {
     "context_length": 77,
@@ -138,6 +139,7 @@ def _image(vision: dict[str, Any], activation: str, place: str) -> ImageTower | 
         norm_epsilon=_epsilon(vision, place),
         pooling=pooling,
         norm_before_pooling=pooling == "average" and not vision["final_ln_after_pool"],
+        layer_scale=vision["ls_init_value"],
     )
 
 
@@ -249,6 +251,8 @@ def _vision_config(image: ImageTower | ResNetTower) -> dict[str, Any]:
         "patch_size": image.patch_size,
         **_act_and_norm(image),
     }
+    if image.layer_scale is not None:
+        config["ls_init_value"] = image.layer_scale
     if not image.norm_pre:
         config["no_ln_pre"] = True
     if image.pooling == "average":

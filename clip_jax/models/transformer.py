@@ -117,6 +117,8 @@ class BlockShape:
     swiglu: bool = False
     """A gated MLP with norms inside it and inside the attention (EVA-02; Sun et al. 2023)."""
     key_bias: bool = True
+    layer_scale: float | None = None
+    """Where learned factors of what each block adds begin (Touvron et al. 2021, CaiT); None: there are none."""
 
 
 class LayerNorm(nn.Module):
@@ -214,7 +216,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
-    With ``norm_last`` the norm is the last step instead, ``x + norm(attention(x))``; ``rotary`` turns queries and keys.
+    With ``norm_last`` the norm is the last step instead, ``x + norm(attention(x))``; with ``layer_scale`` what is added
+    has a learned factor for each feature. ``rotary`` turns queries and keys.
     """
 
     shape: BlockShape
@@ -232,9 +235,15 @@ class Block(nn.Module):
             x = split_rows(x + norm_1(attention(x, rotary)))
             x = split_rows(x + norm_2(mlp(x)))
         else:
-            x = split_rows(x + attention(split_rows(norm_1(x)), rotary))
-            x = split_rows(x + mlp(split_rows(norm_2(x))))
+            x = split_rows(x + self._scaled("scale_1", attention(split_rows(norm_1(x)), rotary)))
+            x = split_rows(x + self._scaled("scale_2", mlp(split_rows(norm_2(x)))))
         return x, None
+
+    def _scaled(self, name: str, added: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        if self.shape.layer_scale is None:
+            return added
+        start = nn.with_logical_partitioning(nn.initializers.constant(self.shape.layer_scale), ("embed",))
+        return added * self.param(name, start, added.shape[-1:]).astype(self.dtype)
 
 
 class Stack(nn.Module):

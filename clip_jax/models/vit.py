@@ -58,6 +58,8 @@ class ImageTower:
     key_bias: bool = True
     rotary_grid: int | None = None
     """Rotary position embeddings, whose grid of any size is spread over this many patches a side (EVA-02: 16)."""
+    layer_scale: float | None = None
+    """Where the learned factors of what each block adds begin (OpenCLIP's M/16-alt: 1e-4); None: there are none."""
 
     @property
     def grid(self) -> int:
@@ -84,6 +86,7 @@ class ImageTower:
             norm_last=self.norm_last,
             swiglu=self.swiglu,
             key_bias=self.key_bias,
+            layer_scale=self.layer_scale,
         )
 
 

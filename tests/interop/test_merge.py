@@ -94,6 +94,7 @@ OTHERWISE = {  # every field of the towers, with another value than PRESET's
         "activation": "gelu", "class_token": False, "patch_bias": True, "norm_pre": False, "norm_epsilon": 1e-6,
         "pooling": "average", "norm_before_pooling": True, "projection": False, "projection_bias": True,
         "norm_last": True, "swiglu": True, "key_bias": False, "rotary_grid": 16,
+        "layer_scale": 1e-4,
     },
     "text": {
         "context_length": 16, "vocab_size": 300, "width": 64, "layers": 1, "heads": 2, "mlp_width": 64,

@@ -48,7 +48,8 @@ for name, job in json.loads((folder / "jobs.json").read_text()).items():
         job["custom_text"] = job["config"].pop("custom_text", False)
     timm.create_model = functools.partial(create, **job["timm"])  # OpenCLIP passes no sizes on
     model = (CustomTextCLIP if job["custom_text"] else CLIP)(**job["config"]).eval()
-    save_file({k: v.clone().contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.fresh")
+    if "named" not in job:
+        save_file({k: v.clone().contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.fresh")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -157,6 +158,10 @@ MODELS = {
         towers({**VISION, "head_width": 16, "mlp_ratio": 4.3637}, {"mlp_ratio": 4.3637}),
         Architecture(dataclasses.replace(IMAGE, heads=4, mlp_width=279), dataclasses.replace(TEXT, mlp_width=209), 40),
     ),
+    "layer_scale": Model(
+        towers({**VISION, "ls_init_value": 0.1}, {}),
+        Architecture(dataclasses.replace(IMAGE, layer_scale=0.1), TEXT, 40),
+    ),
     "clipa": Model(
         towers(
             {**VISION, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
@@ -227,7 +232,9 @@ def compare(name: str, architecture: Architecture, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "EVA02-B-16"])
+@pytest.mark.parametrize(
+    "name", ["ViT-B-32", "RN50", "ViT-L-14-CLIPA", "ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "EVA02-B-16"]
+)
 def test_a_whole_model_by_name_equals_open_clip(name, tmp_path):
     """One of each family at its full depth and width, built from the name alone on both sides."""
     job = {"named": name, "timm": {}, "train": False, "resize": None, "tokens": False}
@@ -247,7 +254,9 @@ def test_weights_come_back_bit_for_bit(name, peers):
         assert back[tensor].tobytes() == value.tobytes(), tensor
 
 
-@pytest.mark.parametrize("name", ["vit", "clipa", "siglip_b16", "siglip_so400m", "rn", "eva_b16", "eva_e14"])
+@pytest.mark.parametrize(
+    "name", ["vit", "layer_scale", "clipa", "siglip_b16", "siglip_so400m", "rn", "eva_b16", "eva_e14"]
+)
 def test_a_fresh_model_is_distributed_as_open_clips(name, peers):
     """Mean, deviation and range of every tensor, within five standard errors of a sample of its size."""
     clip = CLIP(MODELS[name].architecture)

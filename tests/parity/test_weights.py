@@ -73,7 +73,7 @@ def hidden_states(model, image, text):
     found = {f"{name}_last": tower.last_hidden_state for name, tower in towers.items()}
     for name, tower in towers.items():
         found |= {f"{name}_hidden_{i}": state for i, state in enumerate(tower.hidden_states)}
-    return found
+    return {name: x.clone(memory_format=torch.contiguous_format) for name, x in found.items()}
 
 def weights(model):
     return {name: x.clone().contiguous() for name, x in model.state_dict().items() if "position_ids" not in name}
