@@ -19,6 +19,7 @@ from clip_jax.interop import (
     torch_files,
 )
 from clip_jax.interop.state import State
+from clip_jax.models.resnet import ResNetTower
 from clip_jax.presets import Preset
 
 WEIGHTS = {"openclip": "open_clip_model.safetensors", "huggingface": "model.safetensors"}
@@ -75,4 +76,8 @@ def _write_config(to: Path, layout: str, preset: Preset) -> None:
 def _name(preset: Preset) -> str:
     image = preset.architecture.image
     known = [name for name, other in presets.PRESETS.items() if other.architecture == preset.architecture]
-    return known[0] if known else f"a ViT of {image.layers} layers and {image.width} features"
+    if known:
+        return known[0]
+    if isinstance(image, ResNetTower):
+        return f"a ResNet of {list(image.stages)} blocks and {image.width} features"
+    return f"a ViT of {image.layers} layers and {image.width} features"

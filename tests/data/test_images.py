@@ -75,3 +75,13 @@ def test_a_decompression_bomb_is_refused_from_its_header(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(images.BadImageError, match="larger than"):
         images.decode(jpeg(0))
+
+
+def test_training_crops_from_jpegs_decoded_smaller_are_near_those_of_the_whole_image(shared_data):
+    """docs/models.md has the number: up to 11 of 255 on average, over photographs."""
+    for photo in sorted((shared_data / "photos").glob("*.jpg"))[::3]:
+        data = photo.read_bytes()
+        whole = np.asarray(images.decode(data))
+        for size in (64, 128, 224):
+            scaled, exact = (images.random_resized_crop(x, size, np.random.default_rng(0)) for x in (data, whole))
+            assert np.abs(scaled.astype(int) - exact).mean() < 11

@@ -3,13 +3,20 @@
 import json
 import re
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
 import clip_jax
-from clip_jax import commands
-from clip_jax.interop import files, open_clip
-from tests.interop import folders_of, pickles
+from clip_jax import commands, presets
+from clip_jax.interop import files, open_clip, openai
+from clip_jax.interop.state import Entry, State
+from clip_jax.models.clip import CLIP, Architecture
+from clip_jax.models.resnet import ResNetTower
+from clip_jax.models.text import TextTower
+from clip_jax.presets import Preset
+from tests.interop import folders_of, pickles, test_memory
 from tests.interop.folders_of import PRESET
 
 
@@ -34,8 +41,6 @@ def test_export_and_load_give_the_same_weights_bit_for_bit(tmp_path, capsys, lay
     assert commands.main(["export", f"--model={folder}", f"--format={layout}", f"--to={to}"]) == 0
     model = clip_jax.load(to)
     assert model.preset == PRESET
-    import jax
-
     jax.tree.map(np.testing.assert_array_equal, model.params, folders_of.parameters())
     card = (to / "README.md").read_text()
     assert "# a model" in card and "32 x 32 pixels" in card
@@ -68,6 +73,38 @@ def test_a_torchscript_archive_of_openai_becomes_a_folder_that_loads(tmp_path, c
     same(to, {name: x for name, x in arrays.items() if name not in open_clip.IGNORED})
     config = json.loads((to / "open_clip_config.json").read_text())["model_cfg"]
     assert config["quick_gelu"] and config["vision_cfg"]["layers"] == 2 and config["vision_cfg"]["image_size"] == 32
+
+
+def trees(preset):
+    """Parameters and running statistics, all different numbers."""
+    clip = CLIP(preset.architecture)
+    shapes = jax.eval_shape(lambda: (nn.meta.unbox(clip.init(jax.random.key(0))), clip.init_batch_stats()))
+    return jax.tree.map(lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape), shapes)
+
+
+def test_an_archive_of_openais_resnets_says_which_model_it_is(tmp_path, capsys):
+    image, text = ResNetTower(64, (1, 2, 1, 3), 16, 8), TextTower(77, 300, 64, 2, 1, 256, activation="quick_gelu")
+    preset = Preset(Architecture(image, text, 24), presets.OPENAI, "clip")
+    params, statistics = trees(preset)
+    arrays = open_clip.from_params(params, preset.architecture, statistics)
+    path, to = pickles.write_torchscript(tmp_path / "RN.pt", arrays), tmp_path / "out"
+    assert commands.main(["import", str(path), f"--to={to}"]) == 0
+    assert "by its shapes a ResNet of [1, 2, 1, 3] blocks" in capsys.readouterr().out
+    model = clip_jax.load(to)
+    assert model.preset == preset
+    jax.tree.map(np.testing.assert_array_equal, (model.params, model.batch_stats), (params, statistics))
+
+
+@pytest.mark.parametrize("name", ["RN50-quickgelu", "ViT-B/32-quickgelu", "ViT-L/14-336-quickgelu"])
+def test_openais_models_are_known_by_their_shapes(name):
+    preset = presets.preset(name)
+    if name.startswith("RN"):
+        params, statistics = trees(preset)
+        shapes = {key: x.shape for key, x in open_clip.from_params(params, preset.architecture, statistics).items()}
+    else:
+        shapes = test_memory.tensors(preset)
+    state = State("here", {key: Entry(shape, np.dtype(np.float32), None) for key, shape in shapes.items()})
+    assert openai.preset(state) == preset
 
 
 def test_a_bin_beside_its_config_is_imported_with_the_folder(tmp_path):
