@@ -56,9 +56,10 @@ class Found(NamedTuple):
         return self.weights.parent
 
 
-DOWNLOADED = ("*.json", "*.safetensors", "*.npz", "*.txt", "*.model")
-PICKLES_DOWNLOADED = ("*.json", "*.bin", "*.pt", "*.txt", "*.model")
-"""What ``clip-jax import`` takes in their place."""
+SMALL = ("*.json", "*.txt", "*.model")
+OPEN_CLIPS = ("open_clip*.safetensors",)
+"""Enough where its config is there: LAION's repositories have the same weights a second time, for Transformers."""
+TENSORS, PICKLES = ("*.safetensors", "*.npz"), ("*.bin", "*.pt")
 
 
 def local(source: str | Path, *, pickles: bool = False) -> Path:
@@ -74,9 +75,17 @@ def local(source: str | Path, *, pickles: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    name = text.removeprefix(HUB).strip("/")
+    def download(patterns: Sequence[str]) -> Path:
+        return Path(snapshot_download(text.removeprefix(HUB).strip("/"), allow_patterns=list(patterns)))
+
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(PICKLES_DOWNLOADED if pickles else DOWNLOADED)))
+        folder = download(SMALL)
+        if run_folder.is_run(folder):
+            return download("*")
+        if not pickles and (folder / CONFIGS["openclip"]).is_file():
+            folder = download(OPEN_CLIPS)
+        if pickles or not any(folder.glob(OPEN_CLIPS[0])):
+            folder = download(PICKLES if pickles else TENSORS)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"{text}: no such repository on the Hugging Face hub, or it is not public to you") from error
     except Exception as error:  # The hub's client has a dozen ways to say that there is no network.
@@ -84,7 +93,7 @@ def local(source: str | Path, *, pickles: bool = False) -> Path:
             f"{text}: not in the Hugging Face cache, and cannot be downloaded ({type(error).__name__}); copy the "
             "folder here and give its path, or try again with a network"
         ) from error
-    if not pickles and not run_folder.is_run(folder) and not [*folder.glob("*.safetensors"), *folder.glob("*.npz")]:
+    if not pickles and not any(path for pattern in TENSORS for path in folder.glob(pattern)):
         raise UserError(
             f"{text}: has neither safetensors nor npz, and its pickles are not downloaded; "
             f"`clip-jax import {text} --to=DIR` reads those"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 
 import jax
 import numpy as np
@@ -54,17 +55,38 @@ def test_a_repository_of_pickles_names_the_command_which_imports_it(cache, tmp_p
     jax.tree.map(np.testing.assert_array_equal, clip_jax.load(tmp_path / "out").params, folders_of.parameters())
 
 
-@pytest.mark.parametrize(("pickles_too", "asked"), [(False, "*.safetensors"), (True, "*.bin")])
-def test_pickles_are_downloaded_for_the_import_alone(monkeypatch, tmp_path, pickles_too, asked):
-    seen = []
+@pytest.mark.parametrize(
+    ("there", "pickles_too", "weights"),
+    [
+        (("open_clip_config.json", "open_clip_model.safetensors"), False, {"open_clip_model.safetensors"}),
+        ((), False, {"model.safetensors"}),
+        (("open_clip_config.json",), False, {"model.safetensors"}),  # OpenCLIP's weights are a pickle there
+        (("open_clip_config.json", "open_clip_model.safetensors"), True, {"pytorch_model.bin"}),
+        (
+            ("run.json", "checkpoints/12/d.bin"),
+            False,
+            {"model.safetensors", "pytorch_model.bin", "d.bin"},
+        ),  # a run: all
+    ],
+)
+def test_weights_are_downloaded_once_and_pickles_for_the_import_alone(
+    monkeypatch, tmp_path, there, pickles_too, weights
+):
+    """LAION's repositories have OpenCLIP's and Transformers' files, each as safetensors and as a pickle."""
+    repository = ["config.json", "merges.txt", "model.safetensors", "pytorch_model.bin", *there]
 
     def download(name, allow_patterns):
-        seen.extend(allow_patterns)
-        return folders_of.open_clip_folder(tmp_path)
+        for file in repository:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / file).touch()
+        return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert folders.local("hf://somebody/a-model", pickles=pickles_too) == tmp_path
-    assert asked in seen and any(p in seen for p in ("*.bin", "*.pt")) == pickles_too
+    found = {path.name for path in tmp_path.rglob("*")}
+    assert {name for name in found if name.endswith((".safetensors", ".bin"))} == weights
+    assert {"config.json", "merges.txt"} <= found
 
 
 def test_shards_of_safetensors_are_a_folder_like_any_other(tmp_path):
