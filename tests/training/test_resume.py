@@ -82,7 +82,7 @@ def run_together(tmp_path, processes, *arguments) -> list[str]:
         )
         for i in range(processes)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
+    outputs = [process.communicate(timeout=600)[0] for process in started]
     assert not any(process.returncode for process in started), outputs
     return outputs
 

@@ -1,0 +1,58 @@
+"""Speed and MFU of a log line, against figures reckoned by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from clip_jax import config as configs
+from clip_jax import hardware
+from clip_jax.models import flops
+from clip_jax.training import meter
+
+PRESET = configs.resolve_preset(configs.defaults())  # ViT-B/32
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def run_on(device_kind, devices, batch_size):
+    peak = hardware.peak_flops(device_kind)
+    config = SimpleNamespace(batch_size=batch_size)
+    return SimpleNamespace(config=config, preset=PRESET, peak_flops=None if peak is None else peak * devices)
+
+
+def test_mfu_is_the_models_flops_in_a_second_over_those_of_all_chips(clock):
+    """Ten steps of 4,096 pairs in 8 s on 16 v5e chips of 197 TFLOP/s, of which 2 s went into an evaluation and 1.5 s
+    into waiting for data."""
+    measured = meter.Meter(run_on("TPU v5 lite", 16, 4096), first_step=0)
+    assert "train/mfu" not in measured.read(1, {"loss": 1.0})  # its time is the compiler's
+    clock.seconds += 4.5
+    with measured.waiting():
+        clock.seconds += 1.5
+    with measured.paused():
+        clock.seconds += 2
+    line = measured.read(11, {"loss": 1.0})
+    assert line["train/pairs_per_second"] == pytest.approx(40_960 / 6)
+    assert line["train/mfu"] == pytest.approx(40_960 / 6 * flops.training(PRESET.architecture) / (16 * 197e12))
+    assert line["train/data_wait_share"] == pytest.approx(0.25)
+    assert line["train/flops"] == 11 * 4096 * flops.training(PRESET.architecture)
+
+
+def test_a_chip_that_is_not_in_the_table_has_a_speed_and_no_mfu(clock):
+    measured = meter.Meter(run_on("TPU v99", 1, 64), first_step=0)
+    measured.read(1, {})
+    clock.seconds += 1
+    line = measured.read(2, {})
+    assert line["train/pairs_per_second"] == pytest.approx(64) and "train/mfu" not in line
+
+
+def test_every_chip_of_the_table_is_known_by_what_jax_calls_it():
+    for chip in (*hardware.TPUS, *hardware.GPUS):
+        assert chip.device_kinds
+        for kind in chip.device_kinds:
+            assert hardware.peak_flops(kind) == chip.flops / chip.devices_per_chip
