@@ -36,7 +36,7 @@ names. *HBM* is the most that a chip holds at one time, arguments included, as t
 are bounds: nothing is faster ([how to read a plan](planning.md)). Nothing here was run on a TPU.
 """
 COLUMNS = ("plan", "slice", "batch", "micro-batch", "remat", "mesh (data x fsdp)", "HBM of a chip", "fits", "estimate")
-SPEED = ("pairs/s, at most", "MFU, at most", "bound by", "compiled in")
+SPEED = ("pairs/s, at most", "MFU, at most", "bound by")
 
 
 def cases() -> dict[str, tuple[str, str, int, list[str]]]:
@@ -74,7 +74,6 @@ def row(name: str, plan: dict) -> list[str]:
         f"{plan['pairs_per_second']:,.0f}",
         f"{plan['mfu']:.0%}",
         plan["bound"],
-        f"{plan['tried'][0]['seconds']:.0f} s",
     ]
 
 

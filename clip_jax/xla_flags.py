@@ -29,7 +29,7 @@ PRESETS = {
         ("libtpu",),
         {
             # docs.jax.dev, "List of XLA compiler flags": gradients cross the data-centre network while others are still
-            # computed, those of scanned layers too. On one slice the program stays the same.
+            # computed, those of scanned layers too. They are about several slices.
             "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
             "xla_tpu_data_parallel_opt_different_sized_ops": "true",
         },

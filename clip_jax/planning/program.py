@@ -123,12 +123,17 @@ def collectives(hlo: str) -> list[Collective]:
     """Every collective of a compiled program, in the text's order; those of different branches all count.
 
     The TPU compiler writes a large reduce-scatter as a fusion called ``all-reduce-scatter`` around an all-reduce of the
-    whole, and may merge two gathers into one. A loop whose length the text does not tell counts once.
+    whole, and may merge two gathers into one. Its program is of one slice: what goes to other slices is sent through
+    the host, after a reduction inside the slice or before a gather. A loop whose length the text does not tell counts
+    once.
     """
     found = []
     computations, entry = _parse(hlo)
     partitions = re.search(r"num_partitions=(\d+)", hlo[: hlo.find("\n")])
     for instruction, computation, times, _ in _executed(computations, entry):
+        if instruction.opcode == "send" and "megascale_transfer_type" in instruction.rest:
+            size = _bytes(computations[computation][instruction.operands[0]].shape)
+            found.append(_between_slices(instruction.rest, size, int(partitions[1]) if partitions else 1, times))
         kind = instruction.opcode.removesuffix("-start")
         if kind not in _COLLECTIVES:
             continue
@@ -140,6 +145,19 @@ def collectives(hlo: str) -> list[Collective]:
         size *= len(groups[0]) if kind == "all-gather" else 1
         found.append(Collective(kind, size, groups, times))
     return found
+
+
+def _between_slices(attributes: str, size: int, devices: int, times: int) -> Collective:
+    """A transfer of ``size`` bytes to the same device of other slices, which follow each other in the mesh:
+
+    _xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"    of 8 devices in each of 2 slices
+    """
+    kind = re.search(r'megascale_transfer_type="(\w+)"', attributes)[1].lower().replace("_", "-")
+    target = re.search(r'megascale_target="\{([\d,]+)\}x', attributes)
+    slices = target[1].count(",") + 1 if target else 2
+    kind = "collective-permute" if kind == "one-to-one" else kind
+    group = tuple(range(0, slices * devices, devices))
+    return Collective(kind, size * (slices if kind == "all-gather" else 1), (group,), times)
 
 
 def buffers(hlo: str) -> dict[str, int]:

@@ -193,6 +193,8 @@ def compiled_transfers(collectives: list[Collective], coordinates: list[tuple[in
         slices = len({coordinates[device][0] for device in group})
         passes = 2 if collective.kind == "all-reduce" else 1
         dcn = crossing(collective.times * passes * collective.bytes, len(group), slices)
+        if collective.kind == "collective-permute":
+            dcn = collective.traffic if slices > 1 else 0
         entry = totals.setdefault(collective.kind, [0, 0])
         entry[0] += collective.traffic - dcn
         entry[1] += dcn

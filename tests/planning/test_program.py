@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from clip_jax.planning import program
+from clip_jax.planning import program, work
 
 A, B = jnp.ones((8, 16)), jnp.ones((16, 4))
 PRODUCT = 2 * 8 * 16 * 4
@@ -251,6 +251,45 @@ def test_a_tpu_programs_fused_reduce_scatter_and_its_loops_are_read():
     assert permute == ("collective-permute", 512, ((0, 1), (1, 0)), 12)
     assert scatter == ("reduce-scatter", 128 * 256 * 2, ((0, 1, 2, 3),), 1)
     assert scatter.traffic == 128 * 256 * 2 * 3 // 4
+
+
+FOUR_SLICES = """HloModule jit_step, is_scheduled=true, num_partitions=8, frontend_attributes={xla.sdy.meshes="{}"}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %main (p0: f32[1024,1024]) -> f32[128,1024] {
+  %p0 = f32[1024,1024]{1,0:T(8,128)} parameter(0)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %scatter = f32[128,1024]{1,0:T(8,128)} reduce-scatter(%p0), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %send = (f32[128,1024]{1,0:T(8,128)}, u32[], token[]) send(%scatter, %after-all), is_host_transfer=true, KIND
+  %recv = (f32[128,1024]{1,0:T(8,128)}, u32[], token[]) recv(%after-all), is_host_transfer=true, KIND
+  %done = (f32[128,1024]{1,0:T(8,128)}, token[]) recv-done(%recv), is_host_transfer=true
+  ROOT %sum = f32[128,1024]{1,0:T(8,128)} get-tuple-element(%done), index=0
+}
+"""
+BETWEEN = 'frontend_attributes={_xla_megascale_target="{1,2,3,4}x{0:7}",_xla_megascale_transfer_type="%s"}'
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "size", "received"),
+    [
+        ("ALL_REDUCE", "all-reduce", 2**19, 2 * 2**19 * 3 // 4),
+        ("ALL_GATHER", "all-gather", 4 * 2**19, 3 * 2**19),
+        ("REDUCE_SCATTER", "reduce-scatter", 2**19, 2**19 * 3 // 4),
+    ],
+)
+def test_what_a_tpu_program_sends_to_other_slices_is_read_as_the_collective_it_stands_for(told, kind, size, received):
+    """As libtpu 0.0.42 writes a step on four slices of eight chips: only the shards travel between slices."""
+    scatter, between = program.collectives(FOUR_SLICES.replace("KIND", BETWEEN % told))
+    assert scatter == ("reduce-scatter", 2**22, (tuple(range(8)),), 1)
+    assert between == (kind, size, ((0, 8, 16, 24),), 1) and between.traffic == received
+    places = [(device // 8, device % 8) for device in range(32)]
+    moved = {t.what: t for t in work.compiled_transfers([between], places)}
+    assert moved[kind] == (kind, 0, received)
 
 
 def test_buffers_are_what_is_written_outside_of_fusions_largest_first():
