@@ -4,7 +4,8 @@ pip install -e '.[plan]'
 python benchmarks/plans.py > docs/plans.md
 
 The step of each is compiled by the TPU compiler for a slice that is not there: one to two minutes each on one CPU core.
-Answers are kept in runs/plans and not asked for again; --only=NAME takes those whose name begins so.
+Answers are kept in runs/plans and not asked for again; --only=NAME takes those whose name begins so, and --kept reckons
+those that were never compiled instead of compiling them.
 """
 
 import argparse
@@ -32,8 +33,9 @@ HEAD = """# Plans of the recipes
 Written by `python benchmarks/plans.py` on {date} with jax {jax} and libtpu {libtpu}, on a machine without a TPU.
 
 Each row is the real training step of a recipe, compiled by the TPU compiler for the slice that the recipe's docstring
-names. *HBM* is the most that a chip holds at one time, arguments included, as the compiler says it. *Pairs/s* and *MFU*
-are bounds: nothing is faster ([how to read a plan](planning.md)). Nothing here was run on a TPU.
+names. *HBM* is the most that a chip holds at one time, arguments included, as the compiler says it; where *fits* says
+*estimated*, the plan was not compiled. *Pairs/s* and *MFU* are bounds: nothing is faster
+([how to read a plan](planning.md)). Nothing here was run on a TPU.
 """
 COLUMNS = ("plan", "slice", "batch", "micro-batch", "remat", "mesh (data x fsdp)", "HBM of a chip", "fits", "estimate")
 SPEED = ("pairs/s, at most", "MFU, at most", "bound by")
@@ -47,16 +49,19 @@ def cases() -> dict[str, tuple[str, str, int, list[str]]]:
     return found | LARGER
 
 
-def asked(name: str, recipe: str, machine: str, slices: int, overrides: list[str]) -> dict:
+def asked(name: str, recipe: str, machine: str, slices: int, overrides: list[str], *, compile: bool) -> dict:
     """The plan's JSON, from the last time or from the compiler now."""
     file = KEPT / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json"
-    if not file.exists():
+    if file.exists():
+        return json.loads(file.read_text())
+    command = [sys.executable, "-m", "clip_jax", "plan", f"--config=configs/{recipe}.py", f"--tpu={machine}"]
+    command += [f"--slices={slices}", "--compilations=1", "--json", *overrides, *["--estimate"] * (not compile)]
+    print(" ".join(command[3:]), file=sys.stderr)
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    if compile:
         file.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "clip_jax", "plan", f"--config=configs/{recipe}.py", f"--tpu={machine}"]
-        command += [f"--slices={slices}", "--compilations=1", "--json", *overrides]
-        print(" ".join(command[3:]), file=sys.stderr)
-        file.write_text(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return json.loads(file.read_text())
+        file.write_text(answer)
+    return json.loads(answer)
 
 
 def row(name: str, plan: dict) -> list[str]:
@@ -69,7 +74,7 @@ def row(name: str, plan: dict) -> list[str]:
         settings["model.remat"],
         f"{settings['mesh.data']} x {settings['mesh.fsdp']}",
         f"{hbm:.2f} of {plan['free_hbm_bytes_per_chip'] / GIB:.2f} GiB",
-        "yes" if plan["fits"] else "**no**",
+        ("yes" if plan["fits"] else "**no**") + (", estimated" if not plan["compiled"] else ""),
         f"{plan['memory_estimate']['total'] / GIB:.2f} GiB",
         f"{plan['pairs_per_second']:,.0f}",
         f"{plan['mfu']:.0%}",
@@ -80,9 +85,10 @@ def row(name: str, plan: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="plans whose name begins so")
-    only = parser.parse_args().only
-    plans = {n: asked(n, *case) for n, case in cases().items() if n.startswith(only)}
-    versions = next(iter(plans.values()))["versions"]
+    parser.add_argument("--kept", action="store_true", help="compile nothing: reckon what is not kept")
+    given = parser.parse_args()
+    plans = {n: asked(n, *c, compile=not given.kept) for n, c in cases().items() if n.startswith(given.only)}
+    versions = {"libtpu": "none"} | max((plan["versions"] for plan in plans.values()), key=len)
     print(HEAD.format(date=datetime.date.today().isoformat(), **versions))
     for line in ((*COLUMNS, *SPEED), ["---"] * len((*COLUMNS, *SPEED)), *(row(*item) for item in plans.items())):
         print("| " + " | ".join(line) + " |")

@@ -33,7 +33,7 @@ def test_a_plan_is_of_the_recipe_as_it_is_and_fits(rows, name):
     config, machines, row = configs.load(str(ROOT / f"configs/{recipe}.py"), given), tpu(machine, slices), rows[name]
     micro_batch = config.batch_size if config.micro_batch == configs.AUTO else config.micro_batch
     data, fsdp, _ = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, machines.devices)
-    assert row["fits"] == "yes"
+    assert row["fits"].startswith("yes")
     assert (row["slice"], row["batch"], row["micro-batch"], row["remat"], row["mesh (data x fsdp)"]) == (
         *(machines.name, f"{config.batch_size:,}", f"{micro_batch:,}", config.model.remat),
         f"{data} x {fsdp}",
