@@ -234,8 +234,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def from_json(values: Mapping[str, Any], place: str) -> ConfigDict:
-    """A config that ``to_json`` wrote, checked; no code runs."""
-    config = ConfigDict(dict(values), type_safe=False)
+    """A config that ``to_json`` wrote, checked; no code runs. A setting that came later has its default."""
+    config = defaults()
+    config.update(dict(values))
     check(config, place)
     return config
 

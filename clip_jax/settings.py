@@ -1,6 +1,7 @@
 """Every setting there is: its name, its default, its reason, and what values it takes.
 
-``defaults()`` is complete: nothing that is not in it is a setting, and every recipe starts from it.
+``defaults()`` is complete: nothing that is not in it is a setting, and every recipe starts from it. The default of a
+new setting is what the code did before it, so that older runs go on as they began.
 """
 
 from typing import Any

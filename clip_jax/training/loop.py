@@ -92,12 +92,10 @@ def read_config(
         raise UserError(
             f"{folder} has checkpoints but no {run_folder.RUN_FILE}: restore that file, or use a new folder"
         )
-    if recipe is not None:
-        config = configs.load(recipe, overrides)
-    else:
-        config = configs.override(configs.from_json(previous["config"], str(folder)), overrides, str(folder))
-    if previous is not None:
-        changed = configs.differences(previous["config"], configs.to_json(config))
+    begun = None if previous is None else configs.from_json(previous["config"], str(folder))
+    config = configs.override(begun, overrides, str(folder)) if recipe is None else configs.load(recipe, overrides)
+    if begun is not None:
+        changed = configs.differences(configs.to_json(begun), configs.to_json(config))
         if changed:
             raise UserError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}); use a new --workdir, "
@@ -117,6 +115,9 @@ def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
             f"({previous['data']['train']['samples']} samples then, {len(run.sources.train)} now); "
             "restore it, or start in a new --workdir"
         )
+    new = configs.flatten(configs.to_json(run.config)).keys() - configs.flatten(previous["config"]).keys()
+    if new:
+        print(f"{run.folder}: begun by older code, which had no {', '.join(sorted(new))}")
     if previous["tokenizer"]["fingerprint"] != run.tokenizer.fingerprint:
         # Its file or its libraries: a library that was upgraded must not lock a run out, but is worth a line.
         print(f"{run.folder}/tokenizer: its file or its libraries changed since the run began; some tokens may differ")

@@ -98,6 +98,20 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
         loop.run(workdir=str(copy), recipe=None, overrides={})
 
 
+@pytest.mark.parametrize("with_recipe", [False, True])
+def test_a_run_that_older_code_began_goes_on(small_run, tmp_path, capsys, with_recipe):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(small_run, copy)
+    run = json.loads((copy / "run.json").read_text())
+    del run["config"]["ema_decay"], run["config"]["mesh"]["slices"]  # settings that came later
+    (copy / "run.json").write_text(json.dumps(run))
+    recipe = str(small_run.parent / "recipe.py") if with_recipe else None
+    assert loop.run(workdir=str(copy), recipe=recipe, overrides={}) == 0
+    assert "begun by older code, which had no ema_decay, mesh.slices" in capsys.readouterr().out
+
+
 def test_main_answers_a_mistake_with_one_line_and_code_2(tmp_path):
     recipe = runs.write_recipe(tmp_path)
     done = runs.main(tmp_path, f"--config={recipe}", "--workdir=run", "--config.optimizer.learnin_rate=1")
