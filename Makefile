@@ -17,7 +17,7 @@ CPU_MEMORY = GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; try make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is no Python 3.11 or newer; try make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
@@ -32,7 +32,7 @@ test: $(VENV)/.installed-test
 	$(TESTS) -n 2 -m 'not slow and not parity'
 
 test-all: $(VENV)/.installed-test
-	$(TESTS) -m 'slow or parity'
+	$(TESTS) -n 2 --dist=loadfile -m 'slow or parity'
 
 demo: $(VENV)/.installed
 	$(CPU_MEMORY) $(RUN) main.py --config=configs/demo.py --workdir=runs/demo

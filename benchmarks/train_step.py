@@ -100,7 +100,9 @@ def prepare(config: configs.ConfigDict) -> tuple[Callable[[int], float], int, st
     }
     batch = to_devices(batch, mesh, config.batch_size)
     state = create_state(model, optimizer, mesh, config.seed, average=config.ema_decay > 0)
+    start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
+    print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
     def run(steps: int) -> float:
         nonlocal state

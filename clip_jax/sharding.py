@@ -111,6 +111,12 @@ def activations_on(mesh: Mesh) -> Iterator[None]:
         _activation_mesh.reset(token)
 
 
+def on_cpu() -> bool:
+    """Whether what is traced inside ``activations_on`` is for CPUs; False without it."""
+    mesh = _activation_mesh.get()
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+
+
 def split_rows(x: jax.Array) -> jax.Array:
     """Activations [batch, ...] pinned to the batch's sharding, whole in all other axes; as they are without a mesh.
 

@@ -23,6 +23,7 @@ from clip_jax.models.transformer import (
     Stack,
     image_block_init,
     normal,
+    product,
     timm_block_init,
     uniform,
     zeros,
@@ -127,7 +128,7 @@ class ViT(nn.Module):
         position_init = nn.with_logical_partitioning(embedding_init, (None, "embed"))
         positions = self.param("position_embedding", position_init, (tower.tokens, width))
 
-        tokens = split_rows(patches) @ kernel.astype(self.dtype)
+        tokens = product("...p,pw->...w", split_rows(patches), kernel.astype(self.dtype))
         if tower.patch_bias:
             bias_init = nn.with_logical_partitioning(uniform(fan_in**-0.5), ("embed",))
             tokens = tokens + self.param("patch_bias", bias_init, (width,)).astype(self.dtype)
@@ -216,7 +217,7 @@ class AttentionPooling(nn.Module):
         out_bias = self.param("out_bias", nn.with_logical_partitioning(zeros, ("embed",)), (width,))
 
         asked = jnp.einsum("w,whd->hd", probe.astype(dtype), query.astype(dtype)) + query_bias.astype(dtype)
-        projected = jnp.einsum("btw,wshd->btshd", x, key_value.astype(dtype)) + kv_bias.astype(dtype)
+        projected = product("...w,wshd->...shd", x, key_value.astype(dtype)) + kv_bias.astype(dtype)
         key, value = projected[:, :, 0], projected[:, :, 1]
         logits = jnp.einsum("hd,bkhd->bhk", asked, key, preferred_element_type=jnp.float32) * head_dim**-0.5
         weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
