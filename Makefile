@@ -32,7 +32,7 @@ test: $(VENV)/.installed-test
 	$(TESTS) -n 2 -m 'not slow and not parity'
 
 test-all: $(VENV)/.installed-test
-	$(TESTS) -n 2 --dist=loadfile -m 'slow or parity'
+	$(TESTS) -n 2 --dist=loadfile -rs -m 'slow or parity'
 
 demo: $(VENV)/.installed
 	$(CPU_MEMORY) $(RUN) main.py --config=configs/demo.py --workdir=runs/demo

@@ -130,7 +130,7 @@ def test_a_connection_that_drops_neither_ends_the_run_nor_loses_nor_repeats_its_
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_loop_may_be_stopped_and_joins_the_run_when_it_is_started_again(cloud, ending):
-    cloud.script({"says": ["begun"], "lasts": 4})
+    cloud.script({"says": ["begun"], "lasts": 12})
     first = subprocess.Popen(
         cloud.command(*cloud.loop_flags()), env=cloud.environment(), stdout=subprocess.PIPE, text=True
     )
