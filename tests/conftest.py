@@ -3,7 +3,8 @@
 import os
 import tempfile
 
-os.environ["CLIP_JAX_CACHE"] = tempfile.mkdtemp(prefix="clip-jax-test-cache-")
+CACHE = tempfile.TemporaryDirectory(prefix="clip-jax-test-cache-")  # removed when Python ends
+os.environ["CLIP_JAX_CACHE"] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time of a test is the compiler's
@@ -36,3 +37,23 @@ def small_run(tmp_path_factory) -> Path:
     workdir = folder / "run"
     assert loop.run(workdir=str(workdir), recipe=str(runs.write_recipe(folder)), overrides={}) == 0
     return workdir
+
+
+@pytest.fixture(scope="session")
+def siglip_models(tmp_path_factory) -> dict[int, Path]:
+    """Small vocabularies that begin like T5's (SigLIP, 1) and Gemma's (SigLIP 2)."""
+    import sentencepiece as spm
+
+    from tests.data.test_tokenizers import CAPTIONS
+
+    folder = tmp_path_factory.mktemp("siglip")
+    lines = [caption.lower() for caption in CAPTIONS]
+    common = {"vocab_size": 60, "hard_vocab_limit": False, "pad_id": 0, "eos_id": 1, "minloglevel": 2}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "1"), unk_id=2, bos_id=-1, **common
+    )
+    gemma = {"bos_id": 2, "unk_id": 3, "bos_piece": "<bos>", "eos_piece": "<eos>", "add_dummy_prefix": False}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "2"), model_type="bpe", **gemma, **common
+    )
+    return {1: folder / "1.model", 2: folder / "2.model"}

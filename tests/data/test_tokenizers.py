@@ -49,22 +49,6 @@ def own_model(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
-def siglip_models(tmp_path_factory):
-    """Small vocabularies that begin like T5's and Gemma's."""
-    folder = tmp_path_factory.mktemp("siglip")
-    lines = [caption.lower() for caption in CAPTIONS]
-    common = {"vocab_size": 60, "hard_vocab_limit": False, "pad_id": 0, "eos_id": 1, "minloglevel": 2}
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "1"), unk_id=2, bos_id=-1, **common
-    )
-    gemma = {"bos_id": 2, "unk_id": 3, "bos_piece": "<bos>", "eos_piece": "<eos>", "add_dummy_prefix": False}
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "2"), model_type="bpe", **gemma, **common
-    )
-    return {1: folder / "1.model", 2: folder / "2.model"}
-
-
 # --- CLIP -------------------------------------------------------------------------------------------------------------
 
 

@@ -54,12 +54,17 @@ def test_sigterm_writes_a_checkpoint_at_the_next_step_and_exits_with_42(tmp_path
     assert runs.metrics(tmp_path / "run")[-1]["step"] == int(said[1])
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+def start_two(tmp_path):
+    """Two processes of one run that would take long."""
     port = portpicker.pick_unused_port()
     arguments = (f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}", "--config.steps=2000")
     joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.eval.every_steps=1000")
-    both = [start(tmp_path, *arguments, *joined, f"--process_id={i}") for i in range(2)]
+    return [start(tmp_path, *arguments, *joined, f"--process_id={i}") for i in range(2)]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    both = start_two(tmp_path)
     wait_for(lambda: lines(tmp_path / "run") >= 2, both[0])
     both[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=120)[0] for process in both]
@@ -71,10 +76,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path
 
 @pytest.mark.slow
 def test_when_one_of_two_processes_dies_the_other_ends_by_itself(tmp_path):
-    port = portpicker.pick_unused_port()
-    arguments = (f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}", "--config.steps=2000")
-    joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.eval.every_steps=1000")
-    both = [start(tmp_path, *arguments, *joined, f"--process_id={i}") for i in range(2)]
+    both = start_two(tmp_path)
     wait_for(lambda: lines(tmp_path / "run") >= 4, both[0])
     both[1].kill()
     output = both[0].communicate(timeout=120)[0]  # and not after the minutes that JAX would wait for the other at exit

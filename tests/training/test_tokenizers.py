@@ -13,7 +13,6 @@ from clip_jax.config import load, resolve_preset
 from clip_jax.errors import UserError
 from clip_jax.training import loop
 from tests.data.shards import write_shards
-from tests.data.test_tokenizers import siglip_models  # noqa: F401  a fixture
 from tests.training import runs
 
 RECIPE = '''"""A test."""
@@ -56,7 +55,7 @@ def in_the_cache(folder, repository, name, file):
 
 
 @pytest.mark.parametrize(("name", "version"), [("ViT-B/16-SigLIP", 1), ("ViT-B/16-SigLIP2", 2)])
-def test_siglip_trains_with_its_tokenizer_and_the_run_carries_it(tmp_path, siglip_models, name, version):  # noqa: F811
+def test_siglip_trains_with_its_tokenizer_and_the_run_carries_it(tmp_path, siglip_models, name, version):
     vocabulary = tmp_path / f"{version}.model"
     shutil.copy(siglip_models[version], vocabulary)
     workdir = tmp_path / "run"
@@ -97,7 +96,7 @@ def test_a_vocabulary_that_is_nowhere_is_one_line(tmp_path, monkeypatch):
         loop.run(workdir=str(tmp_path / "run"), recipe=str(path), overrides={})
 
 
-def test_a_vocabulary_of_another_kind_is_refused(tmp_path, siglip_models):  # noqa: F811
+def test_a_vocabulary_of_another_kind_is_refused(tmp_path, siglip_models):
     path = recipe(tmp_path, "ViT-B/16-SigLIP2")
     with pytest.raises(UserError, match="not a vocabulary of SigLIP 2"):
         overrides = {"tokenizer.vocab": str(siglip_models[1])}
