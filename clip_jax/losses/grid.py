@@ -67,13 +67,18 @@ def _forward(image, text, scale, grid):
         row_lse, column_lse = tile.log_sum_exp(of_rows), tile.log_sum_exp(of_columns)
         positives = tile.positives(image, text, scale)
         loss = jnp.sum(jax.nn.softplus(row_lse - positives) + jax.nn.softplus(column_lse - positives))
-        correct = jnp.sum(positives >= of_rows[0])
-        loss, correct = jax.lax.psum((loss / (2 * batch), correct / batch), (ROWS, COLUMNS))
-        return (loss, correct), (row_lse, column_lse)
+        correct = _correct(positives, of_rows[0], of_columns[0])
+        loss, accuracy = (x / (2 * batch) for x in jax.lax.psum((loss, correct), (ROWS, COLUMNS)))
+        return (loss, accuracy), (row_lse, column_lse)
 
     specs = dict(mesh=grid, in_specs=(PAIRS, PAIRS, PAIRS, WHOLE), out_specs=((WHOLE, WHOLE), (PAIRS, PAIRS)))
     out, (row_lse, column_lse) = jax.shard_map(device, **specs)(image, text, jnp.arange(batch), scale)
     return out, (image, text, scale, row_lse, column_lse)
+
+
+def _correct(positives, row_maxima, column_maxima):
+    """How many images and texts have no other logit above their pair's."""
+    return jnp.sum(positives >= row_maxima) + jnp.sum(positives >= column_maxima)
 
 
 def _over_grid_rows(summary):
@@ -165,24 +170,26 @@ def _sigmoid_forward(image, text, scale, bias, grid):
     def device(image, text, pair, scale, bias):
         texts = jax.lax.all_gather((text, pair), ROWS, tiled=True)
 
-        def step(images, texts, of_rows, text_gradient):
-            """All but the positives: maxima of rows, sums of softplus(l), and with p = sigmoid(l) p @ texts,
-            p.T @ images, sums of p * l and of p."""
+        def step(images, texts, of_rows, of_columns):
+            """All but the positives: maxima of rows and columns, sums of softplus(l), and with p = sigmoid(l)
+            p @ texts, p.T @ images, sums of p * l and of p."""
             image_gradient, maximum, loss, by_scale, by_bias = of_rows
+            text_gradient, column_maximum = of_columns
             logits = tile.logits(*images, *texts, scale) + bias
             p = jax.nn.sigmoid(logits)
             loss += jnp.sum(jax.nn.softplus(logits), axis=1)
             by_scale += jnp.sum(jnp.where(jnp.isfinite(logits), p * (logits - bias), 0), axis=1)
             by_bias += jnp.sum(p, axis=1)
             maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
+            column_maximum = jnp.maximum(column_maximum, jnp.max(logits, axis=0))
             p = p.astype(image.dtype)
             image_gradient += jnp.dot(p, texts[0], preferred_element_type=jnp.float32)
             text_gradient += jnp.dot(p.T, images[0], preferred_element_type=jnp.float32)
-            return (image_gradient, maximum, loss, by_scale, by_bias), text_gradient
+            return (image_gradient, maximum, loss, by_scale, by_bias), (text_gradient, column_maximum)
 
-        def walk(images, text_gradient):
+        def walk(images, of_columns):
             start = (jnp.zeros(image.shape[1]), LOWEST, ZERO, ZERO, ZERO)
-            return tile.walk(step, send, images, texts, start, text_gradient)
+            return tile.walk(step, send, images, texts, start, of_columns)
 
         def send(of_rows):
             return of_rows[0].astype(image.dtype), *of_rows[1:]
@@ -191,10 +198,11 @@ def _sigmoid_forward(image, text, scale, bias, grid):
             gradient, maximum, *sums = zip(one, other, strict=True)
             return _add(*gradient), jnp.maximum(*maximum), *(_add(*x) for x in sums)
 
-        nothing = tile.varying(jnp.zeros(texts[0].shape, jnp.float32))
-        of_rows, text_gradient = tile.around((image, pair), nothing, walk, merge)
+        nothing = tile.varying((jnp.zeros(texts[0].shape, jnp.float32), jnp.full(texts[1].shape, -jnp.inf)))
+        of_rows, (text_gradient, column_maximum) = tile.around((image, pair), nothing, walk, merge)
         image_gradient, maximum, *sums = of_rows
         text_gradient = jax.lax.psum_scatter(text_gradient.astype(text.dtype), ROWS, tiled=True)
+        column_maximum = tile.own(jax.lax.pmax(column_maximum, ROWS), len(pair))
         cosines = tile.positives(image, text, 1.0)
         positives = scale * cosines + bias
         pull = -jax.nn.sigmoid(-positives)
@@ -203,7 +211,7 @@ def _sigmoid_forward(image, text, scale, bias, grid):
         text_gradient = scale / batch * (text_gradient + pull[:, None] * own_image)
         sums = (
             jnp.sum(sums[0] + jax.nn.softplus(-positives)),
-            jnp.sum(positives >= maximum),
+            _correct(positives, maximum, column_maximum) / 2,
             jnp.sum(sums[1] / scale + pull * cosines),
             jnp.sum(sums[2] + pull),
         )

@@ -21,8 +21,7 @@ def softmax(
     # The diagonal, without the matrix; multiplied in float32, for bfloat16 products would not match the logits.
     positives = scale * jnp.sum(image.astype(jnp.float32) * text.astype(jnp.float32), axis=-1)
     loss = jnp.mean((logsumexp(logits, axis=1) + logsumexp(logits, axis=0)) / 2 - positives)
-    accuracy = jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))
-    return loss, {"accuracy": accuracy}
+    return loss, {"accuracy": accuracy(logits)}
 
 
 def sigmoid(
@@ -38,4 +37,10 @@ def sigmoid(
     logits = scale * jnp.dot(image, text.T, preferred_element_type=jnp.float32) + bias
     signs = 2 * jnp.eye(len(logits)) - 1
     loss = -jnp.mean(jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=1))
-    return loss, {"accuracy": jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))}
+    return loss, {"accuracy": accuracy(logits)}
+
+
+def accuracy(logits: Float[Array, "batch batch"]) -> Float[Array, ""]:
+    """The share of images and of texts, half and half, whose own pair has the largest logit in the batch."""
+    pairs = jnp.arange(len(logits))
+    return jnp.mean(jnp.stack([jnp.argmax(logits, axis=axis) == pairs for axis in (0, 1)]))
