@@ -192,16 +192,17 @@ def _gpu(name: str, kinds: tuple[str, ...], tflops: float, gib: float, hbm: floa
     )
 
 
-# The network of a usual host: a card of 200 Gbit/s for each A100, of 400 for each later one; 25 for L4 and L40S.
+# Memory as the driver tells it, not always the name's: ECC takes a sixteenth of an L4's and L40S's. The network of a
+# usual host: a card of 200 Gbit/s for each A100, of 400 for each later one; 25 for L4 and L40S.
 GPUS = (
     _gpu("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312, 40, 1555, 300, 25),
     _gpu("a100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312, 80, 2039, 300, 25),
     _gpu("h100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3350, 450, 50),
     _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 756, 80, 2000, 300, 25),
-    _gpu("h200", ("NVIDIA H200",), 989, 141e9 / GIB, 4800, 450, 50),
-    _gpu("b200", ("NVIDIA B200",), 2250, 180, 7700, 900, 50),
-    _gpu("l4", ("NVIDIA L4",), 121, 24, 300, 32, 3.125),
-    _gpu("l40s", ("NVIDIA L40S",), 362, 48, 864, 32, 3.125),
+    _gpu("h200", ("NVIDIA H200",), 989, 140, 4800, 450, 50),
+    _gpu("b200", ("NVIDIA B200",), 2250, 179, 7700, 900, 50),
+    _gpu("l4", ("NVIDIA L4",), 121, 22.5, 300, 32, 3.125),
+    _gpu("l40s", ("NVIDIA L40S",), 362, 45, 864, 32, 3.125),
 )
 _KINDS = {kind: chip for chip in (*TPUS, *GPUS) for kind in chip.device_kinds}
 

@@ -3,8 +3,6 @@
 import os
 import tempfile
 
-CACHE = tempfile.TemporaryDirectory(prefix="clip-jax-test-cache-")  # removed when Python ends
-os.environ["CLIP_JAX_CACHE"] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # most of the time of a test is the compiler's
@@ -15,6 +13,9 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+CACHE = tempfile.TemporaryDirectory(prefix="clip-jax-test-cache-")  # removed when Python ends
+os.environ["CLIP_JAX_CACHE"] = CACHE.name
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -38,6 +38,7 @@ def test_an_accelerator_type_stands_for_these_chips_hosts_and_devices(name, chip
 
 # GiB, bfloat16 TFLOP/s, GB/s of HBM, the bidirectional ICI GB/s of a chip and the Gbit/s of DCN that the pages give
 PUBLISHED = {
+    "v2": (16, 45, 700, None, None),
     "v3": (32, 123, 900, None, None),
     "v4": (32, 275, 1200, None, None),
     "v5e": (16, 197, 819, 400, 25),
@@ -56,6 +57,43 @@ def test_the_table_has_the_published_figures(name):
     assert ici is None or 2 * ports * chip.link_bandwidth == ici * 1e9
     assert dcn is None or 8 * chip.network_bandwidth == dcn * 1e9
     assert 0.9 * chip.hbm < chip.free_hbm < chip.hbm
+
+
+# bfloat16 TFLOP/s without sparsity, GB/s of memory and of NVLink (PCIe), both ways: NVIDIA's data sheets
+DATA_SHEETS = {
+    "a100-40gb": (312, 1555, 600),
+    "a100": (312, 2039, 600),
+    "h100": (989, 3350, 900),
+    "h100-pcie": (756, 2000, 600),
+    "h200": (989, 4800, 900),
+    "b200": (2250, 7700, 1800),
+    "l4": (121, 300, 64),
+    "l40s": (362, 864, 64),
+}
+
+
+def test_the_table_has_the_figures_of_nvidias_data_sheets():
+    found = {c.name: (c.flops / 1e12, c.hbm_bandwidth / 1e9, 2 * c.link_bandwidth / 1e9) for c in hardware.GPUS}
+    assert found == DATA_SHEETS
+
+
+# nvidia-smi's MiB, which are below the GiB of the name: ECC takes a sixteenth of GDDR6 (L4, L40S)
+MEMORY = {
+    "a100-40gb": 40_960,
+    "a100": 81_920,
+    "h100": 81_559,
+    "h200": 143_771,
+    "b200": 183_359,
+    "l4": 23_034,
+    "l40s": 46_068,
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_gpu_has_the_memory_that_its_driver_tells_and_a_program_not_all_of_it(name):
+    chip = gpu(name).chip
+    assert chip.hbm == pytest.approx(MEMORY[name] * 2**20, rel=0.01)
+    assert 0.9 * chip.hbm < chip.free_hbm < MEMORY[name] * 2**20
 
 
 def test_all_reduce_bandwidth_of_a_pod_follows_from_its_links():

@@ -7,7 +7,14 @@ import pytest
 
 from clip_jax.losses import grid, reference, tile
 from clip_jax.sharding import make_mesh
-from tests.losses.test_softmax import MESHES, embeddings, grid_mesh, in_batch_accuracy, relative_error, value_and_gradients
+from tests.losses.test_softmax import (
+    MESHES,
+    embeddings,
+    grid_mesh,
+    in_batch_accuracy,
+    relative_error,
+    value_and_gradients,
+)
 
 
 def float64(image, text, scale, bias):
