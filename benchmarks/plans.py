@@ -16,7 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from clip_jax.hardware import GIB
+import jax
+
+from clip_jax import config as configs
+from clip_jax.command_line import split_overrides
+from clip_jax.hardware import GIB, tpu
+from clip_jax.planning.search import reckon
 
 RECIPES = sorted(Path("configs").glob("*.py"))
 SLICE = re.compile(r"Planned for ([\w-]+)")
@@ -64,7 +69,13 @@ def asked(name: str, recipe: str, machine: str, slices: int, overrides: list[str
     return json.loads(answer)
 
 
-def row(name: str, plan: dict) -> list[str]:
+def estimate(recipe: str, machine: str, slices: int, overrides: list[str]) -> str:
+    """Of a chip's memory, as it is reckoned today, however long ago the step was compiled."""
+    config = configs.load(f"configs/{recipe}.py", split_overrides(overrides)[1])
+    return f"{reckon(config, tpu(machine, slices)).memory.total / GIB:.2f} GiB"
+
+
+def row(name: str, plan: dict, case: tuple) -> list[str]:
     settings, hbm = plan["settings"], plan["hbm_bytes_per_chip"] / GIB
     return [
         name,
@@ -75,7 +86,7 @@ def row(name: str, plan: dict) -> list[str]:
         f"{settings['mesh.data']} x {settings['mesh.fsdp']}",
         f"{hbm:.2f} of {plan['free_hbm_bytes_per_chip'] / GIB:.2f} GiB",
         ("yes" if plan["fits"] else "**no**") + (", estimated" if not plan["compiled"] else ""),
-        f"{plan['memory_estimate']['total'] / GIB:.2f} GiB",
+        estimate(*case),
         f"{plan['pairs_per_second']:,.0f}",
         f"{plan['mfu']:.0%}",
         plan["bound"],
@@ -87,10 +98,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="plans whose name begins so")
     parser.add_argument("--kept", action="store_true", help="compile nothing: reckon what is not kept")
     given = parser.parse_args()
-    plans = {n: asked(n, *c, compile=not given.kept) for n, c in cases().items() if n.startswith(given.only)}
+    jax.config.update("jax_platforms", "cpu")
+    chosen = {name: case for name, case in cases().items() if name.startswith(given.only)}
+    plans = {name: asked(name, *case, compile=not given.kept) for name, case in chosen.items()}
     versions = {"libtpu": "none"} | max((plan["versions"] for plan in plans.values()), key=len)
     print(HEAD.format(date=datetime.date.today().isoformat(), **versions))
-    for line in ((*COLUMNS, *SPEED), ["---"] * len((*COLUMNS, *SPEED)), *(row(*item) for item in plans.items())):
+    for line in (
+        (*COLUMNS, *SPEED),
+        ["---"] * len((*COLUMNS, *SPEED)),
+        *(row(n, p, chosen[n]) for n, p in plans.items()),
+    ):
         print("| " + " | ".join(line) + " |")
 
 

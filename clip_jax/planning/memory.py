@@ -5,8 +5,8 @@ the estimate that orders what is worth compiling, and all there is for a GPU.
 """
 
 import functools
+import itertools
 import math
-from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ from clip_jax.training.state import State
 FLOAT32 = 4
 LOGITS = 4 * 8 * 2**20
 """Some copies of the block of logits that exists at one time."""
+SUBLANES, LANES = 8, 128
+"""A TPU's tile: two axes of every array are filled up to multiples of these."""
+FEW = 7
+"""Pairs that the towers are differentiated for, and twice as many: where two shapes differ is the axis of the pairs."""
 
 
 class Memory(NamedTuple):
@@ -55,39 +59,78 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def step_memory(model: CLIP, state: State, mesh: Mesh | AbstractMesh, batch_size: int, micro_batches: int) -> Memory:
-    """Of a step over ``batch_size`` pairs in so many micro-batches; ``state`` has shapes and shardings."""
-    pairs = batch_size // batch_shards(mesh)
+def step_memory(
+    model: CLIP, state: State, mesh: Mesh | AbstractMesh, batch_size: int, micro_batches: int, *, tiled: bool
+) -> Memory:
+    """Of a step over ``batch_size`` pairs in so many micro-batches; ``state`` has shapes and shardings.
+
+    ``tiled``: activations are padded to the tiles of a TPU.
+    """
+    pairs, tensor = batch_size // batch_shards(mesh), mesh.shape["tensor"]
     at_once = pairs // micro_batches
     parameters = bytes_per_device(state.params)
-    kept = kept_bytes_per_pair(model, mesh.shape["tensor"])
-    inputs = model.architecture.image.image_size**2 * 3 + model.architecture.text.context_length * 4
-    working = at_once * block_bytes_per_pair(model, mesh.shape["tensor"]) + _gathered(model, state.params, mesh)
+    inputs = _inputs(model, pairs, micro_batches, tiled)
+    block = block_bytes(model, at_once, tensor, tiled=tiled)
     return Memory(
         parameters=parameters,
         optimizer=bytes_per_device(state) - parameters,
         # Accumulated: the sum so far, and the gradient of this micro-batch.
         gradients=parameters * min(micro_batches, 2),
-        activations=at_once * kept,
-        working=working + pairs * inputs,
-        loss=_loss(model.architecture.embed_dim, batch_size, mesh) + pairs * inputs,
+        activations=kept_bytes(model, at_once, tensor, tiled=tiled),
+        working=block + _gathered(model, state.params, mesh) + inputs,
+        loss=_loss(model.architecture.embed_dim, batch_size, mesh) + inputs,
     )
 
 
-@functools.lru_cache(maxsize=256)
-def kept_bytes_per_pair(model: CLIP, tensor: int = 1) -> int:
-    """Bytes that the forward pass keeps for the backward pass, for one pair: what JAX's own differentiation says.
+def array_bytes(shape: tuple[int, ...], itemsize: int, *, tiled: bool) -> int:
+    """Bytes of an array. A TPU pads two of its axes to tiles: those two, in whatever order, that this costs least.
+
+    The 257 tokens of an L/14, as lanes, take the room of 384; with 128 pairs or more on a chip these are the lanes.
+    """
+    size = math.prod(shape) * itemsize
+    if not tiled or len(shape) < 2:
+        return size
+    return int(size * min(_padding(a, SUBLANES) * _padding(b, LANES) for a, b in itertools.permutations(shape, 2)))
+
+
+def _padding(size: int, multiple: int) -> float:
+    """How many times as large an axis is when it is filled up to a multiple."""
+    return -(-size // multiple) * multiple / size
+
+
+def _inputs(model: CLIP, pairs: int, micro_batches: int, tiled: bool) -> int:
+    """The batch's pixels and tokens; on a TPU the pixels once more in micro-batches, whose pairs are its lanes."""
+    side, length = model.architecture.image.image_size, model.architecture.text.context_length
+    pixels = array_bytes((pairs, side, side, 3), 1, tiled=tiled)
+    if tiled and micro_batches > 1:
+        pixels += int(pairs * side * side * 3 * _padding(pairs // micro_batches, LANES))
+    return pixels + pairs * length * 4
+
+
+@functools.lru_cache(maxsize=1024)
+def kept_bytes(model: CLIP, pairs: int, tensor: int = 1, *, tiled: bool = False) -> int:
+    """Bytes that the forward pass keeps for the backward pass: what JAX's own differentiation says.
 
     Parameters, which it keeps as well, are not counted again; what is cast from them once for all pairs neither.
     What ``offload`` sends to the host leaves the blocks' inputs, as ``full`` does.
     """
     if model.remat == "offload":
-        return kept_bytes_per_pair(replace(model, remat="full"), tensor)
-    few, many = 7, 14  # no size of a model: what has the shape of a parameter is taken for one
-    return (_kept(model, many, tensor) - _kept(model, few, tensor)) // (many - few)
+        model = replace(model, remat="full")
+    total = 0
+    for few, many, itemsize in _kept(model):
+        shape = tuple(a + (b - a) // FEW * (pairs - FEW) for a, b in zip(few, many, strict=True))
+        total += array_bytes(shape, itemsize, tiled=tiled) // (tensor if _split(shape, model) else 1)
+    return total
 
 
-def _kept(model: CLIP, pairs: int, tensor: int) -> int:
+@functools.lru_cache(maxsize=256)
+def _kept(model: CLIP) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]:
+    """(shape for few pairs, shape for twice as many, bytes of an element) of every array that grows with the pairs."""
+    few, many = _differentiated(model, FEW), _differentiated(model, 2 * FEW)
+    return tuple((a.shape, b.shape, a.dtype.itemsize) for a, b in zip(few, many, strict=True) if a.shape != b.shape)
+
+
+def _differentiated(model: CLIP, pairs: int) -> list[jax.ShapeDtypeStruct]:
     params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
     batch_stats = jax.eval_shape(model.init_batch_stats)
     image, text = model.architecture.image, model.architecture.text
@@ -102,31 +145,23 @@ def _kept(model: CLIP, pairs: int, tensor: int) -> int:
 
         return jax.vjp(embed, params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(backward, params, batch_stats, pixels, tokens))
-    already = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params))
-    total = 0
-    for leaf in kept:
-        if already[leaf.shape, leaf.dtype] > 0:
-            already[leaf.shape, leaf.dtype] -= 1
-            continue
-        total += leaf.size * leaf.dtype.itemsize // (tensor if _split(leaf, model) else 1)
-    return total
+    return jax.tree.leaves(jax.eval_shape(backward, params, batch_stats, pixels, tokens))
 
 
-def _split(leaf: Any, model: CLIP) -> bool:
+def _split(shape: tuple[int, ...], model: CLIP) -> bool:
     """Whether an activation has an axis that tensor parallelism divides: heads, or the width of an MLP."""
     towers = (model.architecture.image, model.architecture.text)
     sizes = {size for t in towers if not isinstance(t, ResNetTower) for size in (t.heads, t.mlp_width)}
-    return any(size in sizes for size in leaf.shape[2:])
+    return any(size in sizes for size in shape[2:])
 
 
-def block_bytes_per_pair(model: CLIP, tensor: int = 1) -> int:
+def block_bytes(model: CLIP, pairs: int, tensor: int = 1, *, tiled: bool = False) -> int:
     """What one block keeps when it recomputes: the larger of an image block's and a text block's; 0 without remat."""
     if model.remat == "none":
         return 0
     image, text = model.architecture.image, model.architecture.text
     towers = [tower for tower in (image, text) if not isinstance(tower, ResNetTower)]
-    return max(_transformer_block(tower, model.dtype, tensor) for tower in towers)
+    return max(_transformer_block(tower, model.dtype, pairs, tensor, tiled) for tower in towers)
 
 
 def tokens_of(tower: ImageTower | TextTower) -> int:
@@ -134,12 +169,16 @@ def tokens_of(tower: ImageTower | TextTower) -> int:
     return tower.tokens if isinstance(tower, ImageTower) else tower.context_length
 
 
-def _transformer_block(tower: ImageTower | TextTower, dtype: Any, tensor: int) -> int:
+def _transformer_block(tower: ImageTower | TextTower, dtype: Any, pairs: int, tensor: int, tiled: bool) -> int:
     """Attention logits and weights; queries, keys, values and their mix; the MLP before and after its activation."""
     size, tokens = jnp.dtype(dtype).itemsize, tokens_of(tower)
-    attention = tower.heads * tokens**2 * (FLOAT32 + size)
-    wide = tokens * (4 * tower.width + 3 * tower.mlp_width) * size
-    return (attention + wide) // tensor + tokens * tower.width * (2 * FLOAT32 + 2 * size)
+
+    def held(*shape):
+        return array_bytes((pairs, *shape), 1, tiled=tiled)
+
+    attention = held(tower.heads, tokens, tokens) * (FLOAT32 + size)
+    wide = 4 * held(tokens, tower.heads, tower.width // tower.heads) * size + 3 * held(tokens, tower.mlp_width) * size
+    return (attention + wide) // tensor + held(tokens, tower.width) * (2 * FLOAT32 + 2 * size)
 
 
 def _gathered(model: CLIP, params: Params, mesh: Mesh | AbstractMesh) -> int:

@@ -65,12 +65,15 @@ def reckon(
         config = configs.override(config, {key: str(value) for key, value in changes.items()}, "the plan")
     mesh = abstract_mesh(config, machines)
     parts = make_parts(config, mesh, state)
-    memory = step_memory(parts.model, parts.state, mesh, config.batch_size, parts.micro_batches)
+    memory, unpadded = (
+        step_memory(parts.model, parts.state, mesh, config.batch_size, parts.micro_batches, tiled=tiled)
+        for tiled in (machines.chip.is_tpu, False)
+    )
     work = step_work(
         parts.model,
         parts.state,
         mesh,
-        memory,
+        unpadded,  # no tile need travel that holds nothing: times are bounds from below
         batch_size=config.batch_size,
         micro_batches=parts.micro_batches,
         loss_name=config.loss.name,

@@ -1,5 +1,6 @@
 """docs/plans.md, which ``benchmarks/plans.py`` writes, has every recipe as it is, and every one fits its slice."""
 
+import re
 import runpy
 
 import pytest
@@ -38,3 +39,12 @@ def test_a_plan_is_of_the_recipe_as_it_is_and_fits(rows, name):
         *(machines.name, f"{config.batch_size:,}", f"{micro_batch:,}", config.model.remat),
         f"{data} x {fsdp}",
     )
+
+
+def test_the_estimate_is_todays_and_never_far_below_what_the_compiler_says(rows):
+    """Above it is a run on too many chips; below it would be one that does not fit."""
+    for name, row in rows.items():
+        assert row["estimate"] == BENCHMARK["estimate"](*CASES[name]), name
+        if row["fits"] == "yes":
+            compiled, estimate = (float(re.match(r"[\d.]+", row[of])[0]) for of in ("HBM of a chip", "estimate"))
+            assert estimate > 0.9 * compiled, name

@@ -27,7 +27,7 @@ BATCH = 64
 
 def work_of(model, mesh, loss="softmax", micro_batches=1, slices=1):
     state = state_of(model, mesh)
-    memory = step_memory(model, state, mesh, BATCH, micro_batches)
+    memory = step_memory(model, state, mesh, BATCH, micro_batches, tiled=False)
     options = dict(batch_size=BATCH, micro_batches=micro_batches, loss_name=loss, slices=slices)
     return step_work(model, state, mesh, memory, **options)
 
