@@ -67,7 +67,7 @@ def test_a_tpu_fills_two_axes_up_to_its_tiles_those_that_cost_least():
 
 
 def test_the_images_of_the_batch_are_held_twice_where_micro_batches_change_their_layout():
-    """On a TPU: as they come, and in micro-batches whose pairs are the lanes. Elsewhere a part is a view of them all."""
+    """On a TPU: as they come, and in micro-batches whose pairs are the lanes. Elsewhere a part is a view."""
     pairs, image, text = 1024, 32 * 32 * 3, 4 * SMALL.text.context_length
 
     def inputs(micro_batches, tiled):
