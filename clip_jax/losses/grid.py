@@ -107,8 +107,8 @@ def _backward(grid, residuals, cotangents):
             above = row_p * (logits - row_positives[:, None]) + column_p * (logits - column_positives[None, :])
             scale_gradient += jnp.sum(jnp.where(jnp.isfinite(logits), above, 0), axis=1)
             p = (row_p + column_p).astype(image.dtype)
-            image_gradient += jnp.dot(p, text, preferred_element_type=jnp.float32)
-            text_gradient += jnp.dot(p.T, image, preferred_element_type=jnp.float32)
+            image_gradient += tile.product(p, text)
+            text_gradient += tile.product(p.T, image)
             return (image_gradient, scale_gradient), text_gradient
 
         def walk(images, text_gradient):
@@ -183,8 +183,8 @@ def _sigmoid_forward(image, text, scale, bias, grid):
             maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
             column_maximum = jnp.maximum(column_maximum, jnp.max(logits, axis=0))
             p = p.astype(image.dtype)
-            image_gradient += jnp.dot(p, texts[0], preferred_element_type=jnp.float32)
-            text_gradient += jnp.dot(p.T, images[0], preferred_element_type=jnp.float32)
+            image_gradient += tile.product(p, texts[0])
+            text_gradient += tile.product(p.T, images[0])
             return (image_gradient, maximum, loss, by_scale, by_bias), (text_gradient, column_maximum)
 
         def walk(images, of_columns):

@@ -25,15 +25,15 @@ more; one of a single row gathers nothing: a plain ring."""
 
 
 def grid_of(mesh: Mesh, text: Float[Array, "batch dim"]) -> Mesh:
-    """The same devices in the same order, data x fsdp as r rows of c; replicas along tensor.
+    """The same devices in the same order, data x fsdp as rows and columns; replicas along tensor."""
+    return _grid(mesh, grid_rows(batch_shards(mesh), *text.shape, text.dtype.itemsize))
 
-    As square as possible, which sends least, while the texts of a grid column fit into ``GATHERED_BYTES``.
-    """
-    shards = batch_shards(mesh)
-    batch, dim = text.shape
-    row_bytes = batch // shards * dim * (text.dtype.itemsize + 4)
+
+def grid_rows(shards: int, batch: int, dim: int, itemsize: int) -> int:
+    """As square as possible, which sends least, while the texts of a grid column fit into ``GATHERED_BYTES``."""
+    row_bytes = batch // shards * dim * (itemsize + 4)
     rows = range(1, math.isqrt(shards) + 1)
-    return _grid(mesh, max(r for r in rows if shards % r == 0 and (r == 1 or r * row_bytes <= GATHERED_BYTES)))
+    return max(r for r in rows if shards % r == 0 and (r == 1 or r * row_bytes <= GATHERED_BYTES))
 
 
 @functools.lru_cache
@@ -116,9 +116,15 @@ def varying(x):
     return jax.lax.pcast(x, (ROWS, COLUMNS), to="varying")
 
 
+def product(x, y):
+    """float32 of a matrix product. What is float32 is multiplied as float32: unasked, TPUs and GPUs round it first."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
 def logits(image, image_pair, text, text_pair, scale):
     """float32[images, texts], -inf where image and text are a pair."""
-    cosines = jnp.dot(image, text.T, preferred_element_type=jnp.float32)
+    cosines = product(image, text.T)
     return jnp.where(image_pair[:, None] == text_pair[None, :], -jnp.inf, scale * cosines)
 
 

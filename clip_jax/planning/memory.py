@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from clip_jax.losses.tile import grid_rows
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
@@ -78,7 +79,7 @@ def step_memory(
         gradients=parameters * min(micro_batches, 2),
         activations=kept_bytes(model, at_once, tensor, tiled=tiled),
         working=block + _gathered(model, state.params, mesh) + inputs,
-        loss=_loss(model.architecture.embed_dim, batch_size, mesh) + inputs,
+        loss=_loss(model, batch_size, mesh) + inputs,
     )
 
 
@@ -195,16 +196,17 @@ def _gathered(model: CLIP, params: Params, mesh: Mesh | AbstractMesh) -> int:
     return 2 * blocks + sum(leaf.size for leaf in jax.tree.leaves(embedding)) * FLOAT32 // tensor
 
 
-def _loss(embed_dim: int, batch_size: int, mesh: Mesh | AbstractMesh) -> int:
-    """The batch's own embeddings and gradients; a grid column's texts and their gradient (``losses/tile.py``)."""
-    own, texts = batch_size // batch_shards(mesh), batch_size // grid_shape(mesh)[1]
-    return FLOAT32 * embed_dim * (8 * own + 2 * texts) + LOGITS
+def _loss(model: CLIP, batch_size: int, mesh: Mesh | AbstractMesh) -> int:
+    """The batch's own embeddings and gradients; a grid column's texts, their float32 gradient (``losses/tile.py``)."""
+    own, texts = batch_size // batch_shards(mesh), batch_size // grid_shape(model, batch_size, mesh)[1]
+    size = jnp.dtype(model.dtype).itemsize
+    return model.architecture.embed_dim * (8 * FLOAT32 * own + (size + FLOAT32) * texts) + LOGITS
 
 
-def grid_shape(mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+def grid_shape(model: CLIP, batch_size: int, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
     """Rows and columns of the grid of tiles, as ``losses.tile.grid_of`` makes it."""
-    shards = batch_shards(mesh)
-    rows = max(r for r in range(1, int(shards**0.5) + 1) if shards % r == 0)
+    shards, size = batch_shards(mesh), jnp.dtype(model.dtype).itemsize
+    rows = grid_rows(shards, batch_size, model.architecture.embed_dim, size)
     return rows, shards // rows
 
 

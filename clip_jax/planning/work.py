@@ -165,11 +165,11 @@ def _loss(model: CLIP, mesh: Mesh | AbstractMesh, batch_size: int, loss_name: st
 
     The softmax sends its images around again in its backward pass. Slices divide the rows: texts come from all of them.
     """
-    rows, columns = grid_shape(mesh)
-    row_of_float32 = FLOAT32 * model.architecture.embed_dim
+    rows, columns = grid_shape(model, batch_size, mesh)
+    embedding = jnp.dtype(model.dtype).itemsize * model.architecture.embed_dim
     circles = 3 if loss_name == "softmax" else 2
-    images = circles * batch_size // rows * row_of_float32 if columns > 1 else 0
-    texts = 2 * batch_size // columns * row_of_float32
+    images = circles * batch_size // rows * embedding if columns > 1 else 0
+    texts = 2 * batch_size // columns * embedding
     dcn = crossing(texts, rows, min(slices, rows))
     return Transfer("embeddings and their gradients", images + texts * (rows - 1) // rows - dcn, dcn)
 

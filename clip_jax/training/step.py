@@ -49,6 +49,8 @@ def make_train_step(
         return jax.lax.with_sharding_constraint(gradient, shardings.params)
 
     def loss(params, image, text):
+        # Embeddings travel in the type of the towers' products; logits and sums are float32 in any case.
+        image, text = image.astype(model.dtype), text.astype(model.dtype)
         scale = jnp.exp(params["logit_scale"])
         if loss_name == "sigmoid":
             return grid.sigmoid(image, text, scale, params["logit_bias"], mesh=mesh)

@@ -75,6 +75,19 @@ def test_a_hop_is_issued_before_the_walk_that_it_overlaps_with():
     assert all(max(i for i, n in enumerate(names) if n == "ppermute") < names.index("scan") for names in rings)
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, jax.lax.Precision.HIGHEST), (jnp.bfloat16, None)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_embeddings_are_multiplied_in_their_own_type(name, dtype, precision):
+    """float32 as float32: TPUs and GPUs, unasked, round it to bfloat16 and to TF32 first."""
+    loss, arguments = LOSSES[name]
+    values = [jnp.ones((8, 4), dtype)] * 2 + [jnp.float32(1)] * (arguments - 2)
+    gradient = jax.grad(lambda *x: loss(*x, mesh=make_mesh())[0], tuple(range(arguments)))
+    equations = _all_equations(jax.make_jaxpr(gradient)(*values).jaxpr)
+    products = [e for e in equations if e.primitive.name == "dot_general"]
+    assert len(products) >= 3 and {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype(dtype)}
+    assert {e.params["precision"] for e in products} == {precision and (precision, precision)}
+
+
 def _all_equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation

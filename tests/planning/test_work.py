@@ -91,10 +91,10 @@ def test_between_slices_only_a_share_of_the_summed_gradients_travels():
 def test_texts_come_from_other_slices_and_images_do_not():
     name = "embeddings and their gradients"
     one, two = (next(t for t in work_of(clip(), mesh_of(data=8), slices=n).transfers if t.what == name) for n in (1, 2))
-    float32 = 4
+    bfloat16 = 2
     # A grid of 2 x 4: each row is a slice, and half of a column's texts are in the other one. Twice: gathered, and
     # their gradients scattered.
-    assert two.dcn_bytes == 2 * (BATCH // 4) * SMALL.embed_dim * float32 // 2
+    assert two.dcn_bytes == 2 * (BATCH // 4) * SMALL.embed_dim * bfloat16 // 2
     assert two.ici_bytes + two.dcn_bytes == one.ici_bytes
 
 

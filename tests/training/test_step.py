@@ -1,6 +1,7 @@
 """The training step: the same numbers on every mesh and in micro-batches, its state sharded as the parameters are."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,14 @@ def test_no_device_ever_holds_the_gradients_of_more_than_a_layer(micro_batches):
 
 def layers_of(params):
     return jax.tree.map(lambda leaf: np.empty(leaf.shape, np.bool_), params["image"]["transformer"]["blocks"])
+
+
+def test_a_bfloat16_model_sends_its_embeddings_as_bfloat16():
+    """And the gradients of images on their way around the ring: all that the loss moves and is as wide."""
+    step, of = traced(mesh=make_mesh(), dtype=jnp.bfloat16)
+    text = step.lower(*of).as_text()
+    moved = re.findall(r"stablehlo\.(?:all_gather|collective_permute|reduce_scatter).*-> tensor<\d+x40x(\w+)>", text)
+    assert len(moved) >= 3 and set(moved) == {"bf16"}
 
 
 def test_moments_are_sharded_as_their_parameters():
