@@ -35,9 +35,12 @@ def one_device():
 
 
 FAST = {(2, 2, 2)}
+OVER_TWO_SLICES = [(4, 2, 1, 2), (2, 2, 2, 2)]
 
 
-@pytest.mark.parametrize("shape", [pytest.param(m, marks=() if m in FAST else pytest.mark.slow) for m in MESHES])
+@pytest.mark.parametrize(
+    "shape", [pytest.param(m, marks=() if m in FAST else pytest.mark.slow) for m in MESHES + OVER_TWO_SLICES]
+)
 def test_every_mesh_gives_the_losses_of_one_device_over_10_steps(one_device, shape):
     expected, _ = one_device
     found, state = train(make_mesh(*shape), steps=10, rate=1e-3)
