@@ -68,7 +68,7 @@ def _forward(image, text, scale, grid):
         positives = tile.positives(image, text, scale)
         loss = jnp.sum(jax.nn.softplus(row_lse - positives) + jax.nn.softplus(column_lse - positives))
         correct = _correct(positives, of_rows[0], of_columns[0])
-        loss, accuracy = (x / (2 * batch) for x in jax.lax.psum((loss, correct), (ROWS, COLUMNS)))
+        loss, accuracy = (x / (2 * batch) for x in tile.total((loss, correct)))
         return (loss, accuracy), (row_lse, column_lse)
 
     specs = dict(mesh=grid, in_specs=(PAIRS, PAIRS, PAIRS, WHOLE), out_specs=((WHOLE, WHOLE), (PAIRS, PAIRS)))
@@ -130,7 +130,7 @@ def _backward(grid, residuals, cotangents):
         own_image, own_text = image.astype(jnp.float32), text.astype(jnp.float32)
         image_gradient = weight * scale * (image_gradient + positive[:, None] * own_text)
         text_gradient = weight * scale * (text_gradient + positive[:, None] * own_image)
-        scale_gradient = weight / scale * jax.lax.psum(jnp.sum(scale_gradient), (ROWS, COLUMNS))
+        scale_gradient = weight / scale * tile.total(jnp.sum(scale_gradient))
         return image_gradient.astype(image.dtype), text_gradient.astype(text.dtype), scale_gradient
 
     image, text, *others = residuals
@@ -215,7 +215,7 @@ def _sigmoid_forward(image, text, scale, bias, grid):
             jnp.sum(sums[1] / scale + pull * cosines),
             jnp.sum(sums[2] + pull),
         )
-        loss, accuracy, *by_scale_and_bias = (x / batch for x in jax.lax.psum(sums, (ROWS, COLUMNS)))
+        loss, accuracy, *by_scale_and_bias = (x / batch for x in tile.total(sums))
         gradients = (image_gradient.astype(image.dtype), text_gradient.astype(text.dtype), *by_scale_and_bias)
         return (loss, accuracy), gradients
 

@@ -44,7 +44,10 @@ def test_a_plan_is_of_the_recipe_as_it_is_and_fits(rows, name):
 def test_the_estimate_is_todays_and_never_far_below_what_the_compiler_says(rows):
     """Above it is a run on too many chips; below it would be one that does not fit."""
     for name, row in rows.items():
-        assert row["estimate"] == BENCHMARK["estimate"](*CASES[name]), name
+        today, estimate, compiled = (
+            float(re.match(r"[\d.]+", told)[0])
+            for told in (BENCHMARK["estimate"](*CASES[name]), row["estimate"], row["HBM of a chip"])
+        )
+        assert estimate == pytest.approx(today, rel=0.01), name  # versions of JAX keep a little more or less
         if row["fits"] == "yes":
-            compiled, estimate = (float(re.match(r"[\d.]+", row[of])[0]) for of in ("HBM of a chip", "estimate"))
             assert estimate > 0.9 * compiled, name
