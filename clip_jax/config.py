@@ -26,6 +26,8 @@ PUBLISHED = ("clipa", "siglip", "siglip2")
 """Tokenizers with the vocabulary of another model, whose end token has a low id: their models pool the last place."""
 
 MAY_CHANGE_ON_RESTART = ("micro_batch", "mesh", "eval", "checkpoint", "log")
+HOW_IT_IS_COMPUTED = ("model.scan", "model.remat", "model.attention")
+"""May change as well: other devices have other memory, and the numbers stay but for rounding."""
 
 
 def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -207,6 +209,8 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
         mean=config.model.mean or named.preprocess.mean, std=config.model.std or named.preprocess.std
     )
     check_architecture(architecture, named.architecture)
+    if config.model.attention == "cudnn":
+        check_heads(architecture)
     return presets.Preset(architecture, preprocess, kind)
 
 
@@ -226,11 +230,21 @@ def check_architecture(architecture: presets.Architecture, named: presets.Archit
             raise UserError(f"config.model.{name}: width={tower.width} does not divide into heads={tower.heads}")
 
 
+def check_heads(architecture: presets.Architecture) -> None:
+    """cuDNN's kernel takes heads of 8, 16, ... features."""
+    for name, tower in (("image", architecture.image), ("text", architecture.text)):
+        if not isinstance(tower, ResNetTower) and tower.width // tower.heads % 8:
+            raise UserError(
+                f"config.model.{name}: width={tower.width} and heads={tower.heads} make heads of "
+                f"{tower.width // tower.heads} features; model.attention=cudnn takes multiples of 8"
+            )
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys that a restart may not change and that differ."""
     old, new = flatten(old), flatten(new)
     changed = [k for k in sorted(old.keys() | new.keys()) if _plain(old.get(k)) != _plain(new.get(k))]
-    return [key for key in changed if key.split(".")[0] not in MAY_CHANGE_ON_RESTART]
+    return [key for key in changed if key.split(".")[0] not in MAY_CHANGE_ON_RESTART and key not in HOW_IT_IS_COMPUTED]
 
 
 def from_json(values: Mapping[str, Any], place: str) -> ConfigDict:

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from clip_jax.data.tokenizers import KINDS
+from clip_jax.models.attention import ATTENTION
 from clip_jax.models.transformer import ACTIVATIONS
 
 AUTO = -1
@@ -60,6 +61,7 @@ def defaults() -> ConfigDict:
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
                 "remat": "none",  # activations computed again backwards: none, dots, named, offload, full
+                "attention": "xla",  # or cudnn: its fused kernel, on NVIDIA GPUs with bfloat16
                 "patch_dropout": 0.0,  # share of an image's patches left out in training (FLIP: 0.5 to 0.75)
                 "embed_dim": AUTO,
                 "activation": "",  # empty: the preset's, in both towers
@@ -131,6 +133,7 @@ CHOICES = {
     "tokenizer.kind": ("", *KINDS),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "named", "offload", "full"),
+    "model.attention": tuple(ATTENTION),
     "model.activation": ("", *ACTIVATIONS),
     "loss.name": ("softmax", "sigmoid"),
     "optimizer.name": ("adamw", "adafactor"),
@@ -163,5 +166,6 @@ AT_LEAST = {
 ONLY_WITH = (
     ("tokenizer.train_captions", "tokenizer.kind", ("sentencepiece",)),
     ("optimizer.timescale", "optimizer.schedule", ("rsqrt",)),
+    ("model.attention", "model.dtype", ("bfloat16",)),
     ("optimizer.eps", "optimizer.name", ("adamw",)),
 )

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from clip_jax.losses import tile
 from clip_jax.losses.reference import Metrics
 from clip_jax.losses.tile import COLUMNS, ROWS
-from clip_jax.sharding import batch_shards
+from clip_jax.sharding import batch_sharding, batch_shards
 
 PAIRS = PartitionSpec((ROWS, COLUMNS))
 WHOLE = PartitionSpec()
@@ -37,7 +37,7 @@ def softmax(
 
     Raises ValueError when the batch does not divide over the mesh.
     """
-    _check_batch(image, mesh)
+    image, text = _split(image, text, mesh)
     loss, accuracy = _softmax(image, text, scale, tile.grid_of(mesh, text))
     return loss, {"accuracy": accuracy}
 
@@ -153,7 +153,7 @@ def sigmoid(
 
     Raises ValueError when the batch does not divide over the mesh.
     """
-    _check_batch(image, mesh)
+    image, text = _split(image, text, mesh)
     loss, accuracy = _sigmoid(image, text, scale, bias, tile.grid_of(mesh, text))
     return loss, {"accuracy": accuracy}
 
@@ -238,6 +238,12 @@ def _add(one, other):
     return jax.tree.map(jnp.add, one, other)
 
 
-def _check_batch(image: Float[Array, "batch dim"], mesh: Mesh) -> None:
+def _split(image: Float[Array, "batch dim"], text: Float[Array, "batch dim"], mesh: Mesh) -> tuple[Array, Array]:
+    """Over the devices of the mesh, which says to JAX which devices they are: the grid is named by its shape alone.
+
+    JAX takes one mesh of devices in a program with a custom partitioning, as cuDNN's attention is.
+    """
     if image.shape[0] % batch_shards(mesh):
         raise ValueError(f"a batch of {image.shape[0]} pairs does not divide over {batch_shards(mesh)} devices")
+    rows = batch_sharding(mesh)
+    return jax.lax.with_sharding_constraint(image, rows), jax.lax.with_sharding_constraint(text, rows)

@@ -3,15 +3,13 @@
 Nothing here knows which loss it is for.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Float
 
 from clip_jax.sharding import batch_shards
@@ -24,9 +22,12 @@ GATHERED_BYTES = 2**30
 more; one of a single row gathers nothing: a plain ring."""
 
 
-def grid_of(mesh: Mesh, text: Float[Array, "batch dim"]) -> Mesh:
+def grid_of(mesh: Mesh, text: Float[Array, "batch dim"]) -> AbstractMesh:
     """The same devices in the same order, data x fsdp as rows and columns; replicas along tensor."""
-    return _grid(mesh, grid_rows(batch_shards(mesh), *text.shape, text.dtype.itemsize))
+    shards = batch_shards(mesh)
+    rows = grid_rows(shards, *text.shape, text.dtype.itemsize)
+    sizes = (rows, shards // rows, mesh.shape["tensor"])
+    return AbstractMesh(sizes, (ROWS, COLUMNS, REPLICAS), axis_types=(AxisType.Auto,) * 3)
 
 
 def grid_rows(shards: int, batch: int, dim: int, itemsize: int) -> int:
@@ -34,12 +35,6 @@ def grid_rows(shards: int, batch: int, dim: int, itemsize: int) -> int:
     row_bytes = batch // shards * dim * (itemsize + 4)
     rows = range(1, math.isqrt(shards) + 1)
     return max(r for r in rows if shards % r == 0 and (r == 1 or r * row_bytes <= GATHERED_BYTES))
-
-
-@functools.lru_cache
-def _grid(mesh: Mesh, rows: int) -> Mesh:
-    devices = np.asarray(mesh.devices).reshape(rows, batch_shards(mesh) // rows, -1)
-    return Mesh(devices, (ROWS, COLUMNS, REPLICAS), axis_types=(AxisType.Auto,) * 3)
 
 
 def around(chunk: Any, kept: Any, walk: Callable, merge: Callable) -> tuple[Any, Any]:

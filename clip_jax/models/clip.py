@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.errors import UserError
+from clip_jax.models.attention import Attend, xla
 from clip_jax.models.resnet import ModifiedResNet, ResNetTower
 from clip_jax.models.text import TextTower, TextTransformer
 from clip_jax.models.transformer import LayerNorm, Remat
@@ -42,6 +43,7 @@ class CLIP:
 
     ``dtype`` is the type of the matrix products; parameters, norms, softmax and embeddings are float32.
     ``patch_dropout`` is the share of an image's patches that training leaves out (FLIP, Li et al. 2023).
+    ``attend`` is one of ``models.attention.ATTENTION``.
     """
 
     architecture: Architecture
@@ -49,26 +51,29 @@ class CLIP:
     scan: bool = True
     remat: Remat = "none"
     patch_dropout: float = 0.0
+    attend: Attend = xla
 
     @property
     def image_tower(self) -> ViT | ModifiedResNet:
         tower, embed_dim = self.architecture.image, self.architecture.embed_dim
         if isinstance(tower, ResNetTower):
             return ModifiedResNet(tower, embed_dim, self.dtype, self.scan, self.remat)
-        return ViT(tower, embed_dim, self.dtype, self.scan, self.remat, self.patch_dropout)
+        return ViT(tower, embed_dim, self.dtype, self.scan, self.remat, self.attend, self.patch_dropout)
 
     @property
     def text_tower(self) -> TextTransformer:
-        return TextTransformer(self.architecture.text, self.architecture.embed_dim, self.dtype, self.scan, self.remat)
+        tower, embed_dim = self.architecture.text, self.architecture.embed_dim
+        return TextTransformer(tower, embed_dim, self.dtype, self.scan, self.remat, self.attend)
 
     def init(self, rng: Key[Array, ""]) -> Params:
         """The parameter tree, each leaf boxed with its logical axes (``flax.linen.LogicallyPartitioned``)."""
         image_rng, text_rng = jax.random.split(rng)
         size, length = self.architecture.image.image_size, self.architecture.text.context_length
-        image = self.image_tower.init(image_rng, jnp.zeros((1, size, size, 3), jnp.float32))["params"]
+        anywhere = replace(self, attend=xla)  # also where the fused kernel is not
+        image = anywhere.image_tower.init(image_rng, jnp.zeros((1, size, size, 3), jnp.float32))["params"]
         if isinstance(self.architecture.image, ImageTower) and not self.architecture.image.key_bias:
             image = eva_start(image)
-        text = self.text_tower.init(text_rng, jnp.zeros((1, length), jnp.int32))
+        text = anywhere.text_tower.init(text_rng, jnp.zeros((1, length), jnp.int32))
         params = {"image": image, "text": text["params"]}
         starts = {"logit_scale": self.architecture.init_logit_scale, "logit_bias": self.architecture.init_logit_bias}
         for name, start in starts.items():

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from clip_jax.models.attention import Attend, xla
 from clip_jax.models.transformer import BlockShape, LayerNorm, Remat, Stack, normal, text_block_init, zeros
 from clip_jax.sharding import gather_features, split_rows
 
@@ -50,6 +51,7 @@ class TextTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
     scan: bool = True
     remat: Remat = "none"
+    attend: Attend = xla
     tokens_only: bool = False
 
     @nn.compact
@@ -64,7 +66,8 @@ class TextTransformer(nn.Module):
         tokens = split_rows(jnp.take(gather_features(embedding), text, axis=0)).astype(self.dtype)
         tokens = tokens + positions[: text.shape[1]].astype(self.dtype)
         inits = text_block_init(width, tower.mlp_width, tower.layers)
-        tokens = Stack(tower.layers, tower.block, inits, self.dtype, self.scan, self.remat, name="transformer")(tokens)
+        compute = (self.dtype, self.scan, self.remat, self.attend)
+        tokens = Stack(tower.layers, tower.block, inits, *compute, name="transformer")(tokens)
         if self.tokens_only:
             return tokens
         # Only the pooled row is normed: the norm works on one token at a time.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from clip_jax.models.attention import Attend, Rotary, rotate, xla
 from clip_jax.sharding import on_cpu, split_rows
 
 Initializer = Callable[..., Array]
@@ -96,13 +97,6 @@ def timm_block_init() -> BlockInit:
     return BlockInit(normal(0.02), normal(0.02), normal(0.02), zeros, normal(0.02), zeros)
 
 
-class Rotary(NamedTuple):
-    """Sines and cosines of the angle by which each token turns each feature of its queries and keys."""
-
-    sin: Float[Array, "#batch tokens dim"]
-    cos: Float[Array, "#batch tokens dim"]
-
-
 @dataclass(frozen=True)
 class BlockShape:
     """Everything that decides a block's parameters and what it computes."""
@@ -160,12 +154,13 @@ class Attention(nn.Module):
     shape: BlockShape
     inits: BlockInit
     dtype: jnp.dtype
+    attend: Attend
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch tokens width"], rotary: Rotary | None
     ) -> Float[Array, "batch tokens width"]:
-        _, tokens, width = x.shape
+        width = x.shape[-1]
         heads = self.shape.heads
         head_dim = width // heads
         qkv_axes, out_axes = ("embed", None, "heads", None), ("heads", None, "embed")
@@ -183,22 +178,11 @@ class Attention(nn.Module):
         query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
-        if self.shape.causal:
-            logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        mixed = checkpoint_name(jnp.einsum("bhqk,bkhd->bqhd", weights, value), "mixed")
+        mixed = checkpoint_name(self.attend(query, key, value, self.shape.causal), "mixed")
         if self.shape.swiglu:
             norm = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm")
             mixed = norm(mixed.reshape(x.shape)).reshape(mixed.shape)
         return product("...hd,hdw->...w", mixed, out.astype(self.dtype)) + out_bias.astype(self.dtype)
-
-
-def rotate(x: Float[Array, "batch tokens heads dim"], rotary: Rotary) -> Float[Array, "batch tokens heads dim"]:
-    """Turns each pair of neighbouring features by its angle, in float32 (Su et al. 2021, eq. 34)."""
-    exact = x.astype(jnp.float32)
-    turned = jnp.stack([-exact[..., 1::2], exact[..., ::2]], axis=-1).reshape(x.shape)
-    return (exact * rotary.cos[:, :, None] + turned * rotary.sin[:, :, None]).astype(x.dtype)
 
 
 class MLP(nn.Module):
@@ -239,10 +223,11 @@ class Block(nn.Module):
     shape: BlockShape
     inits: BlockInit
     dtype: jnp.dtype
+    attend: Attend
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"], rotary: Rotary | None) -> tuple[Array, None]:
-        attention = Attention(self.shape, self.inits, self.dtype, name="attention")
+        attention = Attention(self.shape, self.inits, self.dtype, self.attend, name="attention")
         mlp = MLP(self.shape, self.inits, self.dtype, name="mlp")
         norm_1 = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm_1")
         norm_2 = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm_2")
@@ -279,6 +264,7 @@ class Stack(nn.Module):
     dtype: jnp.dtype = jnp.float32
     scan: bool = True
     remat: Remat = "none"
+    attend: Attend = xla
 
     @nn.compact
     def __call__(
@@ -296,5 +282,5 @@ class Stack(nn.Module):
             unroll=1 if self.scan else self.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = stacked(self.shape, self.inits, self.dtype, name="blocks")(x, rotary)
+        x, _ = stacked(self.shape, self.inits, self.dtype, self.attend, name="blocks")(x, rotary)
         return x

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from clip_jax.models.attention import Attend, Rotary, xla
 from clip_jax.models.transformer import (
     MLP,
     BlockInit,
     BlockShape,
     LayerNorm,
     Remat,
-    Rotary,
     Stack,
     image_block_init,
     normal,
@@ -103,6 +103,7 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     scan: bool = True
     remat: Remat = "none"
+    attend: Attend = xla
     patch_dropout: float = 0.0
     tokens_only: bool = False
 
@@ -144,9 +145,8 @@ class ViT(nn.Module):
         if tower.norm_pre:
             tokens = LayerNorm(self.dtype, tower.norm_epsilon, name="norm_pre")(tokens)
         inits = timm_block_init() if tower.from_timm else image_block_init(width, tower.mlp_width)
-        tokens = Stack(tower.layers, tower.block, inits, self.dtype, self.scan, self.remat, name="transformer")(
-            tokens, rotary
-        )
+        compute = (self.dtype, self.scan, self.remat, self.attend)
+        tokens = Stack(tower.layers, tower.block, inits, *compute, name="transformer")(tokens, rotary)
         if self.tokens_only:
             return tokens
         pooled = split_rows(self._pool(tokens, inits))

@@ -14,8 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array
 
 from clip_jax.losses.tile import grid_rows
+from clip_jax.models.attention import Heads, cudnn
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
@@ -117,6 +119,8 @@ def kept_bytes(model: CLIP, pairs: int, tensor: int = 1, *, tiled: bool = False)
     """
     if model.remat == "offload":
         model = replace(model, remat="full")
+    if model.attend is cudnn:
+        model = replace(model, attend=_fused)
     total = 0
     for few, many, itemsize in _kept(model):
         shape = tuple(a + (b - a) // FEW * (pairs - FEW) for a, b in zip(few, many, strict=True))
@@ -149,6 +153,22 @@ def _differentiated(model: CLIP, pairs: int) -> list[jax.ShapeDtypeStruct]:
     return jax.tree.leaves(jax.eval_shape(backward, params, batch_stats, pixels, tokens))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _fused(query: Heads, key: Heads, value: Heads, causal: bool) -> Heads:
+    """Keeps for the backward pass what cuDNN's kernel does, which cannot be traced on a machine without CUDA."""
+    return value
+
+
+def _fused_forward(query: Heads, key: Heads, value: Heads, causal: bool) -> tuple[Heads, tuple[Array, ...]]:
+    sums_of_exponentials = jnp.sum(query.astype(jnp.float32), axis=-1)
+    mixed = value * 1
+    padded = mixed * 1 if value.shape[1] % 2 else mixed  # an odd length is cut from it
+    return mixed, (query, key, value, padded, sums_of_exponentials)
+
+
+_fused.defvjp(_fused_forward, lambda causal, kept, gradient: (gradient,) * 3)
+
+
 def _split(shape: tuple[int, ...], model: CLIP) -> bool:
     """Whether an activation has an axis that tensor parallelism divides: heads, or the width of an MLP."""
     towers = (model.architecture.image, model.architecture.text)
@@ -162,7 +182,7 @@ def block_bytes(model: CLIP, pairs: int, tensor: int = 1, *, tiled: bool = False
         return 0
     image, text = model.architecture.image, model.architecture.text
     towers = [tower for tower in (image, text) if not isinstance(tower, ResNetTower)]
-    return max(_transformer_block(tower, model.dtype, pairs, tensor, tiled) for tower in towers)
+    return max(_transformer_block(tower, model, pairs, tensor, tiled) for tower in towers)
 
 
 def tokens_of(tower: ImageTower | TextTower) -> int:
@@ -170,14 +190,15 @@ def tokens_of(tower: ImageTower | TextTower) -> int:
     return tower.tokens if isinstance(tower, ImageTower) else tower.context_length
 
 
-def _transformer_block(tower: ImageTower | TextTower, dtype: Any, pairs: int, tensor: int, tiled: bool) -> int:
-    """Attention logits and weights; queries, keys, values and their mix; the MLP before and after its activation."""
-    size, tokens = jnp.dtype(dtype).itemsize, tokens_of(tower)
+def _transformer_block(tower: ImageTower | TextTower, model: CLIP, pairs: int, tensor: int, tiled: bool) -> int:
+    """Attention logits and weights, unless a fused kernel has them for itself; queries, keys, values and their mix; the
+    MLP before and after its activation."""
+    size, tokens = jnp.dtype(model.dtype).itemsize, tokens_of(tower)
 
     def held(*shape):
         return array_bytes((pairs, *shape), 1, tiled=tiled)
 
-    attention = held(tower.heads, tokens, tokens) * (FLOAT32 + size)
+    attention = 0 if model.attend is cudnn else held(tower.heads, tokens, tokens) * (FLOAT32 + size)
     wide = 4 * held(tokens, tower.heads, tower.width // tower.heads) * size + 3 * held(tokens, tower.mlp_width) * size
     return (attention + wide) // tensor + held(tokens, tower.width) * (2 * FLOAT32 + 2 * size)
 

@@ -17,6 +17,7 @@ from clip_jax.planning.compiling import Compiled
 from clip_jax.planning.memory import undivided
 from clip_jax.planning.roofline import Roofline, roofline
 from clip_jax.planning.search import Candidate, Found, reckon, search
+from clip_jax.training.setup import check_attention
 
 COMPILATIONS = 4
 """Each takes one to two minutes for a large model."""
@@ -124,6 +125,7 @@ def make_plan(request: Request) -> Plan:
     config, machines = request.config, request.machines
     if config.model.init_from and config.model.name == "":
         raise UserError("config.model.name is empty: a plan needs the model's name")
+    check_attention(config, "tpu" if machines.chip.is_tpu else "gpu")
     given = reckon(config, machines)
     is_compiled = request.compile and machines.chip.is_tpu and compiling.is_installed()
     if is_compiled:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from clip_jax.models import flops
+from clip_jax.models.attention import cudnn
 from clip_jax.models.clip import CLIP
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.planning.memory import FLOAT32, Memory, grid_shape, tokens_of
@@ -87,11 +88,11 @@ def repeated_flops(model: CLIP) -> int:
 
     ``full`` repeats a block but its last product, which no gradient needs; ``dots`` keeps what the weights made and
     repeats the attention's own two products; ``named`` and ``offload`` keep what goes into the attention and comes out
-    of it, and repeat its logits and what follows it.
+    of it, and repeat its logits and what follows it. cuDNN's attention makes its logits once more than XLA's.
     """
     total = 0
     for tower in (model.architecture.image, model.architecture.text):
-        if isinstance(tower, ResNetTower) or model.remat == "none":
+        if isinstance(tower, ResNetTower):
             continue
         tokens, width = tokens_of(tower), tower.width
         logits = 2 * tokens**2 * width
@@ -100,12 +101,14 @@ def repeated_flops(model: CLIP) -> int:
         total += (
             tower.layers
             * {
+                "none": 0,
                 "dots": 2 * logits,
                 "named": logits + after,
                 "offload": logits + after,
                 "full": 2 * logits + queries_keys_values + after,
             }[model.remat]
         )
+        total += tower.layers * logits * (model.attend is cudnn)
     return total
 
 

@@ -23,6 +23,7 @@ from clip_jax.data.stream import Faults, TrainingBatches, read
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.models import flops
+from clip_jax.models.attention import ATTENTION
 from clip_jax.models.clip import CLIP, parameter_counts
 from clip_jax.presets import Preset
 from clip_jax.run_folder import Folder
@@ -88,6 +89,7 @@ def make(folder: Folder, config: ConfigDict) -> Run:
     """Opens the data, prepares the tokenizer in the run folder, and puts the rest together. Raises UserError."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     check_batch(config, mesh)
+    check_attention(config, jax.default_backend())
     image_size = configs.resolve_preset(config).architecture.image.image_size
     sources = open_sources(config, image_size)
     samples = len(sources.train)
@@ -146,6 +148,12 @@ def check_batch(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
+def check_attention(config: ConfigDict, platform: str) -> None:
+    """The fused kernel has its platform: ``cpu``, ``gpu`` or ``tpu``."""
+    if config.model.attention == "cudnn" and platform != "gpu":
+        raise UserError(f"config.model.attention=cudnn runs on NVIDIA GPUs, and this is a {platform}: leave it at xla")
+
+
 def make_model(config: ConfigDict, preset: Preset) -> CLIP:
     """The preset's architecture with the config's way to compute it."""
     return CLIP(
@@ -154,6 +162,7 @@ def make_model(config: ConfigDict, preset: Preset) -> CLIP:
         config.model.scan,
         config.model.remat,
         config.model.patch_dropout,
+        ATTENTION[config.model.attention],
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from clip_jax.losses import grid, tile
 from clip_jax.planning import program
@@ -52,7 +53,8 @@ def test_no_device_holds_its_rows_of_the_logits_or_anything_as_large(name):
 def test_embeddings_and_gradients_are_sent_once_along_each_axis_of_the_grid(name, around_the_ring):
     """Texts are gathered and their gradients scattered over the two rows; images go around a row of four, and so do
     their gradients, softmax's images twice. Everything else is vectors."""
-    mesh = tile.grid_of(make_mesh(), np.zeros((BATCH, DIM), np.float32))
+    grid = tile.grid_of(make_mesh(), np.zeros((BATCH, DIM), np.float32))
+    mesh = Mesh(np.asarray(jax.devices()).reshape(grid.axis_sizes), grid.axis_names)
     wide = [c for c in program.collectives(compiled(name)) if c.bytes >= PAIRS * DIM * 4]
     text_bytes = 2 * PAIRS * DIM * 4
     columns = [(c.kind, c.bytes, c.times) for c in wide if program.axes(c, mesh) == (tile.ROWS,)]
