@@ -135,11 +135,11 @@ def test_a_saved_config_comes_back_the_same_with_automatic_sizes_automatic():
     assert differences(saved, to_json(config)) == []
 
 
-def test_only_mesh_eval_checkpoint_and_log_may_change_on_a_restart():
+def test_how_a_run_is_computed_evaluated_kept_and_logged_may_change_on_a_restart_and_nothing_else():
     config = valid()
-    changed = override(
-        config, {"mesh.fsdp": "2", "log.every_steps": "3", "seed": "5", "optimizer.beta1": "0.8"}, "recipe.py"
-    )
+    computed = {"mesh.fsdp": "2", "micro_batch": "64", "model.remat": "full", "model.scan": "False"}
+    others = {"log.every_steps": "3", "seed": "5", "optimizer.beta1": "0.8"}
+    changed = override(config, computed | others, "recipe.py")
     assert differences(to_json(config), to_json(changed)) == ["optimizer.beta1", "seed"]
 
 

@@ -131,7 +131,9 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_pa
     for step in (12,):
         folder = two / "checkpoints" / str(step)
         folder.rename(tmp_path / f"away-{step}")
-    resumed = runs.main(tmp_path, f"--workdir={two}", "--config.mesh.cpu_devices=1", "--config.mesh.fsdp=1")
+    resumed = runs.main(
+        tmp_path, f"--workdir={two}", "--config.mesh.cpu_devices=1", "--config.mesh.fsdp=1", "--config.model.remat=full"
+    )
     assert resumed.returncode == 0, resumed.stderr
     for ours, theirs in zip(runs.metrics(two), expected, strict=True):
         assert ours["step"] == theirs["step"]
