@@ -3,17 +3,20 @@
 pip install 'jax[cuda12]'  (5 GB)
 python benchmarks/gpu_memory.py [--only=NAME]
 
-Compiles each on a CPU, 10 to 30 seconds, and prints the peak of one GPU's memory beside the plan's estimate, and how
-often the program calls cuDNN's attention. Without a GPU nothing is timed and no kernel is chosen by trying: matrix
+Compiles each on a CPU, 10 seconds to 2 minutes, and prints the peak of one GPU's memory beside the plan's estimate, and
+how often the program calls cuDNN's attention. Without a GPU nothing is timed and no kernel is chosen by trying: matrix
 products are cuBLAS's first choice.
 """
 
 import os
 
+from clip_jax import xla_flags
+
 os.environ |= {
     "CUDA_VISIBLE_DEVICES": "-1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it looks for the driver
-    "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0",  # both try kernels on a GPU
+    # As main.py sets them; the other two would try kernels on a GPU.
+    "XLA_FLAGS": xla_flags.joined("gpu", "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"),
 }
 
 import argparse

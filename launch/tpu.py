@@ -115,7 +115,8 @@ def loop(args: argparse.Namespace) -> int:
     ):
         rehearse(command, quiet=True)
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: it still says what costs money
-        signal.signal(ending, interrupt)
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(ending, interrupt)
     return spot_loop.keep_alive(wish)
 
 
