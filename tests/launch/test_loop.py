@@ -128,15 +128,10 @@ def test_a_connection_that_drops_neither_ends_the_run_nor_loses_nor_repeats_its_
     assert shown == [f"line {i}" for i in range(40)]
 
 
-def started(cloud, handlers):
-    """The loop, when its run has begun. ``handlers``: of signals, which a shell gives to what it starts."""
-
-    def inherit():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    command, environment = cloud.command(*cloud.loop_flags()), cloud.environment()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=inherit)
+def started(cloud, *shell):
+    """The loop, when its run has begun. ``shell`` gives it its signals."""
+    command = [*shell, *cloud.command(*cloud.loop_flags())]
+    process = subprocess.Popen(command, env=cloud.environment(), stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line == "begun\n":
             break
@@ -146,7 +141,7 @@ def started(cloud, handlers):
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_loop_may_be_stopped_and_joins_the_run_when_it_is_started_again(cloud, ending):
     cloud.script({"says": ["begun"], "lasts": 12})
-    first = started(cloud, {ending: signal.SIG_DFL})
+    first = started(cloud, "env", "--default-signal")  # also where the tests run behind an &
     first.send_signal(ending)
     rest = first.communicate(timeout=30)[0]
     assert first.returncode == 130 and "what runs on the slice goes on" in rest and "to delete it: " in rest
@@ -157,7 +152,7 @@ def test_the_loop_may_be_stopped_and_joins_the_run_when_it_is_started_again(clou
 
 def test_a_loop_under_nohup_outlives_its_terminal(cloud):
     cloud.script({"says": ["begun"], "lasts": 2})
-    process = started(cloud, {signal.SIGHUP: signal.SIG_IGN})
+    process = started(cloud, "nohup")
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=30) and process.returncode == 0
 
