@@ -211,9 +211,11 @@ def initialize_processes(coordinator: str | None, processes: int | None, process
         if process_id is not None:
             raise UserError("--coordinator=auto finds the process's number by itself: leave --process_id out")
         jax.distributed.initialize()
-        if processes is not None and jax.process_count() != processes:
+        joined = jax.process_count()
+        if processes is not None and joined != processes:
+            jax.distributed.shutdown()  # all together: the first to leave would stop the others
             raise UserError(
-                f"--num_processes={processes}, but {jax.process_count()} processes are joined: "
+                f"--num_processes={processes}, but {joined} processes are joined: "
                 "start main.py on every host of the slice, once"
             )
         return
