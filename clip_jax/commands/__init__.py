@@ -1,6 +1,7 @@
 """``clip-jax COMMAND``: one file a command, each with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``."""
 
 import argparse
+import os
 import sys
 
 from clip_jax import __version__
@@ -31,4 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"clip-jax {arguments.command}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # ``| head`` has read enough; nothing is left to be written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
