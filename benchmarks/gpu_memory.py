@@ -86,12 +86,7 @@ def devices(count: int) -> list[jax.Device]:
 def step(recipe: str, count: int, overrides: dict[str, str]) -> jax.stages.Compiled:
     config = configs.load(f"configs/{recipe}.py", overrides)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, devices(count))
-    parts = make_parts(config, mesh)
-    image, text = parts.model.architecture.image, parts.model.architecture.text
-    sharding, batch = batch_sharding(mesh), config.batch_size
-    pixels = jax.ShapeDtypeStruct((batch, image.image_size, image.image_size, 3), jnp.uint8, sharding=sharding)
-    tokens = jax.ShapeDtypeStruct((batch, text.context_length), jnp.int32, sharding=sharding)
-    return parts.make_step().lower(parts.state, {"image": pixels, "text": tokens}).compile()
+    return make_parts(config, mesh).lower().compile()
 
 
 def loss(name: str) -> jax.stages.Compiled:

@@ -10,14 +10,13 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from clip_jax import config as configs
 from clip_jax.planning.parts import make_parts
 from clip_jax.planning.program import collectives
 from clip_jax.planning.work import compiled_transfers
-from clip_jax.sharding import batch_sharding, make_mesh
+from clip_jax.sharding import make_mesh
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -30,16 +29,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, list(described.devices)
     )
     parts = make_parts(config, mesh)
-    image, text = parts.model.architecture.image, parts.model.architecture.text
-    sharding, batch = batch_sharding(mesh), config.batch_size
     started = time.perf_counter()
-    lowered = parts.make_step().lower(
-        parts.state,
-        {
-            "image": jax.ShapeDtypeStruct((batch, image.image_size, image.image_size, 3), jnp.uint8, sharding=sharding),
-            "text": jax.ShapeDtypeStruct((batch, text.context_length), jnp.int32, sharding=sharding),
-        },
-    )
+    lowered = parts.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
@@ -9,6 +11,7 @@ from ml_collections import ConfigDict
 from clip_jax import config as configs
 from clip_jax.models.clip import CLIP
 from clip_jax.presets import Preset
+from clip_jax.sharding import batch_sharding
 from clip_jax.training import setup
 from clip_jax.training.state import State, abstract_state
 from clip_jax.training.step import TrainStep
@@ -34,6 +37,14 @@ class Parts(NamedTuple):
     def make_step(self) -> TrainStep:
         rate = setup.make_schedule(self.config, STEPS, STEPS)
         return setup.make_step(self.config, self.preset, self.model, self.optimizer, rate, self.mesh)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step for a batch of the config's size, ready to be compiled; the mesh has devices, here or not."""
+        image, text = self.model.architecture.image, self.model.architecture.text
+        rows, batch = batch_sharding(self.mesh), self.config.batch_size
+        pixels = jax.ShapeDtypeStruct((batch, image.image_size, image.image_size, 3), jnp.uint8, sharding=rows)
+        tokens = jax.ShapeDtypeStruct((batch, text.context_length), jnp.int32, sharding=rows)
+        return self.make_step().lower(self.state, {"image": pixels, "text": tokens})
 
 
 def make_parts(config: ConfigDict, mesh: Mesh | AbstractMesh, state: State | None = None) -> Parts:
