@@ -1,4 +1,4 @@
-"""What ``main.py`` and ``clip-jax`` share of reading a command line: a config's overrides, before any other parser."""
+"""Parsing shared by ``main.py`` and ``clip-jax``: the overrides of a config, taken out before any other parser runs."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from clip_jax.errors import UserError
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """``--config.key=value`` and ``--config.key value`` apart from all other arguments."""
+    """(all other arguments, the value of each ``--config.key=value`` or ``--config.key value``)."""
     rest, overrides, left = [], {}, list(arguments)
     while left:
         argument = left.pop(0)

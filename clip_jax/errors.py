@@ -1,7 +1,7 @@
-"""What a user's mistake ends in: one line that says what is wrong, where, and what to do.
+"""Errors of the user: one line that says what is wrong, where, and what to do.
 
-``UserError`` is raised anywhere and caught only in ``main.py`` and ``commands``, which print the line and
-exit with a code from the table below. Nothing else in the project prints a traceback away.
+``UserError`` is raised anywhere and caught only in ``main.py`` and ``commands``, which print the line and exit with
+one of the codes below. All other errors keep their traceback.
 """
 
 import difflib
@@ -17,17 +17,17 @@ EXIT_OUT_OF_MEMORY = 45
 
 
 class UserError(Exception):
-    """A mistake the user can mend: the message names the thing, the place and the way out, in one line."""
+    """A mistake that the user can correct: the message says what, where, and how to correct it, in one line."""
 
 
 class StoppedError(Exception):
-    """The run ended before its last step, by no mistake in its settings; ``main.py`` prints the line."""
+    """The run ended before its last step although its settings are valid; ``main.py`` prints the message."""
 
     exit_code: int
 
 
 class PreemptedError(StoppedError):
-    """SIGTERM: a checkpoint is written, the same command goes on."""
+    """SIGTERM: a checkpoint is written, and the same command resumes the run."""
 
     exit_code = EXIT_PREEMPTED
 
@@ -39,7 +39,7 @@ class NonFiniteError(StoppedError):
 
 
 class OutOfMemoryError(StoppedError):
-    """Of the devices or of the machine."""
+    """A device or the host is out of memory."""
 
     exit_code = EXIT_OUT_OF_MEMORY
 
@@ -48,7 +48,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``" (nearest: ...)"`` for a mistyped name, or ``""`` when nothing known resembles it."""
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not matches:  # A key typed without its section, or with a wrong one, still has the right last word.
+    if not matches:  # A key without its section, or with a wrong one, still has the right last word.
         last_word = name.rsplit(".", 1)[-1]
         matches = [k for k in known if k.rsplit(".", 1)[-1] == last_word]
     return f" (nearest: {matches[0]})" if matches else ""

@@ -1,0 +1,1 @@
+"""The devices: meshes and shardings, chips and slices, flags of XLA."""
