@@ -2,24 +2,29 @@
 
 python benchmarks/loss_error.py [--batch=1024] [--dim=64] [--devices=1,2,4,8]
 
-The devices are simulated on a CPU. Each line is the worst of its grids: relative errors of the loss and gradients by
-images, texts, scale (and bias), as norms. "trained" embeddings have their pairs far above all other logits, so that
-the loss is a small difference of large ones. bfloat16 is compared with float64 of the same rounded numbers.
+The devices are simulated on a CPU. Each line is the worst of its grids: relative errors, as norms, of the loss and its
+gradients with respect to images, texts, scale (and bias). "trained" embeddings have pairs whose logits are far above
+all others, so that the loss is a small difference of large numbers. bfloat16 is compared with float64 of the same
+rounded numbers.
 """
 
 import argparse
 import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float64
 
-from clip_jax.losses import grid, tile
-from clip_jax.sharding import batch_sharding, make_mesh
+from clip_jax.devices.sharding import batch_sharding, make_mesh
+from clip_jax.losses.mesh_grid import Tiling
+from clip_jax.losses.sigmoid import sigmoid
+from clip_jax.losses.softmax import softmax
 
 CASES = [
-    # embeddings, type, cosine of a pair beside noise, scale, bound
+    # embeddings, dtype, cosine of a pair, scale, bound
     ("random", "float32", 0.0, 1.0, 1e-6),
     ("random", "float32", 0.0, 14.3, 1e-6),
     ("random", "float32", 0.0, 100.0, 1e-5),
@@ -31,8 +36,8 @@ BIAS = -10.0  # SigLIP's
 CHUNK = 512
 
 
-def embeddings(batch: int, dim: int, cosine: float) -> list[np.ndarray]:
-    """float64[batch, dim] of images and texts, of unit length."""
+def embeddings(batch: int, dim: int, cosine: float) -> list[Float64[np.ndarray, "batch dim"]]:
+    """Images and texts of unit length."""
     image, noise = np.random.default_rng(0).normal(size=(2, batch, dim))
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     noise -= np.sum(noise * image, axis=1, keepdims=True) * image
@@ -40,50 +45,59 @@ def embeddings(batch: int, dim: int, cosine: float) -> list[np.ndarray]:
     return [image, cosine * image + np.sqrt(1 - cosine**2) * noise] if cosine else [image, noise]
 
 
-def softmax(image: np.ndarray, text: np.ndarray, scale: float) -> tuple[np.ndarray, ...]:
-    """(loss, gradients) in float64, some rows at a time; positives are left out of the sums: nothing cancels."""
+def float64_softmax(
+    image: Float64[np.ndarray, "batch dim"], text: Float64[np.ndarray, "batch dim"], scale: float
+) -> tuple[Float64[np.ndarray, "..."], ...]:
+    """(loss, gradients), ``CHUNK`` rows at a time; positives are left out of the sums, so that nothing cancels."""
     size = len(image)
     positive = scale * np.sum(image * text, axis=1)
-    others_of_row, others_of_column = np.empty(size), np.zeros(size)  # sums of exp(logit - positive) over j != i
+    row_sums, column_sums = np.empty(size), np.zeros(size)  # sums of exp(logit - positive) over j != i
     for rows, logits in _chunks(image, text, scale):
-        others_of_row[rows] = np.exp(logits - positive[rows, None]).sum(axis=1)
-        others_of_column += np.exp(logits - positive).sum(axis=0)
-    by_image, by_text, by_scale = np.empty_like(image), np.zeros_like(text), 0.0
+        row_sums[rows] = np.exp(logits - positive[rows, None]).sum(axis=1)
+        column_sums += np.exp(logits - positive).sum(axis=0)
+    image_gradient, text_gradient, scale_gradient = np.empty_like(image), np.zeros_like(text), 0.0
     for rows, logits in _chunks(image, text, scale):
         above_row, above_column = logits - positive[rows, None], logits - positive
-        row = np.exp(above_row) / (1 + others_of_row[rows, None])
-        column = np.exp(above_column) / (1 + others_of_column)
+        row = np.exp(above_row) / (1 + row_sums[rows, None])
+        column = np.exp(above_column) / (1 + column_sums)
         p = (row + column) / (2 * size)
-        own = -(others_of_row[rows] / (1 + others_of_row[rows]) + others_of_column[rows] / (1 + others_of_column[rows]))
-        by_image[rows] = scale * (p @ text + own[:, None] / (2 * size) * text[rows])
-        by_text += scale * p.T @ image[rows]
-        by_text[rows] += scale * own[:, None] / (2 * size) * image[rows]
+        dpositive = -(row_sums[rows] / (1 + row_sums[rows]) + column_sums[rows] / (1 + column_sums[rows]))
+        image_gradient[rows] = scale * (p @ text + dpositive[:, None] / (2 * size) * text[rows])
+        text_gradient += scale * p.T @ image[rows]
+        text_gradient[rows] += scale * dpositive[:, None] / (2 * size) * image[rows]
         finite = np.isfinite(logits)
-        by_scale += np.sum(row[finite] * above_row[finite] + column[finite] * above_column[finite])
-    loss = np.mean(np.log1p(others_of_row) + np.log1p(others_of_column)) / 2
-    return loss, by_image, by_text, by_scale / (2 * size * scale)
+        scale_gradient += np.sum(row[finite] * above_row[finite] + column[finite] * above_column[finite])
+    loss = np.mean(np.log1p(row_sums) + np.log1p(column_sums)) / 2
+    return loss, image_gradient, text_gradient, scale_gradient / (2 * size * scale)
 
 
-def sigmoid(image: np.ndarray, text: np.ndarray, scale: float, bias: float) -> tuple[np.ndarray, ...]:
-    """(loss, gradients) in float64, some rows at a time."""
+def float64_sigmoid(
+    image: Float64[np.ndarray, "batch dim"], text: Float64[np.ndarray, "batch dim"], scale: float, bias: float
+) -> tuple[Float64[np.ndarray, "..."], ...]:
+    """(loss, gradients), ``CHUNK`` rows at a time."""
     size, positive = len(image), scale * np.sum(image * text, axis=1) + bias
-    pull = -1 / (1 + np.exp(positive)) / size
-    loss, by_bias = np.sum(np.logaddexp(0, -positive)) / size, np.sum(pull)
-    by_scale = np.sum(pull * (positive - bias)) / scale
-    by_image, by_text = scale * pull[:, None] * text, scale * pull[:, None] * image
+    dpositive = -1 / (1 + np.exp(positive)) / size
+    loss, bias_gradient = np.sum(np.logaddexp(0, -positive)) / size, np.sum(dpositive)
+    scale_gradient = np.sum(dpositive * (positive - bias)) / scale
+    image_gradient, text_gradient = (
+        scale * dpositive[:, None] * text,
+        scale * dpositive[:, None] * image,
+    )
     for rows, logits in _chunks(image, text, scale):
         p = 1 / (1 + np.exp(-logits - bias)) / size
         loss += np.sum(np.logaddexp(0, logits + bias)) / size
-        by_image[rows] += scale * p @ text
-        by_text += scale * p.T @ image[rows]
+        image_gradient[rows] += scale * p @ text
+        text_gradient += scale * p.T @ image[rows]
         finite = np.isfinite(logits)
-        by_scale += np.sum(p[finite] * logits[finite]) / scale
-        by_bias += np.sum(p)
-    return loss, by_image, by_text, by_scale, by_bias
+        scale_gradient += np.sum(p[finite] * logits[finite]) / scale
+        bias_gradient += np.sum(p)
+    return loss, image_gradient, text_gradient, scale_gradient, bias_gradient
 
 
-def _chunks(image: np.ndarray, text: np.ndarray, scale: float):
-    """(rows, their logits, -inf where image and text are a pair)"""
+def _chunks(
+    image: Float64[np.ndarray, "batch dim"], text: Float64[np.ndarray, "batch dim"], scale: float
+) -> Iterator[tuple[np.ndarray, Float64[np.ndarray, "rows batch"]]]:
+    """Yields rows and their logits, -inf where image and text are a pair."""
     for start in range(0, len(image), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(image)))
         logits = scale * image[rows] @ text.T
@@ -91,26 +105,25 @@ def _chunks(image: np.ndarray, text: np.ndarray, scale: float):
         yield rows, logits
 
 
-LOSSES = {"softmax": (grid.softmax, softmax), "sigmoid": (grid.sigmoid, sigmoid)}
+LOSSES = {"softmax": (softmax, float64_softmax), "sigmoid": (sigmoid, float64_sigmoid)}
+TILINGS = (Tiling(), Tiling(gathered_bytes=0))  # the most square grid, and a plain ring
 
 
 @functools.lru_cache
-def compiled(name: str, mesh: Mesh, rows: int):
-    """The loss with all its gradients; ``rows`` of the grid are what ``tile.GATHERED_BYTES`` makes them."""
+def compiled(name: str, mesh: Mesh, tiling: Tiling) -> Callable:
+    """The loss with all its gradients."""
     loss, arguments = LOSSES[name][0], tuple(range(3 if name == "softmax" else 4))
-    return jax.jit(jax.value_and_grad(lambda *x: loss(*x, mesh=mesh)[0], arguments))
+    return jax.jit(jax.value_and_grad(lambda *x: loss(*x, mesh=mesh, tiling=tiling)[0], arguments))
 
 
 def worst(name: str, given: list[jax.Array], scalars: list[float], expected: tuple, devices: list[int]) -> np.ndarray:
-    """Relative errors of the loss and its gradients, the largest of all grids."""
+    """The largest relative errors of the loss and its gradients over all grids."""
     found = []
     for count in devices:
-        for gathered_bytes in (2**30, 0):  # as square as can be, and a plain ring
-            tile.GATHERED_BYTES = gathered_bytes
-            mesh = make_mesh(count, devices=jax.devices()[:count])
-            arguments = [jax.device_put(x, batch_sharding(mesh)) for x in given] + [jnp.float32(s) for s in scalars]
-            run = compiled(name, mesh, tile.grid_of(mesh, given[0]).shape[tile.ROWS])
-            loss, gradients = run(*arguments)
+        mesh = make_mesh(count, devices=jax.devices()[:count])
+        arguments = [jax.device_put(x, batch_sharding(mesh)) for x in given] + [jnp.float32(s) for s in scalars]
+        for tiling in TILINGS:
+            loss, gradients = compiled(name, mesh, tiling)(*arguments)
             pairs = zip((loss, *gradients), expected, strict=True)
             found.append([np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in pairs])
     return np.max(found, axis=0)
@@ -125,7 +138,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     print(f"batch {args.batch:,}, width {args.dim}, on {', '.join(map(str, args.devices))} devices")
-    names = ("loss", "by image", "by text", "by scale", "by bias")
+    names = ("loss", "d image", "d text", "d scale", "d bias")
     print("".join(f"{title:>10}" for title in ("", "", "", "scale", "its value", *names, "bound")))
     for name in LOSSES:
         for kind, dtype, cosine, scale, bound in CASES:
@@ -134,10 +147,10 @@ def main() -> None:
             scalars = [float(np.float32(s)) for s in (scale, *[BIAS] * (name == "sigmoid"))]
             expected = LOSSES[name][1](*exact, *scalars)
             errors = worst(name, given, scalars, expected, args.devices)
-            told = [f"{error:>10.1e}" for error in errors] + [" " * 10] * (5 - len(errors))
+            columns = [f"{error:>10.1e}" for error in errors] + [" " * 10] * (5 - len(errors))
             verdict = "" if max(errors) <= bound else "  EXCEEDED"
             print(
-                f"{name:>10}{kind:>10}{dtype:>10}{scale:>10}{expected[0]:>10.2g}{''.join(told)}{bound:>10.0e}{verdict}"
+                f"{name:>10}{kind:>10}{dtype:>10}{scale:>10}{expected[0]:>10.2g}{''.join(columns)}{bound:>10.0e}{verdict}"
             )
 
 

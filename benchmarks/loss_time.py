@@ -2,8 +2,8 @@
 
 CLIP_JAX_PEERS=.venv-peers python benchmarks/loss_time.py [--batch=8192] [--dim=512] [--repeats=9]
 
-Both take turns. Memory is what a run adds to the process (the resident peak of the first run), and of ours the
-temporary bytes of the compiled program besides.
+The two run in turns. Memory is what a run adds to the process (the resident peak of the first run); for ours also the
+temporary bytes of the compiled program.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import peer
 
-from clip_jax.losses import grid
-from clip_jax.sharding import batch_sharding, make_mesh
+from clip_jax.devices.sharding import batch_sharding, make_mesh
+from clip_jax.losses.softmax import softmax
 
 MIB = 2**20
 
@@ -57,7 +57,7 @@ def main() -> None:
     embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
     image, text = (jax.device_put(x, batch_sharding(mesh)) for x in embeddings)
     scale = jnp.float32(14.3)
-    gradient = jax.jit(jax.value_and_grad(lambda *x: grid.softmax(*x, mesh=mesh)[0], (0, 1, 2)))
+    gradient = jax.jit(jax.value_and_grad(lambda *x: softmax(*x, mesh=mesh)[0], (0, 1, 2)))
     compiled = gradient.lower(image, text, scale).compile()
     before = peer.peak()
 

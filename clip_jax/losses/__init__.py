@@ -1,1 +1,1 @@
-"""Contrastive losses over the global batch: ``reference`` defines them, ``grid`` equals them on a mesh."""
+"""Contrastive losses over the global batch: ``reference`` defines them, ``softmax`` and ``sigmoid`` run on a mesh."""

@@ -1,9 +1,9 @@
-"""The definitions: ten lines each, the whole logit matrix at once. Tests trust them; training uses ``grid``."""
+"""The losses by definition: about ten lines each, with the whole logit matrix at once. Tests compare with them."""
 
 import jax
 import jax.numpy as jnp
 from jax.nn import logsumexp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -12,16 +12,21 @@ def softmax(
     image: Float[Array, "batch dim"],
     text: Float[Array, "batch dim"],
     scale: Float[Array, ""],
+    *,
+    valid: Bool[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Symmetric InfoNCE over the global batch (Radford et al. 2021, fig. 3).
 
-    Pairs sit on the diagonal of ``scale * image @ text.T``; rows classify texts, columns classify images.
+    Pairs sit on the diagonal of ``scale * image @ text.T``; rows classify texts, columns classify images. Pairs that
+    are not ``valid`` are padding: they count neither as rows nor as columns.
     """
+    valid = jnp.ones(len(image), bool) if valid is None else valid
     logits = scale * jnp.dot(image, text.T, preferred_element_type=jnp.float32)
     # The diagonal, without the matrix; multiplied in float32, for bfloat16 products would not match the logits.
     positives = scale * jnp.sum(image.astype(jnp.float32) * text.astype(jnp.float32), axis=-1)
-    loss = jnp.mean((logsumexp(logits, axis=1) + logsumexp(logits, axis=0)) / 2 - positives)
-    return loss, {"accuracy": accuracy(logits)}
+    rows, columns = logsumexp(logits, axis=1, where=valid[None, :]), logsumexp(logits, axis=0, where=valid[:, None])
+    loss = jnp.mean((rows + columns) / 2 - positives, where=valid)
+    return loss, {"accuracy": accuracy(logits, valid)}
 
 
 def sigmoid(
@@ -29,18 +34,21 @@ def sigmoid(
     text: Float[Array, "batch dim"],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
+    *,
+    valid: Bool[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The pairwise sigmoid loss (Zhai et al. 2023, equation 1): every logit alone says pair or no pair.
 
-    Summed over columns and averaged over rows, as the original does.
+    Summed over columns and averaged over rows, as the original does; padding as in ``softmax``.
     """
+    valid = jnp.ones(len(image), bool) if valid is None else valid
     logits = scale * jnp.dot(image, text.T, preferred_element_type=jnp.float32) + bias
     signs = 2 * jnp.eye(len(logits)) - 1
-    loss = -jnp.mean(jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=1))
-    return loss, {"accuracy": accuracy(logits)}
+    rows = -jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=1, where=valid[None, :])
+    return jnp.mean(rows, where=valid), {"accuracy": accuracy(logits, valid)}
 
 
-def accuracy(logits: Float[Array, "batch batch"]) -> Float[Array, ""]:
+def accuracy(logits: Float[Array, "batch batch"], valid: Bool[Array, "batch"]) -> Float[Array, ""]:
     """The share of images and of texts, half and half, whose own pair has the largest logit in the batch."""
-    pairs = jnp.arange(len(logits))
-    return jnp.mean(jnp.stack([jnp.argmax(logits, axis=axis) == pairs for axis in (0, 1)]))
+    logits, pairs = jnp.where(valid[:, None] & valid[None, :], logits, -jnp.inf), jnp.arange(len(logits))
+    return jnp.mean(jnp.stack([jnp.argmax(logits, axis=axis) == pairs for axis in (0, 1)]), where=valid)

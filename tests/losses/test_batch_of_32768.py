@@ -7,14 +7,14 @@ import optax
 import pytest
 
 from clip_jax import presets
-from clip_jax.losses import grid
-from clip_jax.models.clip import CLIP, Architecture
+from clip_jax.devices.sharding import batch_sharding, make_mesh, to_devices
+from clip_jax.losses.sigmoid import sigmoid
+from clip_jax.losses.softmax import softmax
+from clip_jax.models.clip import Architecture
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
-from clip_jax.sharding import batch_sharding, make_mesh, to_devices
-from clip_jax.training.state import create_state
-from clip_jax.training.step import make_train_step
-from tests.losses.test_softmax import embeddings, relative_error
+from tests.losses.cases import embeddings, relative_error
+from tests.training.steps import learner_of
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ BATCH, CHUNK = 32_768, 512
 
 
 def rows(image, text, scale, bias=0.0):
-    """(their numbers, cosines, logits) of the images, some at a time, in float64."""
+    """Yields (indices, cosines, logits) of ``CHUNK`` images at a time, in float64."""
     for start in range(0, len(image), CHUNK):
         chosen = np.arange(start, min(start + CHUNK, len(image)))
         cosines = image[chosen] @ text.T
@@ -30,7 +30,7 @@ def rows(image, text, scale, bias=0.0):
 
 
 def float64_softmax(image, text, scale):
-    """(loss, gradients by image, text and scale)"""
+    """(loss, gradients with respect to images, texts and scale)"""
     image, text, size = image.astype(np.float64), text.astype(np.float64), len(image)
     row_lse, columns = np.empty(size), np.zeros(size)
     for chosen, _, logits in rows(image, text, scale):  # |logits| <= 100: their exponentials are far from overflow
@@ -50,7 +50,7 @@ def float64_softmax(image, text, scale):
 
 
 def float64_sigmoid(image, text, scale, bias):
-    """(loss, gradients by image, text, scale and bias)"""
+    """(loss, gradients with respect to images, texts, scale and bias)"""
     image, text, size = image.astype(np.float64), text.astype(np.float64), len(image)
     loss, by_image, by_text, by_scale, by_bias = 0.0, np.empty_like(image), np.zeros_like(text), 0.0, 0.0
     for chosen, cosines, logits in rows(image, text, scale, bias):
@@ -69,9 +69,9 @@ def float64_sigmoid(image, text, scale, bias):
 @pytest.mark.parametrize(
     ("loss", "reference", "scalars", "aligned", "tolerance"),
     [
-        pytest.param(grid.softmax, float64_softmax, (14.3,), 0.0, 1e-6, id="softmax"),
-        pytest.param(grid.softmax, float64_softmax, (100.0,), 0.6, 1e-5, id="softmax, trained"),
-        pytest.param(grid.sigmoid, float64_sigmoid, (10.0, -10.0), 0.0, 1e-6, id="sigmoid"),
+        pytest.param(softmax, float64_softmax, (14.3,), 0.0, 1e-6, id="softmax"),
+        pytest.param(softmax, float64_softmax, (100.0,), 0.6, 1e-5, id="softmax, trained"),
+        pytest.param(sigmoid, float64_sigmoid, (10.0, -10.0), 0.0, 1e-6, id="sigmoid"),
     ],
 )
 def test_the_loss_of_32768_pairs_and_its_gradients_are_those_of_float64(loss, reference, scalars, aligned, tolerance):
@@ -94,18 +94,22 @@ TINY = Architecture(
 
 
 def test_a_step_of_32768_pairs_in_micro_batches_has_the_gradient_of_all_of_them():
-    """Gradient descent at rate 1 moves parameters by minus the gradient. Expected: float64's gradient by embeddings,
-    pulled back through the towers 4,096 pairs at a time, and summed in float64."""
-    mesh, model, optimizer = make_mesh(2, 2, 2), CLIP(TINY), optax.sgd(1.0)
+    """Gradient descent at rate 1 moves parameters by minus the gradient. Expected: float64's gradient with respect
+    to embeddings, pulled back through the towers 4,096 pairs at a time, and summed in float64."""
+    mesh = make_mesh(2, 2, 2)
+    options = {"max_logit_scale": 0.0, "micro_batches": BATCH // 1024}
+    learner = learner_of(mesh, architecture=TINY, optimizer=optax.sgd(1.0), **options)
+    model = learner.model
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8)
     text = rng.integers(1, 50, (BATCH, 6)).astype(np.int32)
-    state = create_state(model, optimizer, mesh, 0)
+    state = learner.create_state()
     before = jax.tree.map(np.asarray, state.params)
 
     @jax.jit
     def encode(params, pixels, text):
-        return model.forward(params, {}, presets.HALF.normalize(pixels), text, train=True)[:2]
+        batch = {"image": presets.HALF.normalize(pixels), "text": text}
+        return model.forward(params, {}, batch, train=True)[:2]
 
     parts = [slice(start, start + 4096) for start in range(0, BATCH, 4096)]
     encoded = [encode(before, pixels[part], text[part]) for part in parts]
@@ -121,10 +125,7 @@ def test_a_step_of_32768_pairs_in_micro_batches_has_the_gradient_of_all_of_them(
         )
     expected["logit_scale"] = expected["logit_scale"] + by_scale * scale  # the parameter is its logarithm
 
-    step = make_train_step(
-        model, presets.HALF, optimizer, lambda _: 1.0, mesh, max_logit_scale=0.0, micro_batches=BATCH // 1024
-    )
-    state, metrics = step(state, to_devices({"image": pixels, "text": text}, mesh, BATCH))
+    state, metrics = learner.step()(state, to_devices({"image": pixels, "text": text}, mesh, BATCH), {})
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-6)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     for old, new, theirs in zip(*map(jax.tree.leaves, (before, state.params, expected)), strict=True):

@@ -1,4 +1,4 @@
-"""What the losses' programs hold, send and compute, read from the jaxpr and from what XLA makes of it on 8 devices."""
+"""Memory, traffic and FLOPs of the losses, read from the jaxpr and from the program that XLA compiles for 8 devices."""
 
 import functools
 import math
@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from clip_jax.losses import grid, tile
+from clip_jax.devices.sharding import batch_sharding, make_mesh, replicated
+from clip_jax.losses.mesh_grid import COLUMNS, DEFAULT_TILING, ROWS, make_grid
+from clip_jax.losses.sigmoid import sigmoid
+from clip_jax.losses.softmax import softmax
 from clip_jax.planning import program
-from clip_jax.sharding import batch_sharding, make_mesh, replicated
 
 BATCH, DIM, DEVICES = 32_768, 64, 8
 PAIRS = BATCH // DEVICES
-LOSSES = {"softmax": (grid.softmax, 3), "sigmoid": (grid.sigmoid, 4)}
+LOSSES = {"softmax": (softmax, 3), "sigmoid": (sigmoid, 4)}
 
 
 @functools.lru_cache
@@ -41,34 +43,34 @@ def test_matmul_flops_of_a_device(name, bound):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_device_holds_its_rows_of_the_logits_or_anything_as_large(name):
+def test_no_array_is_as_large_as_the_rows_of_logits_of_a_device(name):
     """On the 2 x 4 grid a device has 4,096 pairs and gathers 8,192 texts; logits exist in blocks."""
     shapes = [tuple(map(int, re.findall(r"\d+", shape.split("[")[1]))) for shape in program.buffers(compiled(name))]
-    assert max(map(math.prod, shapes)) == tile.BLOCK_LOGITS < PAIRS * BATCH / 50
+    assert max(map(math.prod, shapes)) == DEFAULT_TILING.block_logits < PAIRS * BATCH / 50
     assert (1024, 2048) in shapes and (2 * PAIRS, DIM) in shapes
     assert not any(sum(side >= 2 * PAIRS for side in shape) > 1 or BATCH in shape for shape in shapes)
 
 
-@pytest.mark.parametrize(("name", "around_the_ring"), [("softmax", 3), ("sigmoid", 2)])
-def test_embeddings_and_gradients_are_sent_once_along_each_axis_of_the_grid(name, around_the_ring):
-    """Texts are gathered and their gradients scattered over the two rows; images go around a row of four, and so do
+@pytest.mark.parametrize(("name", "rounds"), [("softmax", 3), ("sigmoid", 2)])
+def test_embeddings_and_gradients_are_sent_once_along_each_axis_of_the_grid(name, rounds):
+    """Texts are gathered and their gradients scattered over the two rows; images travel around a row of four, and so do
     their gradients, softmax's images twice. Everything else is vectors."""
-    grid = tile.grid_of(make_mesh(), np.zeros((BATCH, DIM), np.float32))
+    grid = make_grid(make_mesh(), jax.ShapeDtypeStruct((BATCH, DIM), jnp.float32), DEFAULT_TILING)
     mesh = Mesh(np.asarray(jax.devices()).reshape(grid.axis_sizes), grid.axis_names)
     wide = [c for c in program.collectives(compiled(name)) if c.bytes >= PAIRS * DIM * 4]
     text_bytes = 2 * PAIRS * DIM * 4
-    columns = [(c.kind, c.bytes, c.times) for c in wide if program.axes(c, mesh) == (tile.ROWS,)]
+    columns = [(c.kind, c.bytes, c.times) for c in wide if program.axes(c, mesh) == (ROWS,)]
     assert sorted(columns) == [("all-gather", text_bytes, 1), ("reduce-scatter", text_bytes, 1)]
-    ring = [c for c in wide if program.axes(c, mesh) == (tile.COLUMNS,)]
+    ring = [c for c in wide if program.axes(c, mesh) == (COLUMNS,)]
     assert {(c.kind, c.bytes) for c in ring} == {("collective-permute", PAIRS * DIM * 4)}
     # XLA may issue the first hop once for both passes.
-    assert around_the_ring * 4 - 1 <= sum(c.times for c in ring) <= around_the_ring * 4
+    assert rounds * 4 - 1 <= sum(c.times for c in ring) <= rounds * 4
     assert len(wide) == len(columns) + len(ring)
     narrow = sum(c.traffic for c in program.collectives(compiled(name)) if c not in wide)
     assert narrow < 0.1 * sum(c.traffic for c in wide)
 
 
-def test_a_hop_is_issued_before_the_walk_that_it_overlaps_with():
+def test_a_hop_is_issued_before_the_scan_that_it_overlaps_with():
     """In the program's order, the images' ppermute comes before the loop over blocks of the same hop."""
     hops = [e for e in _all_equations(traced("softmax").jaxpr.jaxpr) if e.primitive.name == "scan"]
     bodies = [[e.primitive.name for e in hop.params["jaxpr"].jaxpr.eqns] for hop in hops]
@@ -80,7 +82,7 @@ def test_a_hop_is_issued_before_the_walk_that_it_overlaps_with():
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, jax.lax.Precision.HIGHEST), (jnp.bfloat16, None)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_embeddings_are_multiplied_in_their_own_type(name, dtype, precision):
-    """float32 as float32: TPUs and GPUs, unasked, round it to bfloat16 and to TF32 first."""
+    """float32 as float32: by default, TPUs and GPUs round it to bfloat16 and to TF32 first."""
     loss, arguments = LOSSES[name]
     values = [jnp.ones((8, 4), dtype)] * 2 + [jnp.float32(1)] * (arguments - 2)
     gradient = jax.grad(lambda *x: loss(*x, mesh=make_mesh())[0], tuple(range(arguments)))
@@ -96,14 +98,3 @@ def _all_equations(jaxpr):
         for inner in jax.tree.leaves(equation.params, is_leaf=program._is_program):
             if program._is_program(inner):
                 yield from _all_equations(getattr(inner, "jaxpr", inner))
-
-
-def test_a_grid_is_square_while_the_gathered_texts_fit_and_a_ring_when_nothing_does():
-    mesh = make_mesh()
-
-    def grid_shape(batch):
-        return tuple(tile.grid_of(mesh, jax.ShapeDtypeStruct((batch, 1024), jnp.bfloat16)).shape.values())
-
-    # A text takes 2 KiB and its gradient 4, and two rows gather a quarter of the batch: 1 GiB at 699,050.
-    assert grid_shape(32_768) == grid_shape(699_048) == (2, 4, 1)
-    assert grid_shape(699_056) == (1, 8, 1)
