@@ -1,4 +1,4 @@
-"""Bytes in, uint8 numpy out: decode, crop, resize. Normalisation happens on the device.
+"""Bytes in, uint8 numpy out: decode, crop, resize. Normalization happens on the device.
 
 JPEGs are decoded by libjpeg-turbo (``simplejpeg``; the same bits as Pillow's decoder, about 1.5 times as fast),
 everything else by Pillow, which also resizes: its bicubic filter is antialiased and is what OpenAI's, OpenCLIP's
@@ -13,7 +13,7 @@ from PIL import Image
 
 MAX_PIXELS = 128 * 1024 * 1024  # a decompression bomb is refused from its header; the same bound as OpenCLIP's
 
-Image.MAX_IMAGE_PIXELS = None  # the bound above, with our own message, stands instead of Pillow's warning
+Image.MAX_IMAGE_PIXELS = None  # replaced by the bound above, which has an error of its own
 
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -23,10 +23,10 @@ class BadImageError(ValueError):
 
 
 def decode(data: bytes | np.ndarray, min_size: int | None = None) -> Image.Image:
-    """An encoded file (or uint8[H, W, 3]) to an RGB image.
+    """Decodes an encoded file (or uint8[H, W, 3]) to an RGB image. Raises BadImageError.
 
-    ``min_size``: a JPEG may come out smaller than it is (scaled by 1/2, 1/4 or 1/8 while decoding, which is much
-    faster for photos) as long as both sides keep so many pixels. Raises BadImageError.
+    With ``min_size`` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster for photos, as long as
+    both sides keep at least ``min_size`` pixels.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
@@ -47,9 +47,7 @@ def decode(data: bytes | np.ndarray, min_size: int | None = None) -> Image.Image
         return image.convert("RGB")
     except BadImageError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders raise whatever they like on broken files (OSError, ValueError, SyntaxError...)
+    except Exception as error:  # on broken files decoders raise OSError, ValueError, SyntaxError and others
         raise BadImageError(f"undecodable image ({type(error).__name__})") from error
 
 
@@ -69,7 +67,7 @@ def random_resized_crop(
 ) -> np.ndarray:
     """uint8[size, size, 3]: a random part of the image of relative area ``scale`` and aspect ``ratio``, resized.
 
-    The crop is drawn as in torchvision's RandomResizedCrop (ten tries, then the central part), which OpenCLIP uses.
+    The crop is sampled as in torchvision's RandomResizedCrop (ten tries, then the central part), which OpenCLIP uses.
     """
     # A crop of the smallest area still has at least ``size`` pixels on its shorter side after scaled decoding.
     wanted = int(np.ceil(size / (scale[0] * ratio[0]) ** 0.5))
@@ -104,15 +102,15 @@ def resize_and_crop(
 ) -> np.ndarray:
     """uint8[size, size, 3], for evaluation: nothing random, the same pixels as OpenCLIP's Pillow transforms.
 
-    ``resize``: ``shortest`` scales the shorter side to ``size`` and crops the centre; ``squash`` scales both sides.
+    ``resize``: ``shortest`` scales the shorter side to ``size`` and crops the center; ``squash`` scales both sides.
     """
     image = data.convert("RGB") if isinstance(data, Image.Image) else decode(data)
     width, height = image.size
     filter_ = INTERPOLATIONS[interpolation]
     if resize == "squash":
         return np.asarray(image.resize((size, size), filter_))
-    # torchvision's rule: the longer side is truncated, and the crop's offset rounded, half to even. Transformers cuts
-    # the half off, so that its crop of one image in four begins a pixel earlier.
+    # torchvision's rule: the longer side is truncated, and the crop's offset rounded, half to even. Transformers
+    # rounds down, so that its crop of one image in four begins a pixel earlier.
     short, long = min(width, height), max(width, height)
     long = int(size * long / short)
     width, height = (size, long) if width <= height else (long, size)

@@ -1,12 +1,12 @@
-"""Which samples make batch k: index functions of (seed, k), the same for any number of hosts, workers and restarts.
+"""The samples of batch k: index functions of (seed, k), the same for any number of hosts, workers and restarts.
 
 Position p counts training pairs from the start of the run; batch k holds positions kB to (k+1)B - 1. Position p
 lies in epoch ``p // N``, and every epoch is a permutation of the N samples, so a batch may span two epochs.
 
 Two levels: the samples are cut into blocks of n consecutive ones, the blocks are permuted globally, and samples
 are permuted inside a window of w permuted blocks. n = 1 is a full shuffle; large blocks make long reads on remote
-shards. Nothing is materialised: a permutation is a Feistel network walked until it stays in range, so an order
-over a thousand million samples costs nothing to set up, and does not change with any library's version.
+shards. Nothing is materialized: a permutation is a Feistel network, applied until the result is in range, so an order
+over a billion samples costs nothing to set up, and does not change with the version of any library.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64: the finaliser of SplitMix64 (Steele et al. 2014), a bijection that scatters all bits."""
+    """uint64 -> uint64: the finalizer of SplitMix64 (Steele et al. 2014), a bijection that scatters all bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def fold(*words: int) -> int:
-    """Several integers to one 64-bit seed, order mattering."""
+    """Several integers to one 64-bit seed; their order matters."""
     state = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
         for word in words:
@@ -34,10 +34,10 @@ def fold(*words: int) -> int:
 
 
 def permute(index: np.ndarray, size: int, seed: int, *, inverse: bool = False) -> np.ndarray:
-    """int64[n] -> int64[n]: where a seeded permutation of 0..size-1 sends each index (or whence it came).
+    """int64[n] -> int64[n]: a seeded permutation of 0..size-1 (or its inverse) at each index.
 
-    A Feistel network over the next power of four permutes a range up to four times too large; indices that land
-    outside walk on until they are inside (cycle walking: Black and Rogaway 2002), which is again a permutation.
+    A Feistel network over the next power of four permutes a range up to four times too large; the network is
+    applied again to results that are out of range (cycle walking: Black and Rogaway 2002), which is a permutation.
     """
     half_bits = max(1, ((max(size - 1, 1)).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
@@ -89,12 +89,12 @@ class Order:
     def _shuffle(self, offsets: np.ndarray, seed: int) -> np.ndarray:
         n, size = self.block, self.samples
         blocks = -(-size // n)
-        missing = blocks * n - size  # the last block may be short; everything behind its place moves up by so much
-        place_of_short = int(permute(np.array([blocks - 1]), blocks, seed, inverse=True)[0]) if missing else blocks
+        missing = blocks * n - size  # the last block may be short; all blocks after its rank begin that much earlier
+        short_rank = int(permute(np.array([blocks - 1]), blocks, seed, inverse=True)[0]) if missing else blocks
 
-        def start(place: np.ndarray) -> np.ndarray:
-            """The offset at which the block at a place begins; ``place == blocks`` is the end."""
-            return place * n - np.where(place > place_of_short, missing, 0)
+        def start(rank: np.ndarray) -> np.ndarray:
+            """The offset at which the block of a rank (its index after the shuffle) begins; ``blocks`` is the end."""
+            return rank * n - np.where(rank > short_rank, missing, 0)
 
         shuffled = offsets
         if n > 1:
@@ -106,6 +106,6 @@ class Order:
                 inside = window == w
                 first, last = (int(start(np.minimum(b * self.window, blocks))) for b in (w, w + 1))
                 shuffled[inside] = first + permute(offsets[inside] - first, last - first, fold(seed, int(w), 1))
-        place = shuffled // n
-        place = place + (shuffled >= start(np.minimum(place + 1, blocks)))
-        return permute(place, blocks, seed) * n + (shuffled - start(place))
+        rank = shuffled // n
+        rank = rank + (shuffled >= start(np.minimum(rank + 1, blocks)))
+        return permute(rank, blocks, seed) * n + (shuffled - start(rank))

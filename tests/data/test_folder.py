@@ -1,4 +1,4 @@
-"""A folder of images: where captions may stand, in which order samples come, and what is refused with which words."""
+"""A folder of images: where captions may be, the order of the samples, and the messages for what is refused."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.data.sources import BadSampleError, Sample
 from clip_jax.data.sources.folder import open_folder
+from clip_jax.data.sources.sample import BadSampleError, Sample
 from clip_jax.errors import UserError
 from tests.data.shards import jpeg
 
@@ -192,14 +192,14 @@ def test_loose_images_or_a_single_sub_folder_are_no_classes(tmp_path, images):
 
 def test_texts_elsewhere_are_not_overlooked_and_folders_taken_for_classes(tmp_path):
     write(tmp_path, "images/a.jpg", "other/b.jpg", texts={"texts/a.txt": "an a"})
-    assert "there is texts/a.txt, so sub-folders are not taken for classes" in refusal(tmp_path)
+    assert "because of texts/a.txt, subfolders are not read as classes" in refusal(tmp_path)
 
 
 def test_images_missing_from_the_list_are_refused(tmp_path):
     write(tmp_path, "a.jpg", "b.jpg", texts={"captions.jsonl": '{"file": "a.jpg", "caption": "an a"}'})
     message = refusal(tmp_path)
     assert "b.jpg: 1 images have no caption" in message
-    assert "there is captions.jsonl" in message
+    assert "because of captions.jsonl" in message
 
 
 def test_a_caption_for_a_file_that_is_not_there_is_refused(tmp_path):
@@ -278,7 +278,7 @@ def test_links_that_lead_out_of_the_folder_or_nowhere_are_refused(tmp_path, targ
     folder = write(tmp_path / "inside", "a.jpg", texts={"a.txt": "an a"})
     link = folder / ("linked" if target == "outside" else "linked.jpg")
     link.symlink_to(tmp_path / target)
-    assert refusal(folder).startswith(f"{link}: a link out of {folder} or to nothing (1 in all)")
+    assert refusal(folder).startswith(f"{link}: a link that is broken or leads out of {folder} (1 in all)")
 
 
 def test_a_folder_that_is_itself_a_link_is_read(tmp_path):

@@ -53,7 +53,7 @@ def test_shortest_scales_the_shorter_side_and_crops_the_centre(size):
     image = Image.new("RGB", size)
     assert images.resize_and_crop(image, 32).shape == (32, 32, 3)
     ramp = np.zeros((size[1], size[0], 3), np.uint8)
-    ramp[:, : size[0] // 2] = 255  # left half white: the crop of the centre is half white too
+    ramp[:, : size[0] // 2] = 255  # left half white: the crop of the center is half white too
     assert abs(images.resize_and_crop(ramp, 32).mean() - 127.5) < 8
 
 

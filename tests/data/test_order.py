@@ -18,7 +18,7 @@ def test_permute_is_a_permutation_and_inverse_undoes_it(size, seed):
     assert list(permute(out, size, seed, inverse=True)) == list(range(size))
 
 
-@given(samples=SIZES, batch=st.integers(1, 40), block=st.integers(1, 30), window=st.integers(1, 6))
+@given(samples=st.integers(1, 120), batch=st.integers(3, 40), block=st.integers(1, 30), window=st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
 def test_every_epoch_visits_every_sample_once_though_batches_span_two(samples, batch, block, window):
     order = Order(samples, batch, seed=3, block=block, window=window)
@@ -42,7 +42,7 @@ def test_a_full_shuffle_is_uncorrelated_with_the_order_on_disk():
 
 @pytest.mark.parametrize(("samples", "windows"), [(1000, 1), (1003, 2)])
 def test_a_stretch_of_a_windows_length_reads_the_blocks_of_its_windows_alone(samples, windows):
-    """Behind the place of a short last block windows begin earlier, so that such a stretch may touch two."""
+    """After a short last block, windows begin earlier, so that such a stretch may touch two."""
     block, window = 10, 4
     order = Order(samples, samples, seed=5, block=block, window=window).batch(0)
     for start in range(0, samples - 100, block * window):

@@ -7,6 +7,7 @@ from clip_jax.data.order import Order
 from clip_jax.data.sources import open_source
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.stream import Faults, TrainingBatches, read, stream
+from clip_jax.data.views import View, pair_views
 from clip_jax.errors import UserError
 from tests.data.shards import jpeg, sample, write_shard, write_shards
 
@@ -20,9 +21,17 @@ class Lengths:
         return np.array([[len(t)] for t in texts], np.int32)
 
 
-def batches(source, batch_size=8, max_share=1.0, seed=0):
+def batches(source, batch_size=8, max_share=1.0, seed=0, more=None):
     order = Order(len(source), batch_size, seed)
-    return TrainingBatches(source, order, Lengths(), 24, (0.5, 1.0), (3 / 4, 4 / 3), "bicubic", Faults(max_share))
+    views = pair_views(
+        image_size=24,
+        context_length=1,
+        tokenizer=Lengths(),
+        crop_scale=(0.5, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
+        interpolation="bicubic",
+    )
+    return TrainingBatches(source, order, views | (more or {}), Faults(max_share))
 
 
 def equal(a, b):
@@ -54,6 +63,20 @@ def test_a_batch_is_uint8_int32_int64(tmp_path):
     ]
 
 
+def test_another_view_draws_from_its_own_generator_and_changes_no_pair(tmp_path):
+    source = open_source(write_shards(tmp_path, 30), image_size=24)
+
+    def fill(sample, rng, arrays):
+        arrays["noise"][:] = rng.random(3)
+
+    noise = {"noise": View({"noise": ((3,), np.dtype(np.float32))}, fill)}
+    plain, more = batches(source)(2, np.arange(8)), batches(source, more=noise)(2, np.arange(8))
+    assert equal(plain, {name: array for name, array in more.items() if name != "noise"})
+    halves = [batches(source, more=noise)(2, rows)["noise"] for rows in np.split(np.arange(8), 2)]
+    np.testing.assert_array_equal(more["noise"], np.concatenate(halves))
+    assert len(np.unique(more["noise"])) == 24
+
+
 def faulty(tmp_path):
     samples = [sample(i) for i in range(20)]
     samples[3]["jpg"] = jpeg(3)[:200]
@@ -76,14 +99,14 @@ def test_a_bad_sample_is_replaced_deterministically_and_counted(tmp_path):
 
 def test_too_many_bad_samples_stop_the_run_with_their_reasons(tmp_path):
     make = batches(faulty(tmp_path), batch_size=20, max_share=0.01)
-    with pytest.raises(UserError, match=r"samples could not be used .*empty caption.*max_bad_share"):
+    with pytest.raises(UserError, match=r"examples could not be used .*empty caption.*max_bad_share"):
         for step in range(100):
             make(step, np.arange(20))
 
 
 def test_nothing_usable_ends_with_one_line(tmp_path):
     source = open_tar(str(write_shard(tmp_path / "0.tar", [{"jpg": b"no", "txt": b"words"}] * 3)))
-    with pytest.raises(UserError, match="100 samples in a row could not be used"):
+    with pytest.raises(UserError, match="100 examples in a row could not be used"):
         batches(source, batch_size=2)(0, np.arange(2))
 
 
@@ -102,5 +125,5 @@ def test_a_transient_fault_is_retried_and_a_lasting_one_stops(tmp_path, monkeypa
     assert read(Flaky(), 5) == 5
     lasting = Flaky()
     lasting.left = 99
-    with pytest.raises(UserError, match=r"tar:somewhere: sample 5 cannot be read: connection reset"):
+    with pytest.raises(UserError, match=r"tar:somewhere: example 5 cannot be read: connection reset"):
         read(lasting, 5)

@@ -106,6 +106,16 @@ def test_a_file_that_is_no_tar_is_named(tmp_path):
         open_tar(str(tmp_path))
 
 
+def test_an_option_that_no_kind_of_source_takes_is_an_error(tmp_path):
+    with pytest.raises(TypeError, match="no kind of source takes captions"):
+        open_source(write_shards(tmp_path, 1), image_size=32, captions="json")
+
+
+def test_a_kind_takes_its_own_options_and_ignores_those_of_others(tmp_path):
+    source = open_source(write_shards(tmp_path, 2), image_size=32, caption="captions.de", tfds_dir="/nowhere")
+    assert source[1].captions == ("Bild 1",)
+
+
 def test_an_unknown_kind_of_source_names_the_nearest():
     with pytest.raises(UserError, match=r"tarr:x: not a source \(nearest: tar\)"):
         open_source("tarr:x", image_size=32)

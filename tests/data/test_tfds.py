@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from clip_jax.data.sources import BadSampleError, open_source
-from clip_jax.data.sources.tfds import open_tfds
+from clip_jax.data.sources.tfds import open_split
 from clip_jax.errors import UserError
 from tests.data.shards import jpeg
 from tests.data.tfds_fixture import write_coco_captions, write_tfds
@@ -52,7 +52,7 @@ def expected(examples: list[dict]) -> list[tuple[bytes, tuple[str, ...]]]:
 
 def refusal(where: str, split: str, data_dir: Path) -> str:
     with pytest.raises(UserError) as caught:
-        open_tfds(where, split, data_dir=str(data_dir))
+        open_split(where, split, data_dir=str(data_dir))
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"tfds:{where}")
@@ -62,7 +62,7 @@ def refusal(where: str, split: str, data_dir: Path) -> str:
 def test_coco_captions_are_read_in_order_with_encoded_images_and_all_captions(coco):
     data_dir, written = coco
     for split, examples in written.items():
-        source = open_tfds("coco_captions", split, data_dir=str(data_dir))
+        source = open_split("coco_captions", split, data_dir=str(data_dir))
         assert len(source) == len(examples)
         assert pairs(source) == expected(examples)
     assert source[0].label == -1 and source.class_names == ()
@@ -76,8 +76,8 @@ logging.set_verbosity(logging.INFO)  # As programs do that want to hear of thems
 def no_network(*args, **kwargs):
     raise AssertionError("network")
 socket.getaddrinfo = socket.socket.connect = no_network
-from clip_jax.data.sources.tfds import open_tfds
-source = open_tfds("coco_captions", "test", data_dir={str(coco[0])!r})
+from clip_jax.data.sources.tfds import open_split
+source = open_split("coco_captions", "test", data_dir={str(coco[0])!r})
 assert source[2].image.startswith(b"\\xff\\xd8")
 assert "tensorflow" not in sys.modules
 assert not [m for m in sys.modules if m.startswith("tensorflow_datasets.object_detection")], "dataset code ran"
@@ -87,7 +87,7 @@ assert not [m for m in sys.modules if m.startswith("tensorflow_datasets.object_d
 
 
 def test_tensorflow_was_not_imported_to_write_and_read_the_datasets_of_this_file(coco):
-    open_tfds("coco_captions", "train", data_dir=str(coco[0]))[0]
+    open_split("coco_captions", "train", data_dir=str(coco[0]))[0]
     assert "tensorflow" not in sys.modules
 
 
@@ -101,28 +101,28 @@ def test_the_name_in_a_config_ends_in_the_split(coco):
 @pytest.mark.parametrize("where", ["coco_captions/2014", "coco_captions:1.1.0", "coco_captions/2014:1.1.0"])
 def test_config_and_version_may_be_named(coco, where):
     data_dir, written = coco
-    assert pairs(open_tfds(where, "val", data_dir=str(data_dir))) == expected(written["val"])
+    assert pairs(open_split(where, "val", data_dir=str(data_dir))) == expected(written["val"])
 
 
 def test_data_dir_defaults_to_the_one_of_tfds(coco, monkeypatch):
     data_dir, written = coco
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
-    assert pairs(open_tfds("coco_captions", "val")) == expected(written["val"])
+    assert pairs(open_split("coco_captions", "val")) == expected(written["val"])
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(data_dir / "home"))
     with pytest.raises(UserError, match=f"coco_captions is not in {data_dir}/home/tensorflow_datasets"):
-        open_tfds("coco_captions", "val")
+        open_split("coco_captions", "val")
 
 
 def test_parts_and_sums_of_splits_are_those_of_tfds(coco):
     data_dir, written = coco
     train, restval = expected(written["train"]), expected(written["restval"])
-    assert pairs(open_tfds("coco_captions", "train[3:6]", data_dir=str(data_dir))) == train[3:6]
-    assert pairs(open_tfds("coco_captions", "train[75%:]+restval", data_dir=str(data_dir))) == train[6:] + restval
+    assert pairs(open_split("coco_captions", "train[3:6]", data_dir=str(data_dir))) == train[3:6]
+    assert pairs(open_split("coco_captions", "train[75%:]+restval", data_dir=str(data_dir))) == train[6:] + restval
 
 
 def test_samples_are_named_after_dataset_and_place_and_end_at_the_end(coco):
-    source = open_tfds("coco_captions", "val[1:]", data_dir=str(coco[0]))
+    source = open_split("coco_captions", "val[1:]", data_dir=str(coco[0]))
     assert source[2].key == "coco_captions/2014/1.1.0 val[1:][2]"
     for outside in (3, -1):
         with pytest.raises(IndexError):
@@ -131,7 +131,7 @@ def test_samples_are_named_after_dataset_and_place_and_end_at_the_end(coco):
 
 def test_threads_read_what_one_thread_reads(coco):
     data_dir, written = coco
-    source = open_tfds("coco_captions", "train", data_dir=str(data_dir))
+    source = open_split("coco_captions", "train", data_dir=str(data_dir))
     indices = np.random.default_rng(0).integers(0, len(source), 2000).tolist()
     with ThreadPoolExecutor(16) as pool:
         read = list(pool.map(source.__getitem__, indices))
@@ -142,7 +142,7 @@ def test_threads_read_what_one_thread_reads(coco):
 def test_image_bytes_are_those_of_the_file_to_the_last_zero(tmp_path):
     image = jpeg(1) + b"\0\0\0"
     write(tmp_path, {"image": IMAGE, "caption": TEXT}, {"image": io.BytesIO(image), "caption": "a"})
-    assert open_tfds("mine", "train", data_dir=str(tmp_path))[0].image == image
+    assert open_split("mine", "train", data_dir=str(tmp_path))[0].image == image
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_image_bytes_are_those_of_the_file_to_the_last_zero(tmp_path):
         ({"captions": tfds.features.Sequence(np.str_, length=2)}, ["a dog", "a hound"], ("a dog", "a hound")),
     ],
 )
-def test_captions_stand_where_catalogue_datasets_put_them(tmp_path, feature, value, captions):
+def test_captions_stand_where_catalog_datasets_put_them(tmp_path, feature, value, captions):
     ((name, _),) = feature.items()
     value = [{"caption": "a dog", "score": 0.5}] if value is None else value
     write(tmp_path, {"image": IMAGE, **feature}, {"image": io.BytesIO(jpeg(1)), name: value})
-    assert open_tfds("mine", "train", data_dir=str(tmp_path))[0].captions == captions
+    assert open_split("mine", "train", data_dir=str(tmp_path))[0].captions == captions
 
 
 def test_labels_index_the_class_names_and_the_class_name_is_the_caption(tmp_path):
@@ -167,7 +167,7 @@ def test_labels_index_the_class_names_and_the_class_name_is_the_caption(tmp_path
     image = io.BytesIO(jpeg(1)).getvalue()
     rows = [{"image": io.BytesIO(image), "label": label, "id": "x"} for label in ("tabby cat", "dog", -1)]
     write(tmp_path, features, *rows)
-    source = open_tfds("mine", "train", data_dir=str(tmp_path))
+    source = open_split("mine", "train", data_dir=str(tmp_path))
     assert source.class_names == ("dog", "tabby cat")
     assert [(source[i].label, source[i].captions) for i in range(2)] == [(1, ("tabby cat",)), (0, ("dog",))]
     with pytest.raises(BadSampleError, match=r"mine/1\.0\.0 train\[2\]: no label"):  # As in ImageNet's test split.
@@ -177,7 +177,7 @@ def test_labels_index_the_class_names_and_the_class_name_is_the_caption(tmp_path
 def test_a_caption_is_preferred_to_the_class_name_and_the_label_kept(tmp_path):
     features = {"image": IMAGE, "caption": TEXT, "label": tfds.features.ClassLabel(names=["dog", "cat"])}
     write(tmp_path, features, {"image": io.BytesIO(jpeg(1)), "caption": "a wet cat", "label": "cat"})
-    sample = open_tfds("mine", "train", data_dir=str(tmp_path))[0]
+    sample = open_split("mine", "train", data_dir=str(tmp_path))[0]
     assert (sample.captions, sample.label) == (("a wet cat",), 1)
 
 
@@ -186,7 +186,7 @@ def test_other_features_are_not_decoded(tmp_path):
     features = {"photo": IMAGE, "mask": mask, "caption": TEXT}
     example = {"photo": io.BytesIO(jpeg(1)), "mask": io.BytesIO(b"not a PNG at all"), "caption": "a dog"}
     write(tmp_path, features, example)
-    assert open_tfds("mine", "train", data_dir=str(tmp_path))[0].image == jpeg(1), (
+    assert open_split("mine", "train", data_dir=str(tmp_path))[0].image == jpeg(1), (
         "the only photograph, by another name"
     )
 
@@ -195,7 +195,7 @@ def test_pixels_that_were_stored_without_a_file_come_as_an_array(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     features = {"image": tfds.features.Tensor(shape=(5, 7, 3), dtype=np.uint8), "caption": TEXT}
     write(tmp_path, features, {"image": pixels, "caption": "noise"})
-    image = open_tfds("mine", "train", data_dir=str(tmp_path))[0].image
+    image = open_split("mine", "train", data_dir=str(tmp_path))[0].image
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, pixels)
 
@@ -206,7 +206,7 @@ def test_pixels_that_tfds_encoded_come_as_a_file(tmp_path):
     Image.fromarray(pixels).save(png, "PNG")
     features = {"image": tfds.features.Image(shape=(5, 7, 3), encoding_format="png"), "caption": TEXT}
     write(tmp_path, features, {"image": io.BytesIO(png.getvalue()), "caption": "noise"})
-    assert open_tfds("mine", "train", data_dir=str(tmp_path))[0].image == png.getvalue()
+    assert open_split("mine", "train", data_dir=str(tmp_path))[0].image == png.getvalue()
 
 
 @pytest.mark.parametrize("captions", [[], ["", " \n"]])
@@ -214,7 +214,7 @@ def test_an_empty_caption_is_a_fault_of_its_sample_alone(tmp_path, captions):
     features = {"image": IMAGE, "captions": tfds.features.Sequence(TEXT)}
     rows = [{"image": io.BytesIO(jpeg(i)), "captions": texts} for i, texts in enumerate((captions, ["", "a dog"]))]
     write(tmp_path, features, *rows)
-    source = open_tfds("mine", "train", data_dir=str(tmp_path))
+    source = open_split("mine", "train", data_dir=str(tmp_path))
     with pytest.raises(BadSampleError, match=r"train\[0\]: empty caption"):
         source[0]
     assert source[1].captions == ("a dog",)
@@ -223,7 +223,7 @@ def test_an_empty_caption_is_a_fault_of_its_sample_alone(tmp_path, captions):
 def test_a_caption_that_is_not_utf8_is_a_fault_of_its_sample_alone(tmp_path):
     rows = [{"image": io.BytesIO(jpeg(1)), "caption": text} for text in (b"caf\xe9", "café".encode())]
     write(tmp_path, {"image": IMAGE, "caption": TEXT}, *rows)
-    source = open_tfds("mine", "train", data_dir=str(tmp_path))
+    source = open_split("mine", "train", data_dir=str(tmp_path))
     with pytest.raises(BadSampleError, match="caption is not UTF-8"):
         source[0]
     assert source[1].captions == ("café",)
@@ -237,7 +237,7 @@ def test_a_damaged_record_is_a_fault_of_its_sample_alone(coco_copy, coco):
     at = data.index(image[-64:])
     data[at : at + 8] = b"\xff" * 8
     shard.write_bytes(data)
-    source = open_tfds("coco_captions", "test", data_dir=str(data_dir))
+    source = open_split("coco_captions", "test", data_dir=str(data_dir))
     with pytest.raises(BadSampleError, match=r"test\[1\]: corrupted record"):
         source[1]
     assert source[0].image == coco[1]["test"][0]["image"]
@@ -247,7 +247,7 @@ def test_a_damaged_record_is_a_fault_of_its_sample_alone(coco_copy, coco):
 def test_a_shard_that_ends_early_is_an_os_error(coco_copy):
     data_dir, folder = coco_copy
     (folder / "coco_captions-test.array_record-00001-of-00002").write_bytes(b"")
-    source = open_tfds("coco_captions", "test", data_dir=str(data_dir))
+    source = open_split("coco_captions", "test", data_dir=str(data_dir))
     assert source[0].captions
     with pytest.raises(OSError, match=r"coco_captions/2014/1\.1\.0 test\[3\]"):
         source[3]
@@ -258,8 +258,8 @@ def test_the_newest_version_is_read_unless_another_is_named(tmp_path):
         example = {"image": io.BytesIO(jpeg(1)), "caption": f"of {version}"}
         write(tmp_path, {"image": IMAGE, "caption": TEXT}, example, version=version)
     (tmp_path / "mine/incomplete.AB12CD_1.11.0").mkdir()
-    assert open_tfds("mine", "train", data_dir=str(tmp_path))[0].captions == ("of 1.10.0",)
-    assert open_tfds("mine:1.2.0", "train", data_dir=str(tmp_path))[0].captions == ("of 1.2.0",)
+    assert open_split("mine", "train", data_dir=str(tmp_path))[0].captions == ("of 1.10.0",)
+    assert open_split("mine:1.2.0", "train", data_dir=str(tmp_path))[0].captions == ("of 1.2.0",)
     assert "version 1.3.0 is not in" in (said := refusal("mine:1.3.0", "train", tmp_path))
     assert "there is 1.10.0, 1.2.0" in said
 
@@ -268,8 +268,8 @@ def test_of_several_configs_the_default_is_read_unless_another_is_named(tmp_path
     for config in ("large", "small"):  # TFDS notes the config that was written last.
         example = {"image": io.BytesIO(jpeg(1)), "caption": f"of {config}"}
         write(tmp_path, {"image": IMAGE, "caption": TEXT}, example, config=config)
-    assert open_tfds("mine/large", "train", data_dir=str(tmp_path))[0].captions == ("of large",)
-    assert open_tfds("mine", "train", data_dir=str(tmp_path))[0].captions == ("of small",)
+    assert open_split("mine/large", "train", data_dir=str(tmp_path))[0].captions == ("of large",)
+    assert open_split("mine", "train", data_dir=str(tmp_path))[0].captions == ("of small",)
     shutil.rmtree(tmp_path / "mine/.config")
     assert "has several configs; name one: tfds:mine/large, tfds:mine/small" in refusal("mine", "train", tmp_path)
     assert "config big is not in" in (said := refusal("mine/big", "train", tmp_path))
@@ -281,12 +281,12 @@ def test_a_converted_dataset_that_kept_its_tfrecord_files_is_read(coco_copy, coc
     info = json.loads((folder / "dataset_info.json").read_text())
     info |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    assert pairs(open_tfds("coco_captions", "test", data_dir=str(data_dir))) == expected(coco[1]["test"])
+    assert pairs(open_split("coco_captions", "test", data_dir=str(data_dir))) == expected(coco[1]["test"])
 
 
 def test_the_fingerprint_follows_dataset_split_and_shards_and_not_the_place(coco, tmp_path):
     def fingerprint(split="test", where="coco_captions", data_dir=coco[0]):
-        return open_tfds(where, split, data_dir=str(data_dir)).fingerprint
+        return open_split(where, split, data_dir=str(data_dir)).fingerprint
 
     known = fingerprint()
     assert fingerprint() == known
@@ -317,12 +317,12 @@ def test_a_dataset_that_is_not_prepared_is_refused_with_the_command_that_prepare
 def test_an_interrupted_preparation_is_no_dataset(tmp_path, folder):
     (tmp_path / folder / "incomplete.AB12CD_1.1.0").mkdir(parents=True)
     said = refusal(folder.split("/")[0], "train", tmp_path)
-    assert f"{tmp_path / folder} holds no finished version; prepare it once" in said
+    assert f"{tmp_path / folder} has no finished version; prepare it once" in said
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_known_one(coco):
     said = refusal("coco_caption", "train", coco[0])
-    assert f"coco_caption is neither in {coco[0]} nor in the TFDS catalogue (nearest: coco_captions)" in said
+    assert f"coco_caption is neither in {coco[0]} nor in the TFDS catalog (nearest: coco_captions)" in said
 
 
 @pytest.mark.parametrize("where", ["", "coco captions", "huggingface:coco", "coco/2014/1.1.0/x", "../coco"])
@@ -347,7 +347,7 @@ def test_tfrecord_files_are_refused_with_a_way_to_array_record(coco_copy):
     info = (folder / "dataset_info.json").read_text()
     (folder / "dataset_info.json").write_text(info.replace('"array_record"', '"tfrecord"'))
     said = refusal("coco_captions", "train", data_dir)
-    assert f"{folder} holds tfrecord files, which have no random access; move that folder away" in said
+    assert f"{folder} has tfrecord files, which have no random access; move that folder away" in said
     assert "file_format='array_record').download_and_prepare()" in said
 
 
@@ -357,7 +357,7 @@ def test_missing_shards_are_refused_before_the_run_starts(coco_copy):
     said = refusal("coco_captions", "train", data_dir)
     assert "1 of 2 shards of split 'train' are not in" in said
     assert "the first is coco_captions-train.array_record-00001-of-00002" in said
-    open_tfds("coco_captions", "val", data_dir=str(data_dir))
+    open_split("coco_captions", "val", data_dir=str(data_dir))
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
@@ -384,7 +384,7 @@ def test_features_without_an_image_or_without_words_are_refused_with_what_is_the
 
 
 def test_messages_of_others_and_errors_of_tfds_are_still_logged(coco, caplog):
-    open_tfds("coco_captions", "val", data_dir=str(coco[0]))
+    open_split("coco_captions", "val", data_dir=str(coco[0]))
     logger = logging.getLogger("absl")
     logger.handle(logging.makeLogRecord({"levelno": logging.WARNING, "msg": "ours", "pathname": "clip_jax/x.py"}))
     for level, text in ((logging.WARNING, "chatter"), (logging.ERROR, "trouble")):

@@ -57,7 +57,7 @@ def write_tfds(
 
 
 def write_coco_captions(root: Path, *, splits: dict[str, int] | None = None, shards: int = 1) -> dict[str, list[dict]]:
-    """coco_captions as the catalogue has it (version 1.1.0, config 2014), of small pictures with five captions each.
+    """coco_captions as the catalog has it (version 1.1.0, config 2014), of small pictures with five captions each.
 
     Returns the examples that were written, by split: ``image`` is the JPEG file, ``captions`` a list of {id, text}.
     """

@@ -1,83 +1,55 @@
-"""Where image-text pairs come from: random access over files, one small interface.
+"""Where image-text pairs come from: random access over files, by the small interface in ``sample.py``.
 
 A source is named in a config by ``kind:where``, for example ``tar:/data/train-*.tar``, ``tfds:coco_captions``,
-``folder:photos`` or ``shapes:train``; ``open_source`` turns the name into a ``Source``.
+``folder:photos`` or ``shapes:train``; ``open_source`` turns the name into a ``Source``. A new kind is a file here and
+a line in ``KINDS``; a library that takes long to import is imported by its opener, not by the file.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from clip_jax.data.sources.folder import open_folder
+from clip_jax.data.sources.sample import BadSampleError, Sample, Source
+from clip_jax.data.sources.shapes import open_shapes
+from clip_jax.data.sources.tar import open_tar
+from clip_jax.data.sources.tfds import open_tfds
 from clip_jax.errors import UserError, nearest
 
-
-class Sample(NamedTuple):
-    """One image with what is said about it, not yet decoded."""
-
-    image: bytes | np.ndarray
-    """The encoded file (JPEG, PNG, WebP), or uint8[height, width, 3] where there is no file."""
-    captions: tuple[str, ...]
-    """Never empty; where there are several, training takes one at random and evaluation all of them."""
-    key: str
-    """How messages name the sample: shard and member, file name, dataset key."""
-    label: int = -1
-    """The class, for zero-shot classification; -1 where there is none."""
+__all__ = ["KINDS", "BadSampleError", "Sample", "Source", "open_source"]
 
 
-class BadSampleError(Exception):
-    """A sample that cannot be used (empty caption, undecodable image): counted, replaced, never fatal alone."""
+class Kind(NamedTuple):
+    """How the sources of one kind are opened: ``open(where, **options)``."""
 
-    def __init__(self, reason: str, key: str):
-        super().__init__(f"{key}: {reason}")
-        self.reason, self.key = reason, key
-
-
-class Source(Protocol):
-    """Random access to N samples; safe to call from several threads at once."""
-
-    name: str
-    """As in the config: ``kind:where``."""
-    fingerprint: str
-    """Changes whenever a sample or their order does, so that a resumed run can refuse other data."""
-    class_names: tuple[str, ...]
-    """What ``Sample.label`` indexes; empty where samples have no labels."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample:
-        """Raises BadSampleError for a fault of this sample alone, OSError for one that may pass."""
-        ...
+    open: Callable[..., Source]
+    options: tuple[str, ...]
+    """Which of the options of ``open_source`` it takes."""
+    usage: str
 
 
 KINDS = {
-    "shapes": "the bundled dataset: shapes:train, shapes:heldout, shapes:zero_shot",
-    "tar": "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar",
-    "tfds": "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
-    "folder": "images with a .txt each: folder:DIR",
+    "shapes": Kind(open_shapes, ("image_size",), "the bundled dataset: shapes:train, shapes:heldout, shapes:zero_shot"),
+    "tar": Kind(open_tar, ("caption", "truncated"), "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar"),
+    "tfds": Kind(
+        open_tfds,
+        ("tfds_dir",),
+        "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
+    ),
+    "folder": Kind(open_folder, (), "images with a .txt each: folder:DIR"),
 }
 
 
-def open_source(where: str, *, image_size: int, caption: str = "txt", truncated: str = "stop", tfds_dir: str = ""):
+def open_source(where: str, **options: Any) -> Source:
     """``kind:where`` -> Source. Raises UserError for an unknown kind and for anything missing or malformed.
 
-    ``image_size`` is for sources that render rather than read.
+    ``options`` are those of all kinds (``image_size``, ``caption``, ``truncated``, ``tfds_dir``); each kind takes its
+    own and has a default for every one of them.
     """
-    kind, _, rest = where.partition(":")
-    if kind == "shapes":
-        from clip_jax.data.shapes import open_shapes
-
-        return open_shapes(rest, image_size=image_size)
-    if kind == "tar":
-        from clip_jax.data.sources.tar import open_tar
-
-        return open_tar(rest, caption=caption, truncated=truncated)
-    if kind == "tfds":
-        from clip_jax.data.sources.tfds import open_tfds
-
-        name, slash, split = rest.rpartition("/")
-        return open_tfds(name if slash else rest, split if slash else "train", data_dir=tfds_dir)
-    if kind == "folder":
-        from clip_jax.data.sources.folder import open_folder
-
-        return open_folder(rest)
-    raise UserError(f"{where}: not a source{nearest(kind, KINDS)}; sources are " + "; ".join(KINDS.values()))
+    name, _, rest = where.partition(":")
+    if name not in KINDS:
+        usages = "; ".join(kind.usage for kind in KINDS.values())
+        raise UserError(f"{where}: not a source{nearest(name, KINDS)}; sources are {usages}")
+    if unknown := options.keys() - {option for kind in KINDS.values() for option in kind.options}:
+        raise TypeError(f"open_source: no kind of source takes {', '.join(sorted(unknown))}")
+    kind = KINDS[name]
+    return kind.open(rest, **{option: value for option, value in options.items() if option in kind.options})

@@ -1,14 +1,14 @@
-"""A folder of your own images with their captions, searched through all its sub-folders.
+"""A folder of images with their captions, with all its subfolders.
 
-Captions stand in one of these places, and in only one of them:
+Captions are in exactly one of these:
 
 - a text file beside each image: ``dog.jpg``, ``dog.txt``;
 - ``captions.csv`` at the top of the folder, with the columns ``file`` and ``caption``; a file may have several rows;
 - ``captions.jsonl`` there, with lines like ``{"file": "pets/dog.jpg", "caption": "a dog"}``, or a list of captions.
 
-With none of them, sub-folders are classes, as for torchvision's ImageFolder, and the class name is the caption.
-Captions are read once, when the folder is opened; images when they are asked for. Names that start with a dot are
-left alone, and links are followed only as far as they stay in the folder.
+With none of them, subfolders are classes, as for torchvision's ImageFolder, and the class name is the caption.
+Captions are read once, when the folder is opened, and images each time they are indexed. Names that start with a dot
+are ignored, and links are followed only where they stay in the folder.
 """
 
 import csv
@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from clip_jax.data.sources import BadSampleError, Sample, Source
+from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-NOT_CAPTIONS = {"readme", "license", "licence", "notice"}  # .txt files that come with a download and say nothing of it
+NOT_CAPTIONS = {"readme", "license", "licence", "notice"}  # .txt files of a download that are not captions
 
 
 class _Row(NamedTuple):
@@ -67,17 +67,15 @@ def open_folder(where: str) -> Source:
     if not sizes:
         raise UserError(f"folder:{where}: no images in it or below it; images end in {', '.join(IMAGE_SUFFIXES)}")
 
-    lists = [name for name in CAPTION_FILES if (root / name).is_file()]
+    tables = [name for name in CAPTION_FILES if (root / name).is_file()]
     beside = sorted({_text_beside(image) for image in sizes} & set(texts))
     texts = [text for text in texts if PurePosixPath(text).stem.lower() not in NOT_CAPTIONS or text in beside]
-    places = lists + beside[:1]
+    found = tables + beside[:1]
     class_names: tuple[str, ...] = ()
-    if len(places) > 1:
-        raise UserError(
-            f"folder:{where}: captions in {' and in '.join(places)}; only one can be meant, remove or rename the other"
-        )
-    if lists:
-        rows = _from_list(root / lists[0], sizes)
+    if len(found) > 1:
+        raise UserError(f"folder:{where}: captions in {' and in '.join(found)}; remove or rename one of them")
+    if tables:
+        rows = _from_table(root / tables[0], sizes)
     elif texts:
         rows = _from_texts(root, texts, sizes)
     else:
@@ -92,20 +90,20 @@ def open_folder(where: str) -> Source:
 
 
 def _search(root: Path) -> tuple[dict[str, int], list[str]]:
-    """Image -> bytes, and the text files that may be captions; sorted by name, so that the order is the same anywhere.
+    """Image -> size in bytes, and the text files that may be captions; sorted by name, in the same order anywhere.
 
-    Raises UserError for links that lead nowhere or out of the folder: a copy of the folder would be other data.
+    Raises UserError for links that are broken or lead out of the folder: a copy of the folder would be other data.
     """
 
-    def stop(error: OSError):
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); see who may read it") from error
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
 
     def leads_out(path: Path) -> bool:
         return path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(inside))
 
     sizes, texts, links = {}, [], []
     inside = root.resolve()
-    for folder, subfolders, files in os.walk(root, onerror=stop):
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
         links += [path for s in subfolders if leads_out(path := Path(folder, s))]
         for name in files:
@@ -120,7 +118,9 @@ def _search(root: Path) -> tuple[dict[str, int], list[str]]:
             else:
                 texts.append(path.relative_to(root).as_posix())
     if links:
-        raise UserError(f"{min(links)}: a link out of {root} or to nothing ({len(links)} in all); copy the files there")
+        raise UserError(
+            f"{min(links)}: a link that is broken or leads out of {root} ({len(links)} in all); copy the files there"
+        )
     return dict(sorted(sizes.items())), sorted(texts)
 
 
@@ -134,8 +134,8 @@ def _top(file: str) -> str:
 
 def _from_texts(root: Path, texts: list[str], sizes: Iterable[str]) -> list[_Row]:
     known = {_text_beside(image) for image in sizes}
-    orphans, there = [text for text in texts if text not in known], set(texts)
-    _refuse_images_without_captions(root, [image for image in sizes if _text_beside(image) not in there], orphans)
+    orphans, present = [text for text in texts if text not in known], set(texts)
+    _refuse_images_without_captions(root, [image for image in sizes if _text_beside(image) not in present], orphans)
     if orphans:
         raise UserError(
             f"{root / orphans[0]}: {len(orphans)} text files have no image of the same name beside them, this is the "
@@ -144,15 +144,15 @@ def _from_texts(root: Path, texts: list[str], sizes: Iterable[str]) -> list[_Row
     return [_Row(image, _clean([_read_text(root / _text_beside(image))])) for image in sizes]
 
 
-def _from_list(path: Path, sizes: Iterable[str]) -> list[_Row]:
-    """Rows in the order of the images, whatever the order of the list."""
-    # macOS spells an accented letter as two characters where a spreadsheet writes one.
-    spelling = {unicodedata.normalize("NFC", image): image for image in sizes}
+def _from_table(path: Path, sizes: Iterable[str]) -> list[_Row]:
+    """Rows in the order of the images, whatever the order of the table."""
+    # macOS spells an accented letter in two characters, a spreadsheet in one.
+    by_name = {unicodedata.normalize("NFC", image): image for image in sizes}
     captions: dict[str, list[str]] = {}
     absent: list[tuple[int, str]] = []
     read = _read_csv if path.suffix == ".csv" else _read_jsonl
     for line, file, texts in read(path):
-        image = spelling.get(unicodedata.normalize("NFC", os.path.normpath(file)))
+        image = by_name.get(unicodedata.normalize("NFC", os.path.normpath(file)))
         if image is None:
             absent.append((line, file))
         else:
@@ -169,7 +169,7 @@ def _from_list(path: Path, sizes: Iterable[str]) -> list[_Row]:
 
 def _refuse_images_without_captions(root: Path, images: list[str], captions_in: list[str]) -> None:
     if images:
-        other = f"; there is {captions_in[0]}, so sub-folders are not taken for classes" if captions_in else ""
+        other = f"; because of {captions_in[0]}, subfolders are not read as classes" if captions_in else ""
         raise UserError(
             f"{root / images[0]}: {len(images)} images have no caption, this is the first; write "
             f"{Path(images[0]).with_suffix('.txt').name} beside it, or list it in {root / 'captions.csv'}{other}"
@@ -185,14 +185,14 @@ def _read_csv(path: Path) -> Iterator[tuple[int, str, list[str]]]:
             found = ", ".join(table.fieldnames or ()) or "none"
             raise UserError(f"{path}, line 1: the columns are {found}; it needs file and caption")
         for row in table:
-            line = table.reader.line_num  # DictReader's own does not count empty lines.
-            if None in row or None in row.values():  # What DictReader makes of too many and of too few fields.
+            line = table.reader.line_num  # DictReader's own line_num does not count empty lines.
+            if None in row or None in row.values():  # DictReader's signs of too many and of too few fields.
                 raise UserError(
                     f"{path}, line {line}: not {len(table.fieldnames)} fields; put a caption with commas in it between "
                     '"quotes"'
                 )
             yield line, row["file"], [row["caption"]]
-    except csv.Error as error:  # A quote that is never closed runs to the end of the file: name where it began.
+    except csv.Error as error:  # An unclosed quote extends to the end of the file: name the line before it.
         raise UserError(f"{path}, after line {line or 1}: {error}; close the quotes there") from error
 
 
@@ -217,11 +217,11 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, str, list[str]]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # Spreadsheets put a byte-order mark in front.
+        return path.read_text(encoding="utf-8-sig")  # Spreadsheets begin with a byte-order mark.
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); see who may read it") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _clean(captions: Iterable[str]) -> tuple[str, ...]:
@@ -229,7 +229,7 @@ def _clean(captions: Iterable[str]) -> tuple[str, ...]:
 
 
 def _class_folders(root: Path, sizes: Iterable[str]) -> tuple[str, ...]:
-    """The sub-folders, sorted, as classes; UserError where they cannot be meant so."""
+    """The subfolders, sorted, as classes; UserError where they cannot be classes."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     loose = [image for image in sizes if "/" not in image]
     if loose or len(names) < 2:
@@ -240,7 +240,7 @@ def _class_folders(root: Path, sizes: Iterable[str]) -> tuple[str, ...]:
         )
     used = {_top(image) for image in sizes}
     empty = [name for name in names if name not in used]
-    if empty:  # Silently left out, it would give every later class another number than in a sibling folder.
+    if empty:  # Left out, it would give every later class another number than in a sibling folder.
         raise UserError(
             f"{root / empty[0]}: a class without images ({len(empty)} such); add images or remove the folder"
         )

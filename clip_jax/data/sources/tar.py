@@ -1,8 +1,8 @@
 """webdataset / img2dataset tar shards by random access, over an index that is built once and memory-mapped.
 
-A sample is the members of one name before the first dot: ``000.jpg``, ``000.txt``, ``000.json``, ``000.cls``.
-Members of other kinds are not read, and nothing is ever extracted or unpickled. The index holds where every
-sample's members lie; it is kept in the user's cache folder under a hash of the shards' names, sizes and times.
+A sample is the members with the same name before the first dot: ``000.jpg``, ``000.txt``, ``000.json``, ``000.cls``.
+Members of other kinds are not read, and nothing is ever extracted or unpickled. The index has the offset and size of
+each member; it is stored in the user's cache folder under a hash of the shards' names, sizes and times.
 
 Faults: a missing or truncated shard stops the run before it starts (``truncated="keep"`` uses the samples before
 the cut); an empty caption or a broken image is a fault of its sample alone and is raised as BadSampleError.
@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.sources import BadSampleError, Sample
+from clip_jax.data.sources.sample import BadSampleError, Sample
 from clip_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MEMBERS = ("image", "txt", "json", "cls")
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 
-# Where the members of one sample lie; size -1: the sample has no such member.
+# Offset and size of each member of one sample; size -1: the sample has no such member.
 ENTRY = np.dtype([("shard", "<i4"), *((f"{m}_{what}", "<i8") for m in MEMBERS for what in ("offset", "size"))])
 
 
@@ -54,7 +54,7 @@ class TarSource:
         def member(kind: str) -> bytes:
             size = int(entry[f"{kind}_size"])
             data = os.pread(file.fileno(), size, int(entry[f"{kind}_offset"])) if size > 0 else b""
-            if len(data) != max(size, 0):  # the shard changed under us
+            if len(data) != max(size, 0):  # the shard was changed after it was opened
                 raise OSError(f"{file.name}: {len(data)} of {size} bytes at {entry[f'{kind}_offset']}")
             return data
 
@@ -96,7 +96,7 @@ def open_tar(where: str, *, caption: str = "txt", truncated: str = "stop") -> Ta
         class_names = tuple(labels_file.read_text(encoding="utf-8").splitlines())
     if caption == "txt" and not class_names and len(index) and not (index["txt_size"] >= 0).any():
         raise UserError(f"{where}: no sample has a .txt caption; set config.data.caption to a path in the .json")
-    # Names and sizes, not times or folders: the same shards elsewhere are the same data.
+    # Names and sizes, but no times or folders: a copy of the shards is the same data.
     content = hashlib.sha256(json.dumps([[Path(f).name, size] for f, size, _ in files]).encode())
     content.update(np.int64(len(index)).tobytes() + caption.encode())
     return TarSource(f"tar:{where}", content.hexdigest()[:16], tuple(shards), caption, class_names, index)
@@ -125,17 +125,24 @@ def _cache_folder() -> Path:
 
 
 def _build(shards: list[Path], truncated: str, folder: Path) -> None:
-    """Reads every shard's headers and writes the index; another process may do the same at the same time."""
+    """Reads the headers of all shards and writes the index.
+
+    Other processes may do so at the same time. The first index stays: a file that a process on another machine has
+    mapped must not be replaced on a network file system.
+    """
     entries = np.concatenate([_scan(shard, number, truncated) for number, shard in enumerate(shards)])
     if not len(entries):
         raise UserError(f"{shards[0]}: no samples (an image with a .txt, .json or .cls of the same name) in the shards")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    np.save(temporary / "index.npy", entries)
     try:
+        np.save(temporary / "index.npy", entries)
         temporary.rename(folder)
-    except OSError:  # the other process was first: its index is the same
-        shutil.rmtree(temporary)
+    except OSError:
+        if not folder.exists():  # else another process was first, and its index is the same
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _scan(shard: Path, number: int, truncated: str) -> np.ndarray:
@@ -153,7 +160,7 @@ def _scan(shard: Path, number: int, truncated: str) -> np.ndarray:
                     continue
                 samples.setdefault(f"{folder}/{stem}", {}).setdefault(kind, (member.offset_data, member.size))
         size = shard.stat().st_size
-        # tarfile takes a file that ends between two members for a whole one; a whole one ends with zero blocks.
+        # tarfile accepts a file that ends between two members; a complete one ends with blocks of zeros.
         cut = end > size or not _ends_with_zeros(shard, size)
     except tarfile.TarError as error:
         cut = True
@@ -181,12 +188,12 @@ def _ends_with_zeros(shard: Path, size: int) -> bool:
         return not any(file.read())
 
 
-@lru_cache(maxsize=256)  # an evicted file stays open for the thread that reads it, and closes with its last reference
+@lru_cache(maxsize=256)  # an evicted file stays open for the thread that reads it, until its last reference is gone
 def _open(shard: Path):
     return open(shard, "rb", buffering=0)
 
 
 def _member_stem(descriptor: int, data_offset: int) -> str:
-    """The name in the header before a member's data, without its extension: for messages, so not kept in the index."""
+    """The name in the header before a member's data, without its extension: for messages, hence not in the index."""
     name = os.pread(descriptor, 100, data_offset - 512).split(b"\0", 1)[0]
     return name.decode(errors="replace").partition(".")[0]

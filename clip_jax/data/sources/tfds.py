@@ -1,8 +1,8 @@
 """TFDS datasets as a source: random access to ArrayRecord files, without TensorFlow.
 
 Only what ``download_and_prepare`` left on disk is read: nothing is downloaded, and no dataset's code runs. That is
-also why the folder is searched for here and not by ``tfds.data_source(name)``: for a catalogue name without a version
-that call runs the dataset's own code, and coco_captions' code needs TensorFlow.
+also why the folder is found here and not by ``tfds.data_source(name)``: for a catalog name without a version that
+call runs the dataset's own code, and the code of coco_captions needs TensorFlow.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_jax.data.sources import BadSampleError, Sample, Source
+from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
 
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-# Catalogue datasets with captions use these names: coco_captions a sequence of {text, id}, laion400m one caption.
+# Datasets of the catalog use these names for captions: coco_captions a sequence of {text, id}, laion400m one caption.
 _CAPTION_FEATURES = ("captions", "caption", "texts", "text")
 _CAPTION_SUBFEATURES = ("text", "caption")
 
 
 class _Layout(NamedTuple):
-    """Where in an example to look."""
+    """Which features of a TFDS example to read."""
 
     image: str
     captions: tuple[str, ...]
@@ -40,13 +40,13 @@ class _TfdsSource:
     name: str
     fingerprint: str
     class_names: tuple[str, ...]
-    place: str
-    """The dataset and split in messages: ``coco_captions/2014/1.1.0 test``."""
+    title: str
+    """Dataset and split, for messages: ``coco_captions/2014/1.1.0 test``."""
     layout: _Layout
     records: Any = dataclasses.field(repr=False)
-    """index -> serialised example; ArrayRecord shares one reader a shard between threads, which is safe."""
+    """index -> serialized example; threads share ArrayRecord's one reader per shard, which is safe."""
     features: Any = dataclasses.field(repr=False)
-    """A FeaturesDict of what ``layout`` names, so that nothing else is decoded (COCO has boxes, others masks)."""
+    """A FeaturesDict of the features in ``layout``, so that nothing else is decoded (COCO has boxes, others masks)."""
     decoders: dict[str, Any] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
@@ -55,10 +55,10 @@ class _TfdsSource:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        key = f"{self.place}[{index}]"
+        key = f"{self.title}[{index}]"
         try:
             record = self.records[index]
-        except RuntimeError as error:  # All that ArrayRecord raises: a bad checksum and a failed read look alike.
+        except RuntimeError as error:  # ArrayRecord raises nothing else, for bad checksums and failed reads alike.
             if "Corrupted" in str(error):
                 raise BadSampleError(f"corrupted record ({error})", key) from error
             raise OSError(f"{key}: {error}") from error
@@ -73,14 +73,20 @@ class _TfdsSource:
         return Sample(image=example[self.layout.image], captions=captions, key=key, label=label)
 
 
-def open_tfds(where: str, split: str, *, data_dir: str = "") -> Source:
-    """A prepared TFDS dataset: ``where`` is ``name``, ``name/config`` or ``name/config:version``.
+def open_tfds(where: str, *, tfds_dir: str = "") -> Source:
+    """A prepared TFDS dataset by ``name/split``; the split is ``train`` where there is no slash."""
+    name, slash, split = where.rpartition("/")
+    return open_split(name if slash else where, split if slash else "train", data_dir=tfds_dir)
+
+
+def open_split(where: str, split: str, *, data_dir: str = "") -> Source:
+    """One split of a prepared TFDS dataset: ``where`` is ``name``, ``name/config`` or ``name/config:version``.
 
     ``split`` is TFDS's: ``train``, ``test``, ``train[:90%]``, ``train+restval``. ``data_dir`` defaults to TFDS's own
     (``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``). Images stay encoded. Where there is a label and no text, the
-    class name is the caption.
+    class name is the caption. Raises UserError for anything missing or malformed.
     """
-    logging.getLogger("absl").addFilter(_is_not_tfds_chatter)
+    logging.getLogger("absl").addFilter(_is_not_from_tfds)
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -89,16 +95,16 @@ def open_tfds(where: str, split: str, *, data_dir: str = "") -> Source:
     folder = _find(where, data_dir)
     try:
         builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # Broken metadata fails in as many ways as it can be broken.
+    except Exception as error:  # TFDS has no error of its own for broken metadata.
         raise UserError(f"tfds:{where}: cannot read {folder}: {_first_line(error)}; prepare it again") from error
     info, features = builder.info, dict(builder.info.features)
     formats = sorted(f.value for f in info.available_file_formats())
     if "array_record" not in formats:
         raise UserError(
-            f"tfds:{where}: {folder} holds {' and '.join(formats)} files, which have no random access; move that "
+            f"tfds:{where}: {folder} has {' and '.join(formats)} files, which have no random access; move that "
             f"folder away (TFDS keeps and reuses its downloads) and {_how_to_prepare(where, data_dir)}"
         )
-    # A converted dataset keeps TFRecord as its first format.
+    # A converted dataset still has TFRecord as its first format.
     info.set_file_format("array_record", override=True, override_if_initialized=True)
     instructions = _file_instructions(where, split, info, folder)
     layout = _find_layout(where, features)
@@ -108,7 +114,7 @@ def open_tfds(where: str, split: str, *, data_dir: str = "") -> Source:
         name=f"tfds:{where}/{split}",
         fingerprint=_fingerprint(info, split, instructions),
         class_names=tuple(features[layout.label].names) if layout.label else (),
-        place=f"{info.full_name} {split}",
+        title=f"{info.full_name} {split}",
         layout=layout,
         records=builder.as_data_source(
             split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
@@ -119,22 +125,22 @@ def open_tfds(where: str, split: str, *, data_dir: str = "") -> Source:
 
 
 def _find(where: str, data_dir: str):
-    """The folder ``data_dir/name[/config]/version`` that ``where`` means, the newest version by default."""
+    """The folder ``data_dir/name[/config]/version`` for ``where``, the newest version by default."""
     import tensorflow_datasets as tfds
     from etils import epath
 
-    asked = _NAME.fullmatch(where)
-    if asked is None:
+    named = _NAME.fullmatch(where)
+    if named is None:
         raise UserError(f"tfds:{where}: write name, name/config or name/config:1.2.3, such as tfds:coco_captions")
-    name, config, version = asked["name"], asked["config"], asked["version"]
+    name, config, version = named["name"], named["config"], named["version"]
     root = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     try:
         prepared = _subfolders(root)
         if name not in prepared:
-            catalogue = tfds.list_builders(with_community_datasets=False)
-            if name not in catalogue:
-                hint = nearest(name, [*prepared, *catalogue])
-                raise UserError(f"tfds:{where}: {name} is neither in {root} nor in the TFDS catalogue{hint}")
+            catalog = tfds.list_builders(with_community_datasets=False)
+            if name not in catalog:
+                hint = nearest(name, [*prepared, *catalog])
+                raise UserError(f"tfds:{where}: {name} is neither in {root} nor in the TFDS catalog{hint}")
             raise UserError(f"tfds:{where}: {name} is not in {root}; {_how_to_prepare(where, data_dir)}")
         folder = root / name
         inside = _subfolders(folder)
@@ -152,10 +158,10 @@ def _find(where: str, data_dir: str):
                 )
             folder /= config
         versions = [v for v in _subfolders(folder) if _VERSION.fullmatch(v)]
-    except (OSError, ImportError, ValueError) as error:  # ImportError: etils asks for gcsfs to look into a bucket.
+    except (OSError, ImportError, ValueError) as error:  # ImportError: etils needs gcsfs for a bucket.
         raise UserError(f"tfds:{where}: cannot read {root}: {_first_line(error)}") from error
     if not versions:
-        raise UserError(f"tfds:{where}: {folder} holds no finished version; {_how_to_prepare(where, data_dir)}")
+        raise UserError(f"tfds:{where}: {folder} has no finished version; {_how_to_prepare(where, data_dir)}")
     if version and version not in versions:
         raise UserError(
             f"tfds:{where}: version {version} is not in {folder}; there is {', '.join(versions)}: name that, or "
@@ -165,7 +171,7 @@ def _find(where: str, data_dir: str):
 
 
 def _subfolders(folder) -> list[str]:
-    """Names, sorted; without TFDS's own ``.config``, ``downloads`` and what an interrupted build left."""
+    """Names, sorted; without TFDS's own ``.config`` and ``downloads``, and without interrupted builds."""
     if not folder.exists():
         return []
     names = (p.name for p in folder.iterdir() if p.is_dir())
@@ -178,16 +184,16 @@ def _default_config(folder) -> str | None:
 
 
 def _how_to_prepare(where: str, data_dir: str) -> str:
-    place = f", data_dir={data_dir!r}" if data_dir else ""
+    argument = f", data_dir={data_dir!r}" if data_dir else ""
     return (
         "prepare it once, in an environment of its own: pip install 'clip-jax-tpu[tfds-build]' && python -c "
         f'"import tensorflow_datasets as tfds; '
-        f"tfds.builder('{where}'{place}, file_format='array_record').download_and_prepare()\""
+        f"tfds.builder('{where}'{argument}, file_format='array_record').download_and_prepare()\""
     )
 
 
 def _file_instructions(where: str, split: str, info, folder) -> list:
-    """Which records of which files make the split, after a look that the files are there."""
+    """The records of each file that make the split; UserError where a file is missing."""
     try:
         instructions = info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
@@ -197,9 +203,9 @@ def _file_instructions(where: str, split: str, info, folder) -> list:
         ) from error
     if not instructions:
         raise UserError(f"tfds:{where}: split {split!r} of {folder} is empty; take a larger part of it")
-    # ArrayRecord opens a file that is not there without a word and finds no records in it.
-    there = {path.name for path in folder.iterdir()}
-    missing = [i.filename for i in instructions if os.path.basename(i.filename) not in there]
+    # ArrayRecord opens a missing file without an error, as one without records.
+    present = {path.name for path in folder.iterdir()}
+    missing = [i.filename for i in instructions if os.path.basename(i.filename) not in present]
     if missing:
         raise UserError(
             f"tfds:{where}: {len(missing)} of {len(instructions)} shards of split {split!r} are not in {folder}, the "
@@ -217,13 +223,13 @@ def _find_layout(where: str, features: dict[str, Any]) -> _Layout:
         captions=next(filter(None, (_text_path(features, name) for name in _CAPTION_FEATURES)), ()),
         label="label" if isinstance(features.get("label"), tfds.features.ClassLabel) else "",
     )
-    there = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in sorted(features.items()))
+    available = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in sorted(features.items()))
     if not layout.image:
-        raise UserError(f"tfds:{where}: no image among its features ({there}); take a dataset of images and text")
+        raise UserError(f"tfds:{where}: no image among its features ({available}); take a dataset of images and text")
     if not layout.captions and not layout.label:
         raise UserError(
-            f"tfds:{where}: no text ({', '.join(_CAPTION_FEATURES)}) and no class label among its features ({there}); "
-            "take a dataset that has one"
+            f"tfds:{where}: no text ({', '.join(_CAPTION_FEATURES)}) and no class label among its features "
+            f"({available}); take a dataset that has one"
         )
     return layout
 
@@ -247,7 +253,7 @@ def _text_path(features: dict[str, Any], name: str) -> tuple[str, ...]:
     import tensorflow_datasets as tfds
 
     def is_text(feature) -> bool:
-        # Text is a Tensor too; TFDS keeps strings as objects.
+        # Text is a Tensor too; TFDS stores strings as objects.
         return isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype == np.object_
 
     feature = features.get(name)
@@ -274,13 +280,13 @@ def _captions(example: dict, path: tuple[str, ...], key: str) -> tuple[str, ...]
 
 def _fingerprint(info, split: str, instructions: list) -> str:
     files = [(os.path.basename(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
-    # The size in bytes, for a dataset prepared anew under the same version.
+    # The size in bytes differs where a dataset was prepared again, with other content, under the same version.
     identity = [info.full_name, split, sum(i.take for i in instructions), files, int(info.dataset_size)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
-def _is_not_tfds_chatter(record: logging.LogRecord) -> bool:
-    """Below an error, what TFDS logs ("Load dataset info from ...") tells its developers something, not our users."""
+def _is_not_from_tfds(record: logging.LogRecord) -> bool:
+    """Keeps TFDS's errors; the rest of its log ("Load dataset info from ...") is for its developers, not for users."""
     return record.levelno >= logging.ERROR or "tensorflow_datasets" not in record.pathname
 
 

@@ -1,19 +1,19 @@
-"""Captions to token ids: the tokenizers of CLIP, SigLIP and CLIPA, and ones trained on your own captions.
+"""Captions to token ids: the tokenizers of CLIP, SigLIP and CLIPA, and ones trained on the user's captions.
 
 ``clip``, ``siglip``, ``wordpiece`` and ``sentencepiece`` each build a ``Tokenizer``: a function from texts to
-``int32[n, context_length]``. What cuts a text into tokens is always a library (Rust ``tokenizers``, C++
-``sentencepiece``); ours are the repair of the text before and the start, end and padding around.
+``int32[n, context_length]``. A library always splits a text into tokens (Rust ``tokenizers``, C++
+``sentencepiece``); the code here repairs the text before that, and adds start, end and padding after it.
 """
 
 from functools import partial
 
-from clip_jax.data.tokenizers import hub
+from clip_jax.data.tokenizers import files, hub
 from clip_jax.data.tokenizers.byte_pairs import clip
 from clip_jax.data.tokenizers.sentence_pieces import sentencepiece, siglip, train_sentencepiece
 from clip_jax.data.tokenizers.tokenizer import Tokenizer
 from clip_jax.data.tokenizers.word_pieces import wordpiece
 
-__all__ = ["KINDS", "Tokenizer", "clip", "hub", "sentencepiece", "siglip", "train_sentencepiece", "wordpiece"]
+__all__ = ["KINDS", "Tokenizer", "clip", "files", "hub", "sentencepiece", "siglip", "train_sentencepiece", "wordpiece"]
 
 KINDS = {
     "clip": clip,

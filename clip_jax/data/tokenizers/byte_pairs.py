@@ -1,6 +1,6 @@
-"""CLIP's byte-pair encoding (Radford et al. 2021, section 2.4), token for token as OpenCLIP's SimpleTokenizer has it.
+"""CLIP's byte-pair encoding (Radford et al. 2021, section 2.4), token for token the same as OpenCLIP's SimpleTokenizer.
 
-Words are cut out in Python, with OpenCLIP's own pattern; the merging is the Rust library's, once for each new word.
+Words are split in Python, with OpenCLIP's pattern; the Rust library merges each new word once.
 """
 
 import gzip
@@ -15,12 +15,13 @@ import regex
 from tokenizers.models import BPE
 
 from clip_jax.data.tokenizers import cleaning, hub
+from clip_jax.data.tokenizers.files import OPENAI_MERGES
 from clip_jax.data.tokenizers.tokenizer import Tokenizer, fingerprint
 from clip_jax.errors import UserError
 
 Merges = list[tuple[str, str]]
 
-MERGES = 49152 - 256 - 2  # The file goes on to 262,144; CLIP stops here.
+MERGES = 49152 - 256 - 2  # The file has 262,144; CLIP uses the first ones.
 MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"  # of the lines that CLIP uses
 START, END = "<start_of_text>", "<end_of_text>"
 
@@ -41,8 +42,8 @@ def clip(vocab: str | Path | None, context_length: int = 77) -> Tokenizer:
     merges = _read_merges(path)
     if hashlib.sha256("\n".join(" ".join(pair) for pair in merges).encode()).hexdigest() != MERGES_SHA256:
         raise UserError(
-            f"{path}: not CLIP's vocabulary; give OpenAI's bpe_simple_vocab_16e6.txt.gz, or leave the setting empty "
-            f"to take that of {hub.CLIP.repository} from the Hugging Face hub"
+            f"{path}: not CLIP's vocabulary; give OpenAI's {OPENAI_MERGES}, or leave the setting empty "
+            f"to take that of {hub.REPOSITORIES['clip']} from the Hugging Face hub"
         )
     codec = BytePairs(merges)
     return Tokenizer(
@@ -63,10 +64,10 @@ def clip(vocab: str | Path | None, context_length: int = 77) -> Tokenizer:
 
 
 class BytePairs:
-    """Byte-pair encoding of lower-cased words; remembers short words, which is what makes it fast."""
+    """Byte-pair encoding of lower-cased words; caches short words, which makes it fast."""
 
-    WORDS = 1 << 17  # Remembered at most (about 40 MB); then it starts again, and frequent words are soon back.
-    LONGEST = 32  # Characters of a remembered word. A Chinese caption is one "word", and comes once.
+    WORDS = 1 << 17  # Cached at most (about 40 MB); then the cache is emptied, and frequent words are soon back.
+    LONGEST = 32  # Characters of a cached word. A Chinese caption is one "word", and rarely repeats.
 
     def __init__(self, merges: Merges):
         self.merges = merges
@@ -77,15 +78,15 @@ class BytePairs:
         self.words: dict[str, list[int]] = {}
 
     def __reduce__(self):
-        return BytePairs, (self.merges,)  # The words need not travel.
+        return BytePairs, (self.merges,)  # Without the cache.
 
     def encode(self, text: str) -> list[int]:
         known = self.words.get
         ids = []
-        # The pattern never crosses white space, so that a caption is the sum of its words.
+        # The pattern never crosses white space, so that the ids of a caption are those of its words, joined.
         for word in cleaning.lower(text).split():
-            of_word = known(word)
-            ids += self._encode_word(word) if of_word is None else of_word
+            cached = known(word)
+            ids += self._encode_word(word) if cached is None else cached
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
@@ -127,6 +128,6 @@ def _read_merges(path: Path) -> Merges:
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
         return [tuple(line.split()) for line in text.split("\n")[1 : MERGES + 1]]  # The first line is a title.
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the vocabulary of CLIP is bpe_simple_vocab_16e6.txt.gz") from None
+        raise UserError(f"{path}: no such file; the vocabulary of CLIP is {OPENAI_MERGES}") from None
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as CLIP's vocabulary ({error})") from error

@@ -10,7 +10,7 @@ from clip_jax.data.tokenizers import cleaning
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
-    """The ids of a cleaned text; unlike SentencePiece's, special tokens that are spelled in a text count as such."""
+    """The ids of a cleaned text; unlike in SentencePiece, special tokens spelled in a text count as such."""
 
     tokenizer: tokenizers.Tokenizer
     clean: str
@@ -35,7 +35,7 @@ def from_json(text: str, clean: str) -> HuggingFace:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # The library raises plain Exception.
         raise ValueError(str(error)) from error
-    # Both are often saved with the file, and would cut before our end token has its place.
+    # Both are often saved in the file, and would apply before the end token is added.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return HuggingFace(tokenizer, clean)

@@ -1,10 +1,8 @@
 """SentencePiece (Kudo & Richardson 2018): the published vocabularies of SigLIP, and ones trained on your captions."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from clip_jax.data.tokenizers import cleaning
 from clip_jax.data.tokenizers.hugging_face import HuggingFace, from_json
 from clip_jax.data.tokenizers.tokenizer import Tokenizer, fingerprint
 from clip_jax.errors import UserError
+from clip_jax.storage import atomic
 
 # Version: name of the files, first pieces, pad id, cleaning.
 _SIGLIP = {
@@ -47,13 +46,14 @@ class Pieces:
 def siglip(model_file: str | Path, context_length: int = 64, version: int = 1, clean: str = "") -> Tokenizer:
     """The tokenizer of SigLIP (Zhai et al. 2023) or, ``version=2``, SigLIP 2: no start token, 1 ends a text.
 
-    Version 1 pads with the end token, version 2 with 0; both towers pool the last place, so that the length belongs to
-    the model. ``model_file`` is the SentencePiece ``.model``, which the original read with the same library, or the
-    ``tokenizer.json`` that OpenCLIP and Hugging Face read; the two agree but for rare compatibility characters.
+    Version 1 pads with the end token, version 2 with 0; both towers pool the last position, so that the context length
+    belongs to the model. ``model_file`` is the SentencePiece ``.model``, which the original reads with the same
+    library, or the ``tokenizer.json`` that OpenCLIP and Hugging Face read; the two agree except for rare compatibility
+    characters.
 
     ``clean`` is a name of ``cleaning.CLEANERS``; empty means "canonicalize" for version 1, as in OpenCLIP and Hugging
-    Face, and "lower" for 2, as in Hugging Face. The original lower-cases captions in both and canonicalises only the
-    prompts of zero-shot classification; OpenCLIP canonicalises everything in both.
+    Face, and "lower" for 2, as in Hugging Face. The original lower-cases captions in both and canonicalizes only the
+    prompts of zero-shot classification; OpenCLIP canonicalizes everything in both.
     """
     path = Path(model_file)
     if version not in _SIGLIP or (clean and clean not in cleaning.CLEANERS):
@@ -106,14 +106,14 @@ def sentencepiece(model_file: str | Path, context_length: int) -> Tokenizer:
 
 
 def train_sentencepiece(captions: Iterable[str], vocab_size: int, model_file: str | Path) -> None:
-    """Train a byte-pair vocabulary on captions, the same bytes every time, and write it in one go.
+    """Train a byte-pair vocabulary on captions, the same bytes every time, and write it.
 
     Ids: 0 padding, 1 unknown, 256 bytes (what the pieces cannot spell is spelled in bytes), the pieces, start, end.
     The vocabulary is smaller than ``vocab_size`` where the captions do not hold that many pieces. All captions are
-    held in memory; a million of them say enough. UserError when there are none, or ``vocab_size`` is too small for
+    in memory; a million of them are enough. UserError when there are none, or ``vocab_size`` is too small for
     their characters.
     """
-    # Longer lines than 4192 bytes would be left out; what comes so late in a caption is cut off by any tower.
+    # Longer lines than 4192 bytes would be left out; any tower truncates a caption well before that.
     lines = [line[:1000] for line in map(cleaning.lower, captions) if line]
     if not lines:
         raise UserError(f"{model_file}: no captions to train a tokenizer on")
@@ -126,7 +126,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int, model_file: st
                 "(256 bytes, their characters, and 4 special tokens)"
             ) from error
         # The captions do not fill it, and the trainer wants the highest ids to be those of the full size. Without
-        # start and end it shrinks by itself: its size tells which size can be filled.
+        # start and end it shrinks by itself: its size is the one that can be filled.
         filled = spm.SentencePieceProcessor(model_proto=_train(lines, vocab_size, start_id=None)).vocab_size() + 2
         model = _train(lines, filled, start_id=filled - 2)
     _write(model, Path(model_file))
@@ -155,14 +155,10 @@ def _train(lines: list[str], vocab_size: int, start_id: int | None) -> bytes:
 
 
 def _write(model: bytes, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(model)
-        os.replace(temporary, path)
+        atomic.write_bytes(path, model)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 

@@ -1,4 +1,4 @@
-"""What all tokenizers share: the frame of start, end and padding around the ids of a text."""
+"""The part that all tokenizers share: start, end and padding around the ids of a text."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ from clip_jax.errors import UserError
 
 
 class Codec(Protocol):
-    """Cuts one text into ids without any frame, and back."""
+    """One text to ids, without start, end and padding, and back."""
 
     def encode(self, text: str) -> Sequence[int]: ...
 
@@ -24,8 +24,8 @@ class Tokenizer:
     """``tokenizer(texts)`` is ``int32[n, context_length]``: start, the text's ids, end, padding.
 
     A text that is too long loses its last ids and keeps its end ("sticky" in big_vision). ``fingerprint`` names
-    everything that a token depends on: the vocabulary, the context length, the rules and the versions they rest on.
-    It can be pickled, for worker processes.
+    everything that a token depends on: the vocabulary, the context length, the rules and the versions of
+    their libraries. It can be pickled, for worker processes.
     """
 
     codec: Codec
@@ -39,10 +39,10 @@ class Tokenizer:
     def __post_init__(self):
         least = 1 if self.start_id is None else 2
         if self.context_length < least:
-            raise UserError(f"context_length={self.context_length}: a text needs at least {least} places")
+            raise UserError(f"context_length={self.context_length}: a text needs at least {least} positions")
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        if isinstance(texts, str):  # A str is a sequence of str too: it would become one row a character.
+        if isinstance(texts, str):  # A str is a sequence of str too: it would become one row per character.
             raise TypeError("a tokenizer takes a sequence of texts; for one text, pass [text]")
         rows = np.full((len(texts), self.context_length), self.pad_id, np.int32)
         start = [] if self.start_id is None else [self.start_id]
@@ -53,7 +53,7 @@ class Tokenizer:
         return rows
 
     def decode(self, row: Sequence[int]) -> str:
-        """The text of one row, as far as its first end."""
+        """The text of one row, up to its first end token."""
         ids = [int(i) for i in row]
         first = 0 if self.start_id is None or ids[:1] != [self.start_id] else 1
         last = ids.index(self.end_id, first) if self.end_id in ids[first:] else len(ids)

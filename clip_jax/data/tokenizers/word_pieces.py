@@ -17,9 +17,9 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def wordpiece(vocab_file: str | Path, context_length: int = 32) -> Tokenizer:
-    """CLIPA's tokenizer (Li et al. 2023): [CLS], the text's ids, then zeros; of a long text the last place is a zero.
+    """CLIPA's tokenizer (Li et al. 2023): [CLS], the text's ids, then zeros; a long text ends in a zero.
 
-    ``vocab_file`` is BERT's ``vocab.txt``, or a ``tokenizer.json``. CLIPA pools the last place and overwrites [SEP]
+    ``vocab_file`` is BERT's ``vocab.txt``, or a ``tokenizer.json``. CLIPA pools the last position and overwrites [SEP]
     with 0, which is [PAD] (OpenCLIP: ``strip_sep_token``). Its text towers have 32,000 embeddings; BERT fills 30,522.
     """
     path = Path(vocab_file)
@@ -49,7 +49,7 @@ def wordpiece(vocab_file: str | Path, context_length: int = 32) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class WordPieces:
-    """BERT's pieces; a separator that a caption spells out is overwritten like the one at the end."""
+    """BERT's pieces; a separator spelled in a caption is overwritten like the one at the end."""
 
     inner: HuggingFace
     separator: int

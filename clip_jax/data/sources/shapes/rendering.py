@@ -1,10 +1,8 @@
-"""Draws a scene of ``shapes``: flat, outlined, textured shapes on light paper, antialiased, in NumPy alone.
-
-What a scene holds and what is said about it is decided in ``shapes.py``; here is only what it looks like.
+"""Renders a scene of ``shapes``: flat, outlined, textured shapes on a light background, antialiased, in NumPy alone.
 
 A shape is a signed distance in pixels (negative inside), from which edge, outline and antialiasing all follow.
-Distances are slow, so each (shape, texture, radius) is evaluated once and kept as a *stencil*, which any colour is
-then pressed through: drawing one thing is a multiply and two adds over its own box of pixels.
+Distances are slow to evaluate, so each (shape, texture, radius) is evaluated once and cached as a *stencil* that any
+color can fill: drawing an object is one multiplication and two additions over its box of pixels.
 """
 
 import functools
@@ -19,9 +17,9 @@ Field = Float[np.ndarray, "height width"]
 RGB = tuple[float, float, float]
 """Red, green and blue in 0..255."""
 
-COLOURS: dict[str, RGB] = {
-    # Far apart in hue or lightness, so that the jitter of a scene never turns one into another; none begins with
-    # a vowel, so that "a {}" is English for all of them.
+COLORS: dict[str, RGB] = {
+    # Far apart in hue or lightness, so that the jitter of a scene never turns one into another; none begins with a
+    # vowel, so that "a {}" is right for all of them.
     "red": (222, 40, 40),
     "yellow": (252, 208, 32),
     "green": (48, 160, 64),
@@ -33,14 +31,14 @@ COLOURS: dict[str, RGB] = {
 }
 
 
-class Thing(NamedTuple):
-    """One object of a scene: what it is called, and where and how it is drawn (lengths are parts of the side)."""
+class SceneObject(NamedTuple):
+    """One object of a scene: how captions describe it, then how it is drawn (lengths are fractions of the side)."""
 
-    colour: str
+    color: str
     shape: str
     size: str
     texture: str
-    place: str
+    position: str
     x: float
     y: float
     radius: float
@@ -48,34 +46,34 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Everything that a picture shows; its pixels follow at any resolution."""
+    """Everything that a picture shows, from which it is rendered at any resolution."""
 
-    things: tuple[Thing, ...]
-    paper: RGB
+    objects: tuple[SceneObject, ...]
+    background: RGB
     light: tuple[float, float]
-    """How much brighter the paper is on the right and at the bottom than in the middle."""
+    """How much brighter the background is at the right edge and at the bottom edge than in the middle."""
 
 
 def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "side side 3"]:
     """The picture: uint8, the same bytes wherever IEEE arithmetic holds."""
     ramp = np.linspace(-1, 1, image_size, dtype=np.float32)
     across, down = np.float32(scene.light[0]) * ramp, np.float32(scene.light[1]) * ramp
-    canvas = (down[:, None] + across)[:, :, None] + np.float32(scene.paper)
-    for thing in scene.things:
-        stencil = _stencil(thing.shape, thing.texture, thing.radius * image_size, image_size)
-        # Centres are rounded to whole pixels, or no two things would share a stencil.
+    canvas = (down[:, None] + across)[:, :, None] + np.float32(scene.background)
+    for each in scene.objects:
+        stencil = _stencil(each.shape, each.texture, each.radius * image_size, image_size)
+        # Centers are rounded to whole pixels, or no two objects would share a stencil.
         half = len(stencil.keep) // 2
-        left = min(max(round(thing.x * image_size), half), image_size - half) - half
-        top = min(max(round(thing.y * image_size), half), image_size - half) - half
+        left = min(max(round(each.x * image_size), half), image_size - half) - half
+        top = min(max(round(each.y * image_size), half), image_size - half) - half
         patch = canvas[top : top + 2 * half, left : left + 2 * half]
         patch *= stencil.keep
-        patch += stencil.tint * np.float32(thing.rgb)
+        patch += stencil.tint * np.float32(each.rgb)
         patch += stencil.white
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
 class _Stencil(NamedTuple):
-    """pixel = keep * paper + tint * colour + white."""
+    """pixel = keep * background + tint * color + white."""
 
     keep: Float[np.ndarray, "height width 1"]
     tint: Float[np.ndarray, "height width 1"]
@@ -85,11 +83,11 @@ class _Stencil(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _stencil(shape: str, texture: str, radius: float, image_size: int) -> _Stencil:
     half = math.ceil(radius + 0.5)
-    centres = np.arange(-half, half, dtype=np.float32) + np.float32(0.5)
-    x, y = np.broadcast_arrays(centres[None, :], centres[:, None])
+    centers = np.arange(-half, half, dtype=np.float32) + np.float32(0.5)
+    x, y = np.broadcast_arrays(centers[None, :], centers[:, None])
     distance = SHAPES[shape](x / radius, y / radius) * radius
     coverage = _soften(distance)
-    # The outline, darker than the fill, keeps the silhouette whole where white texture meets white paper.
+    # The outline, darker than the fill, closes the silhouette where white texture meets the light background.
     outline = _soften(-distance - image_size / 64)
     white = _soften(TEXTURES[texture](x, y, image_size / 64)) * (1 - outline)
     planes = (1 - coverage, coverage * (1 - white) * (1 - 0.45 * outline), coverage * white * 255)
@@ -97,15 +95,15 @@ def _stencil(shape: str, texture: str, radius: float, image_size: int) -> _Stenc
 
 
 def _soften(distance: Field) -> Field:
-    """How much of a pixel lies inside an edge this far from its centre."""
+    """How much of a pixel lies inside an edge at this distance from its center."""
     return np.clip(0.5 - distance, 0, 1)
 
 
-# Shapes: signed distances in units of the radius, y downwards; none reaches further than 1.
+# Shapes: signed distances in units of the radius, y pointing down; none extends beyond 1.
 
 
 def _polygon(*corners: tuple[float, float]) -> Callable[[Field, Field], Field]:
-    # Rounded, so that the last bit of a platform's sine does not reach the pixels.
+    # Rounded, so that the last bit of a platform's sine does not change a pixel.
     corners = tuple((round(x, 4), round(y, 4)) for x, y in corners)
 
     def distance(x: Field, y: Field) -> Field:
@@ -115,7 +113,7 @@ def _polygon(*corners: tuple[float, float]) -> Callable[[Field, Field], Field]:
             dx, dy = bx - ax, by - ay
             along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
             squared = np.minimum(squared, (x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2)
-            if dy:  # Even-odd rule: a pixel is inside when an odd number of edges lies to its right.
+            if dy:  # Even-odd rule: a pixel is inside if an odd number of edges lies to its right.
                 inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) * (dx / dy))
         return np.where(inside, -1, 1) * np.sqrt(squared)
 
@@ -150,7 +148,7 @@ SHAPES: dict[str, Callable[[Field, Field], Field]] = {
 }
 
 
-# Textures: signed distances in pixels to where the fill turns white; ``unit`` is 1 on 64-pixel pictures.
+# Textures: signed distances in pixels to the region where the fill is white; ``unit`` is 1 in 64-pixel pictures.
 
 
 def _from_lattice(u: Field, period: float) -> Field:

@@ -1,0 +1,46 @@
+"""What every source gives: samples by index. One small interface, so that files of any kind can be trained on."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class Sample(NamedTuple):
+    """One image with its captions, not yet decoded."""
+
+    image: bytes | np.ndarray
+    """The encoded file (JPEG, PNG, WebP), or uint8[height, width, 3] where there is no file."""
+    captions: tuple[str, ...]
+    """Never empty; where there are several, training takes one at random and evaluation takes all of them."""
+    key: str
+    """How messages name the sample: shard and member, file name, dataset key."""
+    label: int = -1
+    """The class, for zero-shot classification; -1 where there is none."""
+    extras: Mapping[str, Any] = {}
+    """What a source has besides, by name: boxes, further views of the same example. Not to be written to."""
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used (empty caption, undecodable image): counted and replaced, never fatal alone."""
+
+    def __init__(self, reason: str, key: str):
+        super().__init__(f"{key}: {reason}")
+        self.reason, self.key = reason, key
+
+
+class Source(Protocol):
+    """Random access to N samples; safe to call from several threads at once."""
+
+    name: str
+    """As in the config: ``kind:where``."""
+    fingerprint: str
+    """Changes whenever a sample or their order does, so that a resumed run can refuse other data."""
+    class_names: tuple[str, ...]
+    """What ``Sample.label`` indexes; empty where samples have no labels."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises BadSampleError for a fault of this sample alone, OSError for a fault that may be transient."""
+        ...

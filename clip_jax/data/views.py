@@ -1,0 +1,81 @@
+"""The batch contract: which arrays an example gives, and how each is filled.
+
+A batch is a dictionary of arrays whose first axis is the batch. Every array belongs to a view; the image and the
+text of a pair are two of them, and a training objective may declare more (a second crop, a masked caption). The stream,
+the plan, tests and benchmarks read shapes and types here and nowhere else.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from clip_jax.data import images
+from clip_jax.data.sources.sample import Sample
+from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.devices.sharding import batch_sharding
+
+Shape = tuple[int, ...]
+Arrays = Mapping[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]
+
+
+class View(NamedTuple):
+    """Some arrays of a batch."""
+
+    arrays: Mapping[str, tuple[Shape, np.dtype]]
+    """Name in the batch -> shape and type for one example."""
+    fill: Callable[[Sample, np.random.Generator, Arrays], None]
+    """Writes one example into its row of each array. Raises BadImageError or BadSampleError for an unusable one."""
+
+
+PAIR = ("text", "image")
+"""The views of the pair, in the order in which they draw from one generator; each other view has its own."""
+
+
+def pair_views(
+    *,
+    image_size: int,
+    context_length: int,
+    tokenizer: Tokenizer | None,
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+    interpolation: str,
+) -> dict[str, View]:
+    """The caption (one of the example's, at random) and the image (a random crop).
+
+    Without a tokenizer the views have shapes only; that is all that a plan needs.
+    """
+
+    def fill_text(sample: Sample, rng: np.random.Generator, arrays: Arrays) -> None:
+        caption = sample.captions[int(rng.integers(len(sample.captions)))]
+        arrays["text"][:] = tokenizer([caption])[0]
+
+    def fill_image(sample: Sample, rng: np.random.Generator, arrays: Arrays) -> None:
+        arrays["image"][:] = images.random_resized_crop(
+            sample.image, image_size, rng, scale=crop_scale, ratio=crop_ratio, interpolation=interpolation
+        )
+
+    return {
+        "text": View({"text": ((context_length,), np.dtype(np.int32))}, fill_text),
+        "image": View({"image": ((image_size, image_size, 3), np.dtype(np.uint8))}, fill_image),
+    }
+
+
+def empty_batch(views: Mapping[str, View], rows: int) -> dict[str, np.ndarray]:
+    """Uninitialized arrays for ``rows`` examples."""
+    return {
+        name: np.empty((rows, *shape), dtype) for view in views.values() for name, (shape, dtype) in view.arrays.items()
+    }
+
+
+def batch_spec(views: Mapping[str, View], batch_size: int, mesh: Mesh | AbstractMesh) -> Spec:
+    """The global batch on a mesh: name -> shape, type and sharding."""
+    rows = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
+        for view in views.values()
+        for name, (shape, dtype) in view.arrays.items()
+    }
