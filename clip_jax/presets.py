@@ -18,12 +18,12 @@ from clip_jax.models.vit import ImageTower
 
 
 class Preprocess(NamedTuple):
-    """How pixels reach the image tower."""
+    """How an image becomes the input of the image tower."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resize: str
-    """``shortest`` (scale the shorter side, crop the centre) or ``squash`` (both sides), in evaluation."""
+    """In evaluation: ``shortest`` (scale the shorter side, crop the center) or ``squash`` (scale both sides)."""
     interpolation: str
 
     def normalize(self, pixels: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
@@ -32,13 +32,13 @@ class Preprocess(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """What a name stands for."""
+    """Everything that a model's name decides."""
 
     architecture: Architecture
     preprocess: Preprocess
     tokenizer: str
     """``clip`` (byte-pair encoding), ``clipa`` (WordPiece), ``siglip``, ``siglip2``, or ``sentencepiece`` (trained on
-    the run's own captions); of a foreign model whose tokenizer is none of these, the repository that has it."""
+    the run's own captions); for a foreign model with any other tokenizer, the repository that holds it."""
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +54,7 @@ HALF = Preprocess(HALVES, HALVES, resize="shortest", interpolation="bicubic")
 SIGLIP = Preprocess(HALVES, HALVES, resize="squash", interpolation="bicubic")
 CLIPA = Preprocess(IMAGENET_MEAN, IMAGENET_STD, resize="squash", interpolation="bilinear")
 
-# OpenCLIP prepares images for SigLIP 2 as for SigLIP.
+# OpenCLIP preprocesses images for SigLIP 2 as for SigLIP.
 PREPROCESS = {"openai": OPENAI, "siglip": SIGLIP, "siglip2": SIGLIP, "clipa": CLIPA}
 
 
@@ -87,13 +87,17 @@ def siglip_image(
         pooling="attention",
         norm_before_pooling=True,
         projection=False,
+        init="timm",
     )
 
 
 def eva_image(
     size: int, patch: int, width: int, layers: int, heads: int, mlp_width: int, *, enormous: bool = False
 ) -> ImageTower:
-    """EVA-02-CLIP's image tower (Sun et al. 2023): rotary embeddings, SwiGLU and norms inside, but not for E."""
+    """EVA-02-CLIP's image tower (Sun et al. 2023): rotary embeddings, SwiGLU and inner norms.
+
+    The ``enormous`` one (E) has none of these, but norms after attention and MLP.
+    """
     return ImageTower(
         size,
         patch,
@@ -109,16 +113,17 @@ def eva_image(
         swiglu=not enormous,
         key_bias=False,
         rotary_grid=None if enormous else 16,
+        init="eva",
     )
 
 
 def _clip(image: ImageTower | ResNetTower, text: TextTower) -> Preset:
-    """Embeddings as wide as the text tower, as in most models."""
+    """A preset whose embeddings are as wide as the text tower, as in most models."""
     return Preset(Architecture(image, text, text.width), OPENAI, "clip")
 
 
 def _clipa(preset: Preset, size: int) -> Preset:
-    """CLIPA (Li et al. 2023): patches are averaged; a short text that is seen whole, pooled at its last position."""
+    """CLIPA (Li et al. 2023): averaged patches; short texts without a causal mask, pooled at the last position."""
     architecture = preset.architecture
     image = dataclasses.replace(architecture.image, image_size=size, norm_pre=False, pooling="average")
     text = dataclasses.replace(architecture.text, context_length=32, vocab_size=32000, causal=False, pooling="last")
@@ -137,8 +142,8 @@ def _siglip(
 ) -> Preset:
     """``image``: size, patch, width, layers, heads, MLP width; ``text``: width, layers, heads, MLP width.
 
-    The activations are those that OpenCLIP computes with; the original models were trained with the tanh
-    approximation throughout, which a recipe of ours sets by ``model.activation``.
+    The activations are OpenCLIP's. The original models were trained with the tanh approximation throughout, which a
+    recipe sets by ``model.activation``.
     """
     width, layers, heads, mlp_width = text
     tower = TextTower(
@@ -161,7 +166,7 @@ def _siglip(
 
 def _quickgelu(preset: Preset) -> Preset:
     image, text = preset.architecture.image, preset.architecture.text
-    if isinstance(image, ImageTower):  # a ResNet has ReLU either way
+    if isinstance(image, ImageTower):  # a ResNet has ReLU in any case
         image = dataclasses.replace(image, activation="quick_gelu")
     text = dataclasses.replace(text, activation="quick_gelu")
     return preset._replace(architecture=dataclasses.replace(preset.architecture, image=image, text=text))
@@ -175,7 +180,7 @@ _TEXT_B, _TEXT_L, _TEXT_H = _text(512, 12), _text(768, 12), _text(1024, 24)
 _TEXT_G, _TEXT_E = _text(1280, 32), _text(1280, 36)
 _BIG_G = {"head_dim": 104, "mlp_ratio": 4.9231}
 
-# Radford et al. 2021, tables 19 and 20; OpenCLIP's configurations of the same names.
+# Radford et al. 2021, tables 19 and 20, and OpenCLIP's configurations of the same names.
 _CLIP = {
     "RN50": _resnet(224, (3, 4, 6, 3), 64, _TEXT_B, 1024),
     "RN101": _resnet(224, (3, 4, 23, 3), 64, _TEXT_B, 512),
@@ -196,7 +201,7 @@ _CLIP = {
     "ViT-bigG/14": _clip(_image(224, 14, 1664, 48, **_BIG_G), _TEXT_G),
 }
 
-# OpenCLIP's, without a QuickGELU twin.
+# OpenCLIP's models without a QuickGELU variant.
 _OPEN_CLIP = {
     "ViT-S/32": _clip(_image(224, 32, 384, 12), _text(384, 12)),
     "ViT-S/32-alt": _clip(_image(224, 32, 384, 12), _text(256, 10)),
@@ -218,7 +223,7 @@ _CLIPA = {
 _B, _L, _SO400M = (768, 12, 12, 3072), (1024, 24, 16, 4096), (1152, 27, 16, 4304)
 _TANH = {"image_activation": "gelu_tanh"}
 
-# Zhai et al. 2023 and Tschannen et al. 2025, as OpenCLIP has them.
+# Zhai et al. 2023 and Tschannen et al. 2025, as OpenCLIP configures them.
 _SIGLIP = {
     "ViT-B/16-SigLIP": _siglip((224, 16, *_B), _B),
     "ViT-B/16-SigLIP-256": _siglip((256, 16, *_B), _B),
@@ -287,12 +292,12 @@ PRESETS = {
 
 
 def list_models() -> list[str]:
-    """The names that ``clip_jax.load`` and ``config.model.name`` know."""
+    """The names that ``clip_jax.load`` and ``config.model.name`` accept."""
     return list(PRESETS)
 
 
 def preset(name: str) -> Preset:
-    """The preset of a name, with ``-`` for ``/`` and OpenAI's ``@336px`` accepted; UserError for an unknown one."""
+    """The preset of a name; accepts ``-`` for ``/`` and OpenAI's ``@336px``. Raises UserError for an unknown name."""
     by_dashes = {known.replace("/", "-"): known for known in PRESETS}
     known = by_dashes.get(name.replace("/", "-").replace("@336px", "-336"))
     if known is None:
@@ -301,7 +306,7 @@ def preset(name: str) -> Preset:
 
 
 def to_json(preset: Preset) -> dict[str, Any]:
-    """A preset as plain values, as a run folder keeps it."""
+    """A preset as plain values, as ``run.json`` stores it."""
     return {
         "architecture": dataclasses.asdict(preset.architecture),
         "preprocess": preset.preprocess._asdict(),
@@ -313,6 +318,16 @@ def from_json(values: dict[str, Any]) -> Preset:
     """The preset that ``to_json`` wrote."""
     architecture = dict(values["architecture"])
     image, text = architecture.pop("image"), TextTower(**architecture.pop("text"))
-    image = ResNetTower(**image | {"stages": tuple(image["stages"])}) if "stages" in image else ImageTower(**image)
+    if "stages" in image:
+        image = ResNetTower(**image | {"stages": tuple(image["stages"])})
+    else:
+        image = ImageTower(**{"init": _unsaved_init(image)} | image)
     preprocess = {k: tuple(v) if isinstance(v, list) else v for k, v in values["preprocess"].items()}
     return Preset(Architecture(image, text, **architecture), Preprocess(**preprocess), values["tokenizer"])
+
+
+def _unsaved_init(image: dict[str, Any]) -> str:
+    """``ImageTower.init`` of a run folder from before that field, when the shape of the tower decided it."""
+    if not image.get("key_bias", True):
+        return "eva"
+    return "clip" if image.get("class_token", True) else "timm"

@@ -1,6 +1,6 @@
-"""What makes a mix of values from queries, keys and values: XLA's own products, or cuDNN's fused kernel on NVIDIA GPUs.
+"""Attention: XLA's own products, or cuDNN's fused kernel on NVIDIA GPUs.
 
-Both are one function of the same arguments, so that a model is built with either (``config.model.attention``).
+All implementations are one function of the same arguments, so that a model runs with any (``config.model.attention``).
 """
 
 from collections.abc import Callable
@@ -8,52 +8,75 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-Heads = Float[Array, "batch tokens heads dim"]
-Attend = Callable[[Heads, Heads, Heads, bool], Heads]
-"""(queries, keys, values, causal) -> softmax(queries · keys / sqrt(dim)) · values, in the type of the values."""
+Queries = Float[Array, "batch queries heads dim"]
+Keys = Float[Array, "batch keys heads dim"]
+Mask = Bool[Array, "#batch #queries #keys"]
+Attend = Callable[..., Queries]
+"""``(query, key, value, *, causal, mask) -> softmax(query · key / sqrt(dim)) · value``, in the type of the values.
+
+Queries and keys may differ in number. With ``causal``, query i sees keys 0 to i. ``mask`` is True where a query sees a
+key; None hides nothing. The result of a query that sees no key is zero.
+"""
 
 
-def xla(query: Heads, key: Heads, value: Heads, causal: bool) -> Heads:
-    """The definition. Logits and softmax are float32, and tokens x tokens of them exist for every head."""
-    tokens, dim = query.shape[1], query.shape[-1]
+def xla(query: Queries, key: Keys, value: Keys, *, causal: bool = False, mask: Mask | None = None) -> Queries:
+    """The definition. Logits and softmax are float32 and materialized: queries x keys for every head."""
+    dim = query.shape[-1]
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * dim**-0.5
     if causal:
-        logits = jnp.where(jnp.tril(jnp.ones((tokens, tokens), bool)), logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, -jnp.inf)
+    if mask is None:
+        weights = jax.nn.softmax(logits, axis=-1)
+    else:
+        seen = mask[:, None] & jnp.isfinite(logits)
+        # A finite stand-in for hidden logits: a row of -inf alone would have NaN as its softmax and as its gradient.
+        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0.0)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
 
 
-def cudnn(query: Heads, key: Heads, value: Heads, causal: bool) -> Heads:
-    """In tiles that never leave the chip's cache (Dao et al. 2022, FlashAttention), forward and backward.
+def cudnn(query: Queries, key: Keys, value: Keys, *, causal: bool = False, mask: Mask | None = None) -> Queries:
+    """cuDNN's fused attention, which never writes the logits to memory (Dao et al. 2022, FlashAttention).
 
     For NVIDIA GPUs from Ampere on, in bfloat16, with heads of at most 128 features (256 from Hopper on).
     """
-    batch, tokens = query.shape[:2]
+    (batch, queries), keys = query.shape[:2], key.shape[1]
     lengths = None
-    if tokens % 2:  # JAX refuses a gradient of odd lengths; XLA pads in the copy that cuts queries, keys, values apart
-        query, key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
-        if not causal:  # with it, no real token sees the last one
-            lengths = jnp.full((batch,), tokens, jnp.int32)
+    # JAX refuses the gradient of odd lengths; XLA pads in the copy that separates queries, keys and values.
+    if queries % 2:
+        query = jnp.pad(query, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    if keys % 2:
+        key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (key, value))
+        if not causal or queries > keys:  # otherwise no real query sees the padding
+            lengths = jnp.full((batch,), keys, jnp.int32)
+    seen = None
+    if mask is not None:
+        seen = jnp.broadcast_to(mask, (mask.shape[0], queries, keys))
+        seen = jnp.pad(seen, ((0, 0), (0, queries % 2), (0, keys % 2)))[:, None]
     mixed = jax.nn.dot_product_attention(
-        query, key, value, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
-    return mixed[:, :tokens]
+        query, key, value, mask=seen, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )[:, :queries]
+    if mask is None:
+        return mixed
+    visible = jnp.broadcast_to(mask, (mask.shape[0], queries, keys))
+    if causal:
+        visible = visible & jnp.tril(jnp.ones((queries, keys), bool))
+    return jnp.where(jnp.any(visible, axis=-1)[:, :, None, None], mixed, 0)
 
 
 ATTENTION: dict[str, Attend] = {"xla": xla, "cudnn": cudnn}
 
 
 class Rotary(NamedTuple):
-    """Sines and cosines of the angle by which each token turns each feature of its queries and keys."""
+    """Sines and cosines of the angles that rotate the features of each token's queries and keys."""
 
     sin: Float[Array, "#batch tokens dim"]
     cos: Float[Array, "#batch tokens dim"]
 
 
-def rotate(x: Heads, rotary: Rotary) -> Heads:
-    """Turns each pair of neighbouring features by its angle, in float32 (Su et al. 2021, eq. 34)."""
+def rotate(x: Queries, rotary: Rotary) -> Queries:
+    """Rotates each pair of neighboring features by its angle, in float32 (Su et al. 2021, eq. 34)."""
     exact = x.astype(jnp.float32)
-    turned = jnp.stack([-exact[..., 1::2], exact[..., ::2]], axis=-1).reshape(x.shape)
-    return (exact * rotary.cos[:, :, None] + turned * rotary.sin[:, :, None]).astype(x.dtype)
+    rotated = jnp.stack([-exact[..., 1::2], exact[..., ::2]], axis=-1).reshape(x.shape)
+    return (exact * rotary.cos[:, :, None] + rotated * rotary.sin[:, :, None]).astype(x.dtype)

@@ -1,19 +1,24 @@
-"""CLIP's modified ResNet (Radford et al. 2021, section 2.4): three convolutions as stem, anti-aliased strides (an
-average pool in front of each strided convolution, as in Zhang 2019), and attention pooling instead of an average.
+"""CLIP's modified ResNet (Radford et al. 2021, section 2.4).
 
-Batch norm sees the global batch: under ``jit`` a mean over a sharded axis is the mean over all devices. The blocks of
-a stage behind its first one are alike and stored stacked, as those of the transformers are.
+It differs from a ResNet in three ways: a stem of three convolutions, anti-aliased strides (an average pool before each
+strided convolution, as in Zhang 2019), and attention pooling instead of an average.
+
+Batch norm sees the global batch: under ``jit`` a mean over a sharded axis is the mean over all devices. The blocks of a
+stage after its first one are alike and stored stacked, like those of the transformers.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clip_jax.models.transformer import REMAT_POLICIES, Initializer, Remat, normal, uniform, zeros
-from clip_jax.sharding import split_rows
+from clip_jax.devices.sharding import split_rows
+from clip_jax.models import flops
+from clip_jax.models.compute import DEFAULT, REMAT_POLICIES, Compute
+from clip_jax.models.transformer import Initializer, normal, uniform, zeros
 
 EXPANSION = 4
 EPSILON = 1e-5
@@ -29,9 +34,13 @@ class ResNetTower:
     width: int
     heads: int
 
+    has_batch_norm: ClassVar[bool] = True
+    block: ClassVar[None] = None
+    """There are no transformer blocks."""
+
     @property
     def patch_size(self) -> int:
-        """Pixels a side that one vector of the last stage stands for."""
+        """Pixels per side that one vector of the last stage stands for."""
         return 32
 
     @property
@@ -43,50 +52,72 @@ class ResNetTower:
         """The width of the last stage."""
         return 8 * EXPANSION * self.width
 
+    def module(self, embed_dim: int, compute: Compute) -> "ModifiedResNet":
+        return ModifiedResNet(self, embed_dim, compute)
+
+    def adjust_init(self, params: dict) -> dict:
+        """Nothing: each layer's own initialization is all."""
+        return params
+
+    def forward_flops(self, embed_dim: int) -> int:
+        """FLOPs of one image's forward pass: matrix products, a multiply-add counted as two."""
+        width, side = self.width, self.image_size // 2
+        half = width // 2
+        total = flops.product(1, 9 * (3 * half + half * half + half * width), times=side**2)
+        side, channels = side // 2, width
+        for number, blocks in enumerate(self.stages):
+            inner, outer = width * 2**number, EXPANSION * width * 2**number
+            for block in range(blocks):
+                total += flops.product(1, channels * inner + 9 * inner * inner, times=side**2)
+                if block == 0:
+                    side = side if number == 0 else side // 2
+                    total += flops.product(channels, outer, times=side**2)
+                total += flops.product(inner, outer, times=side**2)
+                channels = outer
+        tokens = side**2 + 1
+        pooling = flops.product(channels, channels, times=2 * tokens + 1)
+        return total + pooling + flops.product(channels, embed_dim)
+
 
 class ModifiedResNet(nn.Module):
-    """float32[B, H, W, 3] (normalised) -> float32[B, embed_dim], not normalised.
+    """float32[B, H, W, 3] (normalized) -> (embeddings float32[B, embed_dim], not normalized; the last stage's features
+    [B, (H/32)(W/32), features]).
 
-    Training normalises by the batch and returns new running statistics in the collection ``batch_stats``.
-    ``tokens_only`` stops behind the last stage: float32[B, (H/32)(W/32), features].
+    Training normalizes by the batch and returns new running statistics in the collection ``batch_stats``.
     """
 
     tower: ResNetTower
     embed_dim: int
-    dtype: jnp.dtype = jnp.float32
-    scan: bool = True
-    remat: Remat = "none"
-    tokens_only: bool = False
+    compute: Compute = DEFAULT
 
     @nn.compact
-    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> Array:
-        width = self.tower.width
-        x = image.astype(self.dtype)
+    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> tuple[Array, Array]:
+        width, compute = self.tower.width, self.compute
+        x = image.astype(compute.dtype)
         for number, (features, stride) in enumerate([(width // 2, 2), (width // 2, 1), (width, 1)], start=1):
-            x = split_rows(Conv(features, 3, stride, self.dtype, name=f"conv_{number}")(split_rows(x)))
-            x = nn.relu(BatchNorm(self.dtype, train, name=f"norm_{number}")(x))
+            x = Conv(features, 3, stride, compute.dtype, name=f"conv_{number}")(split_rows(x, compute.mesh))
+            x = nn.relu(BatchNorm(compute.dtype, train, name=f"norm_{number}")(split_rows(x, compute.mesh)))
         x = average_pool(x)
 
         block = Bottleneck
-        if self.remat != "none":
-            block = nn.remat(Bottleneck, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        if compute.remat != "none":
+            block = nn.remat(Bottleneck, prevent_cse=False, policy=REMAT_POLICIES[compute.remat])
         for number, blocks in enumerate(self.tower.stages, start=1):
             features, stride = width * 2 ** (number - 1), 1 if number == 1 else 2
-            x, _ = block(features, stride, True, self.dtype, train, name=f"stage_{number}_first")(x, None)
+            x, _ = block(features, stride, True, compute, train, name=f"stage_{number}_first")(x, None)
             if blocks > 1:
                 rest = nn.scan(
                     block,
                     variable_axes={"params": 0, "batch_stats": 0},
                     split_rngs={"params": True},
                     length=blocks - 1,
-                    unroll=1 if self.scan else blocks - 1,
+                    unroll=1 if compute.scan else blocks - 1,
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
-                x, _ = rest(features, 1, False, self.dtype, train, name=f"stage_{number}_rest")(x, None)
+                x, _ = rest(features, 1, False, compute, train, name=f"stage_{number}_rest")(x, None)
         tokens = x.reshape(x.shape[0], -1, self.tower.features)
-        if self.tokens_only:
-            return tokens
-        return AttentionPooling(self.tower.heads, self.embed_dim, self.dtype, name="attention_pooling")(tokens)
+        pooling = AttentionPooling(self.tower.heads, self.embed_dim, compute.dtype, name="attention_pooling")
+        return pooling(tokens), tokens
 
 
 class Conv(nn.Module):
@@ -141,25 +172,27 @@ class BatchNorm(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; a stride is an average pool in front of the last one."""
+    """1x1, 3x3, 1x1 convolutions beside a shortcut; a stride is an average pool before the last one."""
 
     features: int
     stride: int
     project: bool
     """Whether the shortcut has a convolution: it changes the width or the size."""
-    dtype: jnp.dtype
+    compute: Compute
     train: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], _=None) -> tuple[Array, None]:
+        dtype, mesh = self.compute.dtype, self.compute.mesh
+
         def conv_norm(x, features, size, name, scale_init=nn.initializers.ones):
-            x = split_rows(Conv(features, size, 1, self.dtype, name=f"conv_{name}")(split_rows(x)))
-            return BatchNorm(self.dtype, self.train, scale_init, name=f"norm_{name}")(x)
+            x = Conv(features, size, 1, dtype, name=f"conv_{name}")(split_rows(x, mesh))
+            return BatchNorm(dtype, self.train, scale_init, name=f"norm_{name}")(split_rows(x, mesh))
 
         pool = average_pool if self.stride > 1 else lambda x: x
         out = nn.relu(conv_norm(x, self.features, 1, "1"))
         out = pool(nn.relu(conv_norm(out, self.features, 3, "2")))
-        out = conv_norm(out, EXPANSION * self.features, 1, "3", zeros)  # a block starts as its shortcut
+        out = conv_norm(out, EXPANSION * self.features, 1, "3", zeros)  # a block is initialized as its shortcut
         if self.project:
             x = conv_norm(pool(x), EXPANSION * self.features, 1, "shortcut")
         return nn.relu(x + out), None

@@ -1,5 +1,7 @@
-"""Text transformers: CLIP's is causal and pooled at the end token (Radford et al. 2021, section 2.4); CLIPA's and
-SigLIP's see the whole text and are pooled at the last position. Each difference is a field of ``TextTower``.
+"""Text transformers.
+
+CLIP's is causal and pooled at the end token (Radford et al. 2021, section 2.4); CLIPA's and SigLIP's see the whole text
+and are pooled at the last position. Each difference is a field of ``TextTower``.
 """
 
 from dataclasses import dataclass
@@ -9,9 +11,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.attention import Attend, xla
-from clip_jax.models.transformer import BlockShape, LayerNorm, Remat, Stack, normal, text_block_init, zeros
-from clip_jax.sharding import gather_features, split_rows
+from clip_jax.devices.sharding import gather_features, split_rows
+from clip_jax.models import flops
+from clip_jax.models.compute import DEFAULT, Compute
+from clip_jax.models.transformer import BlockShape, LayerNorm, Stack, normal, text_block_init, zeros
 
 
 @dataclass(frozen=True)
@@ -38,53 +41,59 @@ class TextTower:
     def block(self) -> BlockShape:
         return BlockShape(self.heads, self.mlp_width, self.activation, self.causal, self.norm_epsilon)
 
+    @property
+    def tokens(self) -> int:
+        """The length of the sequence that the blocks work on."""
+        return self.context_length
+
+    def module(self, embed_dim: int, compute: Compute) -> "TextTransformer":
+        return TextTransformer(self, embed_dim, compute)
+
+    def forward_flops(self, embed_dim: int) -> int:
+        """FLOPs of one text's forward pass: matrix products, a multiply-add counted as two."""
+        return flops.blocks(self) + (flops.product(self.width, embed_dim) if self.projection else 0)
+
 
 class TextTransformer(nn.Module):
-    """int32[B, L] -> float32[B, embed_dim], not normalised.
+    """int32[B, L] -> (embeddings float32[B, embed_dim], not normalized; tokens after the last block [B, L, width]).
 
-    ``tokens_only`` stops behind the last block: float32[B, L, width]. A causal tower that is pooled at its end token
-    may be given texts shorter than its context; one that is pooled at the last position may not.
+    A causal tower that is pooled at its end token accepts texts shorter than its context; one that is pooled at the
+    last position does not.
     """
 
     tower: TextTower
     embed_dim: int
-    dtype: jnp.dtype = jnp.float32
-    scan: bool = True
-    remat: Remat = "none"
-    attend: Attend = xla
-    tokens_only: bool = False
+    compute: Compute = DEFAULT
 
     @nn.compact
-    def __call__(self, text: Int[Array, "batch length"]) -> Array:
+    def __call__(self, text: Int[Array, "batch length"]) -> tuple[Array, Array]:
         tower, width = self.tower, self.tower.width
         embedding_init = nn.with_logical_partitioning(normal(0.02), ("vocab", "embed"))
         embedding = self.param("token_embedding", embedding_init, (tower.vocab_size, width))
         position_init = nn.with_logical_partitioning(normal(0.01), (None, "embed"))
         positions = self.param("position_embedding", position_init, (tower.context_length, width))
 
-        # Looked up before it is rounded: the gradient of a frequent token is a sum that must be taken in float32.
-        tokens = split_rows(jnp.take(gather_features(embedding), text, axis=0)).astype(self.dtype)
-        tokens = tokens + positions[: text.shape[1]].astype(self.dtype)
+        dtype, mesh = self.compute.dtype, self.compute.mesh
+        # The lookup comes before the cast: the gradient of a frequent token is a sum that must be taken in float32.
+        tokens = split_rows(jnp.take(gather_features(embedding, mesh), text, axis=0), mesh).astype(dtype)
+        tokens = tokens + positions[: text.shape[1]].astype(dtype)
         inits = text_block_init(width, tower.mlp_width, tower.layers)
-        compute = (self.dtype, self.scan, self.remat, self.attend)
-        tokens = Stack(tower.layers, tower.block, inits, *compute, name="transformer")(tokens)
-        if self.tokens_only:
-            return tokens
-        # Only the pooled row is normed: the norm works on one token at a time.
-        pooled = LayerNorm(self.dtype, tower.norm_epsilon, name="norm_final")(_pick(tokens, text, tower))
-        pooled = split_rows(pooled)
+        tokens = Stack(tower.layers, tower.block, inits, self.compute, name="transformer")(tokens)
+        # Only the pooled row is normalized: the norm works on one token at a time.
+        pooled = LayerNorm(dtype, tower.norm_epsilon, name="norm_final")(_pool(tokens, text, tower))
+        pooled = split_rows(pooled, mesh)
         if not tower.projection:
-            return pooled.astype(jnp.float32)
+            return pooled.astype(jnp.float32), tokens
         projection_init = nn.with_logical_partitioning(normal(width**-0.5), ("embed", "joint"))
         projection = self.param("projection", projection_init, (width, self.embed_dim))
-        embedding = split_rows(jnp.dot(pooled, projection.astype(self.dtype), preferred_element_type=jnp.float32))
+        embedding = split_rows(jnp.dot(pooled, projection.astype(dtype), preferred_element_type=jnp.float32), mesh)
         if tower.projection_bias:
             bias_init = nn.with_logical_partitioning(zeros, ("joint",))
             embedding = embedding + self.param("projection_bias", bias_init, (self.embed_dim,))
-        return embedding
+        return embedding, tokens
 
 
-def _pick(
+def _pool(
     tokens: Float[Array, "batch length width"], text: Int[Array, "batch length"], tower: TextTower
 ) -> Float[Array, "batch width"]:
     """The token that stands for the text. CLIP's end token has the highest id: the argmax is its (first) position."""

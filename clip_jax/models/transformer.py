@@ -1,7 +1,7 @@
-"""The pre-norm transformer both towers are built from: attention, MLP, block, and a stack of blocks.
+"""The pre-norm transformer that both towers are built from: attention, MLP, block, and a stack of blocks.
 
-Parameters are float32; matrix products run in ``dtype``; layer norms and the attention softmax in float32.
-Every parameter names its logical axes; only ``sharding.py`` knows what mesh axes they lie on:
+Parameters are float32; matrix products run in the compute type; layer norms and the attention softmax in float32.
+Every parameter names its logical axes; only ``devices/sharding.py`` maps them to mesh axes:
 
     layers   stacked blocks          embed   the residual width
     heads    attention heads         mlp     the hidden width of the MLP
@@ -10,7 +10,7 @@ Every parameter names its logical axes; only ``sharding.py`` knows what mesh axe
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,31 +18,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from clip_jax.models.attention import Attend, Rotary, rotate, xla
-from clip_jax.sharding import on_cpu, split_rows
+from clip_jax.devices.sharding import on_cpu, split_rows
+from clip_jax.models.attention import Mask, Rotary, rotate
+from clip_jax.models.compute import REMAT_POLICIES, Compute
 
 Initializer = Callable[..., Array]
-Remat = Literal["none", "dots", "named", "offload", "full"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's approximation; its weights need it
 }
-
-KEPT = ("qkv", "mixed")
-"""What ``named`` and ``offload`` keep of a block: with queries, keys, values and what attention makes of them no weight
-product of the attention runs twice but the last; the MLP, whose activations are the larger, is computed again."""
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "named": jax.checkpoint_policies.save_only_these_names(*KEPT),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=(), names_which_can_be_offloaded=KEPT, offload_src="device", offload_dst="pinned_host"
-    ),
-    "full": None,
-}
-
 
 zeros = nn.initializers.zeros
 
@@ -57,7 +43,7 @@ def uniform(bound: float) -> Initializer:
 
 
 class BlockInit(NamedTuple):
-    """How the weights of one block start; CLIP's image and text blocks differ (Radford et al. 2021, released code)."""
+    """The initializers of one block; CLIP's image and text blocks differ (Radford et al. 2021, released code)."""
 
     qkv: Initializer
     attention_out: Initializer
@@ -80,7 +66,7 @@ def image_block_init(width: int, mlp_width: int) -> BlockInit:
 
 
 def text_block_init(width: int, mlp_width: int, layers: int) -> BlockInit:
-    """CLIP's text blocks follow GPT-2: what writes to the residual stream shrinks with depth."""
+    """CLIP's text blocks follow GPT-2: the layers that write to the residual stream shrink with depth."""
     residual = width**-0.5 * (2 * layers) ** -0.5
     return BlockInit(
         qkv=normal(width**-0.5),
@@ -93,7 +79,7 @@ def text_block_init(width: int, mlp_width: int, layers: int) -> BlockInit:
 
 
 def timm_block_init() -> BlockInit:
-    """The image towers that OpenCLIP takes from timm: N(0, 0.02), and biases zero."""
+    """The image towers that OpenCLIP takes from timm: N(0, 0.02) and zero biases."""
     return BlockInit(normal(0.02), normal(0.02), normal(0.02), zeros, normal(0.02), zeros)
 
 
@@ -107,21 +93,24 @@ class BlockShape:
     causal: bool = False
     norm_epsilon: float = 1e-5
     norm_last: bool = False
-    """Norms behind attention and MLP, before the residual sum, instead of in front (EVA-02 E)."""
+    """Norms after attention and MLP, before the residual sum, instead of before them (EVA-02 E)."""
     swiglu: bool = False
     """A gated MLP with norms inside it and inside the attention (EVA-02; Sun et al. 2023)."""
     key_bias: bool = True
     layer_scale: float | None = None
-    """Where learned factors of what each block adds begin (Touvron et al. 2021, CaiT); None: there are none."""
+    """The initial value of LayerScale's factors (Touvron et al. 2021, CaiT); None: no LayerScale."""
 
 
-def product(equation: str, x: Float[Array, "*tokens features"], weight: Array) -> Float[Array, "*tokens features"]:
-    """``jnp.einsum`` of activations, in whose axes ``...`` are batch and tokens, and a weight.
+def product(
+    equation: str, x: Float[Array, "*tokens features"], weight: Array, compute: Compute
+) -> Float[Array, "*tokens features"]:
+    """``jnp.einsum`` of activations, whose axes ``...`` are batch and tokens, and a weight in the compute type.
 
-    On a CPU all tokens of the batch become one axis. The gradient by the weight sums over both, and for a sum over two
-    axes XLA transposes the activations in memory first: a third of a training step's time.
+    On a CPU all tokens of the batch become one axis. The gradient with respect to the weight sums over both axes, and
+    for a sum over two axes XLA first transposes the activations in memory: a third of a training step's time.
     """
-    if not on_cpu():
+    weight = weight.astype(compute.dtype)
+    if not on_cpu(compute.mesh):
         return jnp.einsum(equation, x, weight)
     features = equation.index(",") - len("...")
     tokens = x.shape[: x.ndim - features]
@@ -130,7 +119,7 @@ def product(equation: str, x: Float[Array, "*tokens features"], weight: Array) -
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last axis, computed in float32 whatever comes in."""
+    """Layer norm over the last axis, computed in float32 whatever the type of the input."""
 
     dtype: jnp.dtype = jnp.float32
     epsilon: float = 1e-5
@@ -143,9 +132,9 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.with_logical_partitioning(zeros, (self.axis,)), (width,))
         x = x.astype(jnp.float32)
         mean = jnp.mean(x, axis=-1, keepdims=True)
-        centred = x - mean
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        centered = x - mean
+        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+        return (centered * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -153,12 +142,11 @@ class Attention(nn.Module):
 
     shape: BlockShape
     inits: BlockInit
-    dtype: jnp.dtype
-    attend: Attend
+    compute: Compute
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], rotary: Rotary | None
+        self, x: Float[Array, "batch tokens width"], rotary: Rotary | None, mask: Mask | None
     ) -> Float[Array, "batch tokens width"]:
         width = x.shape[-1]
         heads = self.shape.heads
@@ -173,16 +161,17 @@ class Attention(nn.Module):
         if not self.shape.key_bias:
             qkv_bias = jnp.stack([qkv_bias[0], jnp.zeros_like(qkv_bias[0]), qkv_bias[1]])
 
-        projected = product("...w,wshd->...shd", x, qkv.astype(self.dtype)) + qkv_bias.astype(self.dtype)
+        dtype = self.compute.dtype
+        projected = product("...w,wshd->...shd", x, qkv, self.compute) + qkv_bias.astype(dtype)
         projected = checkpoint_name(projected, "qkv")
         query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        mixed = checkpoint_name(self.attend(query, key, value, self.shape.causal), "mixed")
+        mixed = checkpoint_name(self.compute.attend(query, key, value, causal=self.shape.causal, mask=mask), "mixed")
         if self.shape.swiglu:
-            norm = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm")
+            norm = LayerNorm(dtype, self.shape.norm_epsilon, name="norm")
             mixed = norm(mixed.reshape(x.shape)).reshape(mixed.shape)
-        return product("...hd,hdw->...w", mixed, out.astype(self.dtype)) + out_bias.astype(self.dtype)
+        return product("...hd,hdw->...w", mixed, out, self.compute) + out_bias.astype(dtype)
 
 
 class MLP(nn.Module):
@@ -190,97 +179,95 @@ class MLP(nn.Module):
 
     shape: BlockShape
     inits: BlockInit
-    dtype: jnp.dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         inner, outer = self.shape.mlp_width, x.shape[-1]
-        init = self.inits
+        init, compute, dtype = self.inits, self.compute, self.compute.dtype
         up = self.param("up", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
         up_bias = self.param("up_bias", nn.with_logical_partitioning(init.mlp_up_bias, ("mlp",)), (inner,))
         down = self.param("down", nn.with_logical_partitioning(init.mlp_down, ("mlp", "embed")), (inner, outer))
         down_bias = self.param("down_bias", nn.with_logical_partitioning(init.mlp_down_bias, ("embed",)), (outer,))
-        hidden = product("...w,wm->...m", x, up.astype(self.dtype)) + up_bias.astype(self.dtype)
+        hidden = product("...w,wm->...m", x, up, compute) + up_bias.astype(dtype)
         if self.shape.swiglu:
             gate = self.param("gate", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
             gate_bias = self.param("gate_bias", nn.with_logical_partitioning(init.mlp_up_bias, ("mlp",)), (inner,))
-            hidden = (
-                nn.silu(product("...w,wm->...m", x, gate.astype(self.dtype)) + gate_bias.astype(self.dtype)) * hidden
-            )
-            hidden = LayerNorm(self.dtype, self.shape.norm_epsilon, "mlp", name="norm")(hidden)
+            hidden = nn.silu(product("...w,wm->...m", x, gate, compute) + gate_bias.astype(dtype)) * hidden
+            hidden = LayerNorm(dtype, self.shape.norm_epsilon, "mlp", name="norm")(hidden)
         else:
             hidden = ACTIVATIONS[self.shape.activation](hidden)
-        return product("...m,mw->...w", hidden, down.astype(self.dtype)) + down_bias.astype(self.dtype)
+        return product("...m,mw->...w", hidden, down, compute) + down_bias.astype(dtype)
 
 
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
-    With ``norm_last`` the norm is the last step instead, ``x + norm(attention(x))``; with ``layer_scale`` what is added
-    has a learned factor for each feature. ``rotary`` turns queries and keys.
+    With ``norm_last`` the norm comes last, ``x + norm(attention(x))``; with ``layer_scale`` each feature of what is
+    added has a learned factor. ``rotary`` rotates queries and keys.
     """
 
     shape: BlockShape
     inits: BlockInit
-    dtype: jnp.dtype
-    attend: Attend
+    compute: Compute
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"], rotary: Rotary | None) -> tuple[Array, None]:
-        attention = Attention(self.shape, self.inits, self.dtype, self.attend, name="attention")
-        mlp = MLP(self.shape, self.inits, self.dtype, name="mlp")
-        norm_1 = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm_1")
-        norm_2 = LayerNorm(self.dtype, self.shape.norm_epsilon, name="norm_2")
-        x = split_rows(x)
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], rotary: Rotary | None, mask: Mask | None
+    ) -> tuple[Array, None]:
+        compute, mesh = self.compute, self.compute.mesh
+        attention = Attention(self.shape, self.inits, compute, name="attention")
+        mlp = MLP(self.shape, self.inits, compute, name="mlp")
+        norm_1 = LayerNorm(compute.dtype, self.shape.norm_epsilon, name="norm_1")
+        norm_2 = LayerNorm(compute.dtype, self.shape.norm_epsilon, name="norm_2")
+        x = split_rows(x, mesh)
         if self.shape.norm_last:
-            x = split_rows(x + norm_1(attention(x, rotary)))
-            x = split_rows(x + norm_2(mlp(x)))
+            x = split_rows(x + norm_1(attention(x, rotary, mask)), mesh)
+            x = split_rows(x + norm_2(mlp(x)), mesh)
         else:
-            x = split_rows(x + self._scaled("scale_1", attention(split_rows(norm_1(x)), rotary)))
-            x = split_rows(x + self._scaled("scale_2", mlp(split_rows(norm_2(x)))))
+            x = split_rows(x + self._scaled("scale_1", attention(split_rows(norm_1(x), mesh), rotary, mask)), mesh)
+            x = split_rows(x + self._scaled("scale_2", mlp(split_rows(norm_2(x), mesh))), mesh)
         return x, None
 
     def _scaled(self, name: str, added: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         if self.shape.layer_scale is None:
             return added
-        start = nn.with_logical_partitioning(nn.initializers.constant(self.shape.layer_scale), ("embed",))
-        return added * self.param(name, start, added.shape[-1:]).astype(self.dtype)
+        init = nn.with_logical_partitioning(nn.initializers.constant(self.shape.layer_scale), ("embed",))
+        return added * self.param(name, init, added.shape[-1:]).astype(self.compute.dtype)
 
 
 class Stack(nn.Module):
-    """``layers`` blocks whose parameters are stored stacked ``[layers, ...]``, looped over or unrolled.
+    """``layers`` blocks whose parameters are stored stacked ``[layers, ...]``, in a loop or unrolled.
 
-    ``scan`` compiles one block whatever the depth; unrolled, XLA may fuse across blocks. The numbers and the
-    parameter tree are the same. ``remat`` trades compute for activation memory; from the most memory to the least:
+    ``Compute.scan`` compiles one block whatever the depth; unrolled, XLA may fuse across blocks. The numbers and the
+    parameter tree are the same. ``Compute.remat`` trades compute for activation memory; from the most memory to the
+    least:
 
-    none     keeps all                     dots     keeps the weight products
-    named    keeps the attention's (KEPT)  offload  keeps the same in the host's memory
-    full     keeps nothing between blocks
+    none     saves everything                dots     saves the products with weights
+    named    saves the attention's (SAVED)   offload  saves the same in the host's memory
+    full     saves only the blocks' inputs
     """
 
     layers: int
     shape: BlockShape
     inits: BlockInit
-    dtype: jnp.dtype = jnp.float32
-    scan: bool = True
-    remat: Remat = "none"
-    attend: Attend = xla
+    compute: Compute
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], rotary: Rotary | None = None
+        self, x: Float[Array, "batch tokens width"], rotary: Rotary | None = None, mask: Mask | None = None
     ) -> Float[Array, "batch tokens width"]:
         block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        if self.compute.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.compute.remat])
         stacked = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast),
             length=self.layers,
-            unroll=1 if self.scan else self.layers,
+            unroll=1 if self.compute.scan else self.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = stacked(self.shape, self.inits, self.dtype, self.attend, name="blocks")(x, rotary)
+        x, _ = stacked(self.shape, self.inits, self.compute, name="blocks")(x, rotary, mask)
         return x

@@ -5,7 +5,7 @@ the patches, norm), in their blocks, and in how they pool; each difference is a 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from clip_jax.models.attention import Attend, Rotary, xla
+from clip_jax.devices.sharding import split_rows
+from clip_jax.models import flops
+from clip_jax.models.attention import Rotary
+from clip_jax.models.compute import DEFAULT, Compute
 from clip_jax.models.transformer import (
     MLP,
     BlockInit,
     BlockShape,
     LayerNorm,
-    Remat,
     Stack,
     image_block_init,
     normal,
@@ -28,7 +30,6 @@ from clip_jax.models.transformer import (
     uniform,
     zeros,
 )
-from clip_jax.sharding import split_rows
 
 ROTARY_BASE = 10_000.0
 
@@ -61,21 +62,37 @@ class ImageTower:
     """Rotary position embeddings, whose grid of any size is spread over this many patches a side (EVA-02: 16)."""
     layer_scale: float | None = None
     """Where the learned factors of what each block adds begin (OpenCLIP's M/16-alt: 1e-4); None: there are none."""
+    init: Literal["clip", "timm", "eva"] = "clip"
+    """How parameters are initialized: as the CLIP paper's code, as timm's ViTs (SigLIP), or as EVA-02."""
+
+    has_batch_norm: ClassVar[bool] = False
 
     @property
     def grid(self) -> int:
-        """Patches a side; pixels that fill no patch are cut off."""
+        """Patches per side; pixels that fill no patch are cut off."""
         return self.image_size // self.patch_size
 
     @property
     def tokens(self) -> int:
-        """Patches and the class token."""
+        """The length of the sequence that the blocks work on: patches and the class token."""
         return self.grid**2 + self.class_token
 
-    @property
-    def from_timm(self) -> bool:
-        """OpenCLIP takes the towers of SigLIP and EVA-02 from timm, whose initialisation and names differ."""
-        return not self.class_token or not self.key_bias
+    def module(self, embed_dim: int, compute: Compute) -> "ViT":
+        return ViT(self, embed_dim, compute)
+
+    def adjust_init(self, params: dict) -> dict:
+        """What an initialization does to the whole tower after each layer's own."""
+        return eva_init(params) if self.init == "eva" else params
+
+    def forward_flops(self, embed_dim: int) -> int:
+        """FLOPs of one image's forward pass: matrix products, a multiply-add counted as two."""
+        patches = flops.product(self.patch_size**2 * 3, self.width, times=self.grid**2)
+        pooling = 0
+        if self.pooling == "attention":  # keys and values of all tokens; the rest for one query
+            keys_and_values = flops.product(self.width, 2 * self.width, times=self.tokens)
+            pooling = keys_and_values + flops.product(self.width, 2 * self.width + 2 * self.mlp_width)
+        projection = flops.product(self.width, embed_dim) if self.projection else 0
+        return patches + flops.blocks(self) + pooling + projection
 
     @property
     def block(self) -> BlockShape:
@@ -92,34 +109,35 @@ class ImageTower:
 
 
 class ViT(nn.Module):
-    """float32[B, H, W, 3] (normalised) -> float32[B, embed_dim], not normalised.
+    """float32[B, H, W, 3] (normalized) -> (embeddings float32[B, embed_dim], tokens [B, tokens, width]).
 
-    ``patch_dropout`` is the share of patches that training leaves out, others for each image (FLIP, Li et al. 2023);
-    it needs ``keys``, one for each image. ``tokens_only`` stops behind the last block: [B, tokens, width].
+    The embeddings are not of unit length; the tokens are those after the last block, the class token first.
     """
 
     tower: ImageTower
     embed_dim: int
-    dtype: jnp.dtype = jnp.float32
-    scan: bool = True
-    remat: Remat = "none"
-    attend: Attend = xla
-    patch_dropout: float = 0.0
-    tokens_only: bool = False
+    compute: Compute = DEFAULT
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "batch height width 3"], train: bool = False, keys: Key[Array, "batch"] | None = None
-    ) -> Array:
+        self,
+        image: Float[Array, "batch height width 3"],
+        train: bool = False,
+        keys: Key[Array, "batch"] | None = None,
+        patch_dropout: float = 0.0,
+    ) -> tuple[Array, Array]:
+        """Training with ``patch_dropout``, the share of patches that each image loses, needs one key per image (FLIP,
+        Li et al. 2023)."""
         tower, width, patch = self.tower, self.tower.width, self.tower.patch_size
+        dtype, mesh = self.compute.dtype, self.compute.mesh
         batch = image.shape[0]
         rows, columns = image.shape[1] // patch, image.shape[2] // patch
         image = image[:, : rows * patch, : columns * patch]
-        embedding_init = normal(0.02 if tower.from_timm else width**-0.5)
+        embedding_init = normal(width**-0.5 if tower.init == "clip" else 0.02)
 
         # A convolution whose stride is its size is a matrix product of unfolded patches, which every backend runs well.
         patches = image.reshape(batch, rows, patch, columns, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        patches = patches.reshape(batch, rows * columns, patch * patch * 3).astype(self.dtype)
+        patches = patches.reshape(batch, rows * columns, patch * patch * 3).astype(dtype)
         fan_in = patch * patch * 3
         kernel_init = nn.with_logical_partitioning(uniform(fan_in**-0.5), (None, "embed"))
         kernel = self.param("patch_embedding", kernel_init, (fan_in, width))
@@ -129,67 +147,72 @@ class ViT(nn.Module):
         position_init = nn.with_logical_partitioning(embedding_init, (None, "embed"))
         positions = self.param("position_embedding", position_init, (tower.tokens, width))
 
-        tokens = product("...p,pw->...w", split_rows(patches), kernel.astype(self.dtype))
+        tokens = product("...p,pw->...w", split_rows(patches, mesh), kernel, self.compute)
         if tower.patch_bias:
             bias_init = nn.with_logical_partitioning(uniform(fan_in**-0.5), ("embed",))
-            tokens = tokens + self.param("patch_bias", bias_init, (width,)).astype(self.dtype)
+            tokens = tokens + self.param("patch_bias", bias_init, (width,)).astype(dtype)
         if tower.class_token:
-            first = jnp.broadcast_to(class_embedding.astype(self.dtype), (batch, 1, width))
+            first = jnp.broadcast_to(class_embedding.astype(dtype), (batch, 1, width))
             tokens = jnp.concatenate([first, tokens], axis=1)
-        tokens = tokens + positions.astype(self.dtype)
+        tokens = tokens + positions.astype(dtype)
         rotary = None
         if tower.rotary_grid is not None:
             rotary = rotary_angles(rows, columns, width // tower.heads, tower.rotary_grid, tower.class_token)
-        if train and self.patch_dropout > 0:
-            tokens, rotary = self._drop(tokens, rotary, keys)
+        if train and patch_dropout > 0:
+            tokens, rotary = drop_patches(tokens, rotary, keys, patch_dropout, class_token=tower.class_token)
         if tower.norm_pre:
-            tokens = LayerNorm(self.dtype, tower.norm_epsilon, name="norm_pre")(tokens)
-        inits = timm_block_init() if tower.from_timm else image_block_init(width, tower.mlp_width)
-        compute = (self.dtype, self.scan, self.remat, self.attend)
-        tokens = Stack(tower.layers, tower.block, inits, *compute, name="transformer")(tokens, rotary)
-        if self.tokens_only:
-            return tokens
-        pooled = split_rows(self._pool(tokens, inits))
+            tokens = LayerNorm(dtype, tower.norm_epsilon, name="norm_pre")(tokens)
+        inits = image_block_init(width, tower.mlp_width) if tower.init == "clip" else timm_block_init()
+        tokens = Stack(tower.layers, tower.block, inits, self.compute, name="transformer")(tokens, rotary)
+        pooled = split_rows(self._pool(tokens, inits), mesh)
         if not tower.projection:
-            return pooled.astype(jnp.float32)
+            return pooled.astype(jnp.float32), tokens
         projection_init = nn.with_logical_partitioning(embedding_init, ("embed", "joint"))
         projection = self.param("projection", projection_init, (width, self.embed_dim))
-        embedding = split_rows(jnp.dot(pooled, projection.astype(self.dtype), preferred_element_type=jnp.float32))
+        embedding = split_rows(jnp.dot(pooled, projection.astype(dtype), preferred_element_type=jnp.float32), mesh)
         if tower.projection_bias:
             bias_init = nn.with_logical_partitioning(zeros, ("joint",))
             embedding = embedding + self.param("projection_bias", bias_init, (self.embed_dim,))
-        return embedding
+        return embedding, tokens
 
     def _pool(self, tokens: Float[Array, "batch tokens width"], inits: BlockInit) -> Float[Array, "batch width"]:
-        """One normed vector an image. The norm works on one token at a time, so the class token is picked first."""
-        tower = self.tower
-        norm = LayerNorm(self.dtype, tower.norm_epsilon, name="norm_post")
+        """One vector per image. The norm works on one token at a time, so the class token is selected before it."""
+        tower, dtype = self.tower, self.compute.dtype
+        norm = LayerNorm(dtype, tower.norm_epsilon, name="norm_post")
         if tower.pooling == "class":
             return norm(tokens[:, 0])
         if tower.norm_before_pooling:
             tokens = norm(tokens)
         if tower.pooling == "attention":
-            pooled = AttentionPooling(tower.block, inits, self.dtype, name="attention_pooling")(tokens)
+            pooled = AttentionPooling(tower.block, inits, self.compute, name="attention_pooling")(tokens)
         else:
-            pooled = jnp.mean(tokens[:, int(tower.class_token) :].astype(jnp.float32), axis=1).astype(self.dtype)
+            pooled = jnp.mean(tokens[:, int(tower.class_token) :].astype(jnp.float32), axis=1).astype(dtype)
         return pooled if tower.norm_before_pooling else norm(pooled)
 
-    def _drop(self, tokens: Float[Array, "batch tokens width"], rotary: Rotary | None, keys: Key[Array, "batch"]):
-        """A random subset of the patches of each image, and their rotary angles; the class token always stays.
 
-        Each image draws from a key of its own, so that it loses the same patches whatever it is batched with.
-        """
-        prefix = int(self.tower.class_token)
-        batch, patches = tokens.shape[0], tokens.shape[1] - prefix
-        kept = max(1, int(patches * (1 - self.patch_dropout)))
-        order = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
-        chosen = jax.lax.top_k(order, kept)[1] + prefix
-        first = jnp.zeros((batch, prefix), chosen.dtype)
-        chosen = jnp.concatenate([first, chosen], axis=1)[:, :, None]
-        tokens = jnp.take_along_axis(tokens, chosen, axis=1)
-        if rotary is not None:
-            rotary = Rotary(*(jnp.take_along_axis(angles, chosen, axis=1) for angles in rotary))
-        return tokens, rotary
+def drop_patches(
+    tokens: Float[Array, "batch tokens width"],
+    rotary: Rotary | None,
+    keys: Key[Array, "batch"],
+    rate: float,
+    *,
+    class_token: bool,
+) -> tuple[Float[Array, "batch remaining width"], Rotary | None]:
+    """A random subset of the patches of each image, with their rotary angles; the class token always stays.
+
+    Each image draws from its own key, so that it loses the same patches whatever it is batched with.
+    """
+    prefix = int(class_token)
+    batch, patches = tokens.shape[0], tokens.shape[1] - prefix
+    remaining = max(1, int(patches * (1 - rate)))
+    order = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
+    chosen = jax.lax.top_k(order, remaining)[1] + prefix
+    first = jnp.zeros((batch, prefix), chosen.dtype)
+    chosen = jnp.concatenate([first, chosen], axis=1)[:, :, None]
+    tokens = jnp.take_along_axis(tokens, chosen, axis=1)
+    if rotary is not None:
+        rotary = Rotary(*(jnp.take_along_axis(angles, chosen, axis=1) for angles in rotary))
+    return tokens, rotary
 
 
 class AttentionPooling(nn.Module):
@@ -197,11 +220,11 @@ class AttentionPooling(nn.Module):
 
     shape: BlockShape
     inits: BlockInit
-    dtype: jnp.dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
-        width, heads, dtype = x.shape[-1], self.shape.heads, self.dtype
+        width, heads, dtype = x.shape[-1], self.shape.heads, self.compute.dtype
         head_dim = width // heads
         split, split_bias = ("embed", "heads", None), ("heads", None)
         qkv, out = self.inits.qkv, self.inits.attention_out
@@ -217,18 +240,18 @@ class AttentionPooling(nn.Module):
         out_bias = self.param("out_bias", nn.with_logical_partitioning(zeros, ("embed",)), (width,))
 
         asked = jnp.einsum("w,whd->hd", probe.astype(dtype), query.astype(dtype)) + query_bias.astype(dtype)
-        projected = product("...w,wshd->...shd", x, key_value.astype(dtype)) + kv_bias.astype(dtype)
+        projected = product("...w,wshd->...shd", x, key_value, self.compute) + kv_bias.astype(dtype)
         key, value = projected[:, :, 0], projected[:, :, 1]
         logits = jnp.einsum("hd,bkhd->bhk", asked, key, preferred_element_type=jnp.float32) * head_dim**-0.5
         weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
         mixed = jnp.einsum("bhk,bkhd->bhd", weights, value)
         pooled = jnp.einsum("bhd,hdw->bw", mixed, out.astype(dtype)) + out_bias.astype(dtype)
         normed = LayerNorm(dtype, self.shape.norm_epsilon, name="norm")(pooled)
-        return pooled + MLP(self.shape, self.inits, dtype, name="mlp")(normed)
+        return pooled + MLP(self.shape, self.inits, self.compute, name="mlp")(normed)
 
 
-def eva_start(params: dict) -> dict:
-    """EVA-02's own start: what writes to the residual stream shrinks with depth, and the projection is almost zero."""
+def eva_init(params: dict) -> dict:
+    """EVA-02's own: layers that write to the residual stream shrink with depth, and the projection is near zero."""
     blocks = params["transformer"]["blocks"]
 
     def shrink(kernel):

@@ -3,7 +3,6 @@
 The kernel itself runs on GPUs only. Here its call runs with JAX's other implementation of the same interface.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -16,9 +15,9 @@ from clip_jax.config import load, resolve_preset
 from clip_jax.errors import UserError
 from clip_jax.models.attention import cudnn, xla
 from clip_jax.models.clip import CLIP
-from clip_jax.planning.memory import kept_bytes
+from clip_jax.planning.memory import saved_bytes
 from clip_jax.training import loop
-from tests.models.test_clip import SMALL, assert_the_same, inputs, params_of
+from tests.models.test_clip import SMALL, assert_the_same, batch_of, computed, inputs, params_of
 from tests.planning.plans import clip
 from tests.training import runs
 
@@ -39,7 +38,7 @@ def loss_and_gradients(attend, causal, tokens):
     """A sum in which every number counts differently, and its gradients."""
     shape = (2, tokens, 2, 8)
     weights, *heads = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4))
-    return jax.value_and_grad(lambda *a: jnp.sum(weights * attend(*a, causal)), argnums=(0, 1, 2))(*heads)
+    return jax.value_and_grad(lambda *a: jnp.sum(weights * attend(*a, causal=causal)), argnums=(0, 1, 2))(*heads)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -52,18 +51,44 @@ def test_both_are_one_function_for_even_and_odd_lengths(any_device, causal, toke
         np.testing.assert_allclose(gradient, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 8), (8, 5), (7, 7)])
+def test_masks_and_lengths_are_those_of_a_softmax_over_visible_keys(any_device, causal, queries, keys):
+    """A query that sees no key has the result zero, and finite gradients."""
+    shape, rng = (2, 2, 8), np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(shape[0], n, *shape[1:])), jnp.float32) for n in (queries, keys, keys)
+    )
+    mask = rng.random((2, queries, keys)) < 0.6
+    mask[0, 1] = False
+    visible = mask & np.tril(np.ones((queries, keys), bool)) if causal else mask
+
+    expected = np.zeros(query.shape)
+    for b, q, h in np.ndindex(query.shape[:3]):
+        seen = np.flatnonzero(visible[b, q])
+        if len(seen):
+            logits = np.asarray(key)[b, seen, h] @ np.asarray(query)[b, q, h] / np.sqrt(shape[2])
+            weights = np.exp(logits - logits.max())
+            expected[b, q, h] = weights / weights.sum() @ np.asarray(value)[b, seen, h]
+    for attend in (xla, cudnn):
+        found = attend(query, key, value, causal=causal, mask=jnp.asarray(mask))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    gradient = jax.grad(lambda q: jnp.sum(xla(q, key, value, causal=causal, mask=jnp.asarray(mask)) ** 2))(query)
+    assert np.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "named", "full"])
 def test_a_model_with_it_has_the_same_parameters_embeddings_and_gradients(any_device, remat):
-    assert_the_same(CLIP(SMALL), CLIP(SMALL, remat=remat, attend=cudnn))
+    assert_the_same(CLIP(SMALL), computed(SMALL, remat=remat, attend=cudnn))
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("dots", 2), ("full", 2)])
 def test_a_program_for_an_nvidia_gpu_calls_the_kernel_in_both_towers(monkeypatch, remat, forward):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    model = CLIP(SMALL, jnp.bfloat16, remat=remat, attend=cudnn)
+    model = computed(SMALL, dtype=jnp.bfloat16, remat=remat, attend=cudnn)
 
     def total(params, image, text):
-        return jnp.sum(jnp.concatenate(model.forward(params, {}, image, text, train=True)[:2]))
+        return jnp.sum(jnp.concatenate(model.forward(params, {}, batch_of(image, text), train=True)[:2]))
 
     traced = jax.jit(jax.grad(total)).trace(jax.eval_shape(functools.partial(params_of, model)), *inputs())
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -74,7 +99,7 @@ def test_a_program_for_an_nvidia_gpu_calls_the_kernel_in_both_towers(monkeypatch
 
 def test_the_plan_counts_no_attention_weights_where_the_kernel_keeps_none():
     def of_a_layer(attend):
-        few, many = (kept_bytes(dataclasses.replace(clip(layers=n), attend=attend), 1) for n in (3, 4))
+        few, many = (saved_bytes(clip(attend=attend, layers=n), 1) for n in (3, 4))
         return many - few
 
     tower, float32, bfloat16 = SMALL.image, 4, 2

@@ -1,6 +1,7 @@
-"""The towers: sizes as published, initialisation as in the released code, the same numbers however they are run."""
+"""The towers: sizes as published, initialization as in the released code, the same numbers however they are run."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -11,15 +12,30 @@ import pytest
 from clip_jax import presets
 from clip_jax.models import flops
 from clip_jax.models.clip import CLIP, Architecture, parameter_counts, unit
+from clip_jax.models.compute import REMAT_POLICIES, Compute
 from clip_jax.models.text import TextTower
-from clip_jax.models.transformer import REMAT_POLICIES
 from clip_jax.models.vit import ImageTower
 
 SMALL = Architecture(ImageTower(32, 8, 64, 3, 2, 256), TextTower(12, 100, 48, 2, 2, 192), 40)
 
 
+@functools.cache
+def initializer(clip):
+    return jax.jit(lambda key: nn.meta.unbox(clip.init(key)))
+
+
 def params_of(clip, seed=0):
-    return nn.meta.unbox(clip.init(jax.random.key(seed)))
+    """Initial parameters, by one program per model."""
+    return initializer(clip)(jax.random.key(seed))
+
+
+def computed(architecture, **compute):
+    """A model with another way to compute it."""
+    return CLIP(architecture, Compute(**compute))
+
+
+def batch_of(*arrays):
+    return dict(zip(("image", "text"), arrays, strict=True))
 
 
 def inputs(batch=4):
@@ -54,20 +70,20 @@ def test_flops_equal_the_compilers_count_of_an_unrolled_model():
     Its attention is a sixth of the model, so that nothing is too small to be missed."""
     shape = {"width": 256, "layers": 2, "heads": 2, "mlp_width": 1024}
     architecture = Architecture(ImageTower(64, 4, **shape), TextTower(256, 100, **shape), 256)
-    clip = CLIP(architecture, scan=False)
+    clip = computed(architecture, scan=False)
     params = nn.meta.unbox(jax.eval_shape(clip.init, jax.random.key(0)))
     image, text = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32), jax.ShapeDtypeStruct((1, 256), jnp.int32)
 
     def loss(params, image, text):
-        image, text, _ = clip.forward(params, {}, image, text, train=True)
-        return jnp.sum(image * text)
+        outputs = clip.forward(params, {}, batch_of(image, text), train=True)
+        return jnp.sum(outputs.image * outputs.text)
 
     def counted(function, *arguments):
         return jax.jit(function).lower(params, *arguments).cost_analysis()["flops"]
 
-    reckoned = flops.forward(architecture)
-    assert 0.95 * counted(clip.encode_image, image) < reckoned["image"] < counted(clip.encode_image, image)
-    assert 0.95 * counted(clip.encode_text, text) < reckoned["text"] < counted(clip.encode_text, text)
+    estimated = flops.forward(architecture)
+    assert 0.95 * counted(clip.encode_image, image) < estimated["image"] < counted(clip.encode_image, image)
+    assert 0.95 * counted(clip.encode_text, text) < estimated["text"] < counted(clip.encode_text, text)
     assert flops.training(architecture) == pytest.approx(counted(jax.grad(loss), image, text), rel=0.03)
 
 
@@ -120,19 +136,21 @@ def test_every_layer_of_a_stack_starts_differently():
     assert not np.array_equal(qkv[0], qkv[1])
 
 
+@functools.cache
+def value_and_gradients(model: CLIP):
+    """A sum over all pairs of embeddings, and its gradients with respect to the initial parameters."""
+
+    def total(params):
+        outputs = model.forward(params, {}, batch_of(*inputs()), train=True)
+        return jnp.sum(outputs.image @ outputs.text.T)
+
+    return jax.device_get(jax.value_and_grad(total)(params_of(model)))  # one program would round otherwise
+
+
 def assert_the_same(plain: CLIP, other: CLIP) -> None:
     """Parameter trees, values and gradients of two ways to compute a model."""
-    params = params_of(plain)
-    assert jax.tree.map(jnp.shape, params_of(other)) == jax.tree.map(jnp.shape, params)
-
-    def value(model):
-        def total(params):
-            image, text, _ = model.forward(params, {}, *inputs(), train=True)
-            return jnp.sum(image @ text.T)
-
-        return jax.value_and_grad(total)(params)
-
-    (a, gradients_a), (b, gradients_b) = value(plain), value(other)
+    (a, gradients_a), (b, gradients_b) = value_and_gradients(plain), value_and_gradients(other)
+    assert jax.tree.map(jnp.shape, gradients_b) == jax.tree.map(jnp.shape, gradients_a)
     assert float(a) == pytest.approx(float(b), rel=1e-5)
     for x, y in zip(jax.tree.leaves(gradients_a), jax.tree.leaves(gradients_b), strict=True):
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x) + 1e-6
@@ -142,17 +160,17 @@ def assert_the_same(plain: CLIP, other: CLIP) -> None:
     ("scan", "remat"), [(False, "none"), *((True, remat) for remat in REMAT_POLICIES), (False, "full")]
 )
 def test_scan_and_remat_change_neither_tree_nor_numbers(scan, remat):
-    assert_the_same(CLIP(SMALL), CLIP(SMALL, scan=scan, remat=remat))
+    assert_the_same(CLIP(SMALL), computed(SMALL, scan=scan, remat=remat))
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_embeddings():
-    clip = CLIP(SMALL, dtype=jnp.bfloat16)
+    clip = computed(SMALL, dtype=jnp.bfloat16)
     params = params_of(clip)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    image, text, _ = clip.forward(params, {}, *inputs(), train=False)
-    exact, _, _ = CLIP(SMALL).forward(params, {}, *inputs(), train=False)
-    assert image.dtype == text.dtype == jnp.float32
-    np.testing.assert_allclose(image, exact, atol=0.03)
+    outputs = clip.forward(params, {}, batch_of(*inputs()), train=False)
+    exact = CLIP(SMALL).forward(params, {}, batch_of(*inputs()), train=False)
+    assert outputs.image.dtype == outputs.text.dtype == jnp.float32
+    np.testing.assert_allclose(outputs.image, exact.image, atol=0.03)
 
 
 def test_text_behind_the_end_token_changes_nothing():
@@ -183,6 +201,6 @@ def test_quickgelu_is_an_architecture_of_its_own():
 
 def test_embeddings_are_of_unit_length():
     clip = CLIP(SMALL)
-    for embedding in clip.forward(params_of(clip), {}, *inputs(), train=False)[:2]:
+    for embedding in clip.forward(params_of(clip), {}, batch_of(*inputs()), train=False)[:2]:
         np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-6)
     assert float(jnp.linalg.norm(unit(jnp.array([3.0, 4.0])))) == pytest.approx(1)

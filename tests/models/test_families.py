@@ -6,21 +6,21 @@ That their numbers equal OpenCLIP's is in ``tests/parity/test_architectures.py``
 import dataclasses
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax import presets, sharding
+from clip_jax import presets
+from clip_jax.devices import sharding
 from clip_jax.errors import UserError
 from clip_jax.models import flops
 from clip_jax.models.clip import CLIP, Architecture, parameter_counts
-from clip_jax.models.resize import bicubic, linear, resize
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.transformer import rotate
 from clip_jax.models.vit import ImageTower, rotary_angles
+from tests.models.test_clip import batch_of, computed, params_of
 
 TEXT = TextTower(12, 100, 48, 2, 2, 192)
 IMAGE = ImageTower(32, 8, 64, 3, 2, 256)
@@ -63,10 +63,6 @@ PARAMETERS = {
 GFLOPS = {"RN50": 12.2, "RN50x4": 42.6, "RN50x64": 529.1, "ViT-H/14": 334.6, "ViT-g/14": 534.1, "ViT-bigG/14": 967.5}
 
 
-def params_of(clip, seed=0):
-    return nn.meta.unbox(clip.init(jax.random.key(seed)))
-
-
 def inputs(batch=4, size=32):
     rng = np.random.default_rng(1)
     image = rng.normal(size=(batch, size, size, 3)).astype(np.float32)
@@ -99,6 +95,20 @@ def test_a_run_folder_from_before_these_families_still_loads():
     assert presets.from_json(values).architecture.image == IMAGE
 
 
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_run_folder_from_before_the_init_of_a_tower_was_saved_keeps_it(name):
+    preset = presets.preset(name)
+    values = json.loads(json.dumps(presets.to_json(preset)))
+    values["architecture"]["image"].pop("init", None)
+    assert presets.from_json(values) == preset
+
+
+def test_initial_values_are_those_of_the_named_family():
+    images = {name: presets.preset(name).architecture.image for name in presets.PRESETS if not name.startswith("RN")}
+    families = {name: "timm" if "SigLIP" in name else "eva" if name.startswith("EVA") else "clip" for name in images}
+    assert {name: image.init for name, image in images.items()} == families
+
+
 def test_names_are_accepted_as_openai_and_openclip_write_them():
     assert presets.preset("ViT-L/14@336px") == presets.preset("ViT-L-14-336") == presets.preset("ViT-L/14-336")
     assert presets.preset("RN50-quickgelu").architecture.text.activation == "quick_gelu"
@@ -114,37 +124,33 @@ def test_logit_bias_is_a_parameter_only_where_there_is_one():
 
 def test_patch_dropout_leaves_patches_out_in_training_only():
     architecture, (image, text) = Architecture(IMAGE, TEXT, 40), inputs()
-    clip, dropping = CLIP(architecture), CLIP(architecture, patch_dropout=0.5)
+    clip, keys = CLIP(architecture), jax.random.split(jax.random.key(0), 4)
     params = params_of(clip)
 
-    def embedding(model, train, seed=0):
-        return np.asarray(
-            model.forward(params, {}, image, text, train=train, keys=jax.random.split(jax.random.key(seed), 4))[0]
-        )
+    def outputs(train, patch_dropout, keys=keys):
+        options = {"train": train, "keys": keys, "patch_dropout": patch_dropout}
+        return jax.tree.map(np.asarray, clip.forward(params, {}, batch_of(image, text), **options))
 
-    whole = embedding(clip, train=True)
-    np.testing.assert_array_equal(embedding(dropping, train=False), whole)
-    dropped = embedding(dropping, train=True)
-    np.testing.assert_array_equal(embedding(dropping, train=True), dropped)
-    assert not np.allclose(dropped, whole, atol=1e-3)
-    assert not np.allclose(dropped, embedding(dropping, train=True, seed=1), atol=1e-3)
-    tower = dropping.image_tower.clone(tokens_only=True)
-    tokens = tower.apply({"params": params["image"]}, image, train=True, keys=jax.random.split(jax.random.key(0), 4))
-    assert tokens.shape == (4, 1 + 8, 64)  # the class token and half of 16 patches
+    whole = outputs(True, 0.0).image
+    np.testing.assert_array_equal(outputs(False, 0.5).image, whole)
+    dropped = outputs(True, 0.5)
+    np.testing.assert_array_equal(outputs(True, 0.5).image, dropped.image)
+    assert not np.allclose(dropped.image, whole, atol=1e-3)
+    assert not np.allclose(dropped.image, outputs(True, 0.5, jax.random.split(jax.random.key(1), 4)).image, atol=1e-3)
+    assert dropped.patches.shape == (4, 1 + 8, 64)  # the class token and half of 16 patches
 
 
 def test_patch_dropout_keeps_tokens_with_their_positions_and_angles():
     """Kept patches are tokens of the whole image: without blocks, each dropped set is a subset of all tokens."""
     eva = dataclasses.replace(presets.eva_image(32, 8, 64, 1, 2, 96), norm_pre=False)
-    clip = CLIP(Architecture(eva, TEXT, 40), patch_dropout=0.75)
+    clip = CLIP(Architecture(eva, TEXT, 40))
     params, (image, _) = params_of(clip), inputs(2)
     blocks = params["image"]["transformer"]["blocks"]
     blocks["attention"]["out"] *= 0  # the residual stream alone is left
     blocks["mlp"]["down"] *= 0
-    tower = clip.image_tower.clone(tokens_only=True)
-    every = tower.apply({"params": params["image"]}, image)
+    _, every = clip.image_tower.apply({"params": params["image"]}, image)
     keys = jax.random.split(jax.random.key(0), len(image))
-    kept = tower.apply({"params": params["image"]}, image, train=True, keys=keys)
+    _, kept = clip.image_tower.apply({"params": params["image"]}, image, train=True, keys=keys, patch_dropout=0.75)
     assert kept.shape[1] == 1 + 4
     np.testing.assert_array_equal(kept[:, 0], every[:, 0])
     for whole, few in zip(np.asarray(every), np.asarray(kept), strict=True):
@@ -171,23 +177,25 @@ def test_batch_norm_sees_the_global_batch_on_any_mesh():
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         run = jax.jit(
-            lambda params, stats, image, text: clip.forward(params, stats, image, text, train=True),
+            lambda params, stats, image, text: clip.forward(params, stats, batch_of(image, text), train=True),
             in_shardings=(whole, whole, rows, rows),
         )
         return run(params, stats, image, text)
 
     one, eight = forward(1), forward(8)
     np.testing.assert_allclose(one[0], eight[0], atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one[2], eight[2])
-    assert not np.allclose(one[2]["image"]["norm_1"]["mean"], stats["image"]["norm_1"]["mean"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one.batch_stats, eight.batch_stats
+    )
+    assert not np.allclose(one.batch_stats["image"]["norm_1"]["mean"], stats["image"]["norm_1"]["mean"])
 
 
 def test_a_resnet_computes_the_same_scanned_unrolled_and_recomputed():
     (image, text), params = inputs(2, 64), params_of(CLIP(RESNET))
     stats = CLIP(RESNET).init_batch_stats()
-    expected = CLIP(RESNET).forward(params, stats, image, text, train=True)
-    for other in (CLIP(RESNET, scan=False), CLIP(RESNET, remat="full")):
-        found = other.forward(params, stats, image, text, train=True)
+    expected = CLIP(RESNET).forward(params, stats, batch_of(image, text), train=True)
+    for other in (computed(RESNET, scan=False), computed(RESNET, remat="full")):
+        found = other.forward(params, stats, batch_of(image, text), train=True)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
@@ -220,25 +228,6 @@ def test_eva_starts_smaller_the_deeper_a_block_is():
         assert np.std(blocks["mlp"]["down"][layer]) == pytest.approx(expected, rel=0.05)
         assert np.std(blocks["mlp"]["gate"][layer]) == pytest.approx(0.02, rel=0.05)
     assert np.std(image["projection"]) == pytest.approx(2e-5, rel=0.05)
-
-
-@pytest.mark.parametrize("towers", [{"image_size": 56}, {"image_size": 16, "context_length": 7}])
-def test_a_resized_model_has_the_shapes_of_its_architecture(towers):
-    for image in (IMAGE, presets.siglip_image(32, 8, 64, 1, 2, 96, "gelu"), ResNetTower(64, (1, 1, 1, 1), 16, 8)):
-        architecture = Architecture(image, TEXT, 40 if image is IMAGE else 64)
-        size = towers["image_size"] * (image.patch_size // 8)
-        params, other = resize(params_of(CLIP(architecture)), architecture, **towers | {"image_size": size})
-        expected = jax.eval_shape(CLIP(other).init, jax.random.key(0))
-        assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, nn.meta.unbox(expected))
-    assert resize(params, other) == (params, other)
-
-
-@pytest.mark.parametrize(("old", "new"), [(7, 12), (14, 9), (5, 5), (16, 1)])
-def test_resampling_keeps_constants_and_its_own_size(old, new):
-    for weights in (bicubic(old, new), linear(old, new)):
-        np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
-        if old == new:
-            np.testing.assert_allclose(weights, np.eye(old), atol=1e-6)
 
 
 def test_tokens_behind_the_last_block_are_what_is_pooled():

@@ -1,0 +1,42 @@
+"""How a model is computed, as opposed to what it computes: types, loops, rematerialization, attention, mesh."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from clip_jax.models.attention import Attend, xla
+
+Remat = Literal["none", "dots", "named", "offload", "full"]
+
+SAVED = ("qkv", "mixed")
+"""What ``named`` and ``offload`` save per block: with queries, keys, values and the output of the attention, no weight
+product of the attention runs twice except the last; the larger activations of the MLP are recomputed."""
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "named": jax.checkpoint_policies.save_only_these_names(*SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(), names_which_can_be_offloaded=SAVED, offload_src="device", offload_dst="pinned_host"
+    ),
+    "full": None,
+}
+
+
+class Compute(NamedTuple):
+    """How a model is computed. A restart may change every field but ``dtype``: the numbers stay, up to rounding."""
+
+    dtype: jnp.dtype = jnp.float32
+    """Matrix products; parameters, norms, softmax and embeddings are float32."""
+    scan: bool = True
+    """Loop over the blocks, so that one block is compiled whatever the depth; False unrolls them."""
+    remat: Remat = "none"
+    attend: Attend = xla
+    """One of ``models.attention.ATTENTION``."""
+    mesh: Mesh | AbstractMesh | None = None
+    """The mesh over which activations are split; None leaves them to the partitioner."""
+
+
+DEFAULT = Compute()
+"""In float32, on one device."""
