@@ -1,16 +1,20 @@
-"""Every setting there is: its name, its default, its reason, and what values it takes.
+"""Every setting there is: its name, its default, its reason, and the values that it takes.
 
-``defaults()`` is complete: nothing that is not in it is a setting, and every recipe starts from it. The default of a
-new setting is what the code did before it, so that older runs go on as they began.
+``defaults()`` is complete: nothing that is not in it is a setting, and every recipe starts from it. Two sections have
+names of the user's own: ``eval.<name>`` is made by ``evaluation()``, and ``objectives.<name>`` by each file in
+``clip_jax/objectives``. The default of a new setting is what the code did before it, so that older runs resume
+unchanged.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from clip_jax.data.tokenizers import KINDS
 from clip_jax.models.attention import ATTENTION
 from clip_jax.models.transformer import ACTIVATIONS
+from clip_jax.objectives import OBJECTIVES
 
 AUTO = -1
 """A size or duration that is not given: sizes follow from the model's preset, durations from another unit."""
@@ -26,25 +30,27 @@ def defaults() -> ConfigDict:
     """Every setting there is. Lengths of time are given in one of three units, the others left at -1."""
     return ConfigDict(
         {
-            "seed": 0,  # order, crops and initialisation
+            "seed": 0,  # order, crops and initialization
             "steps": AUTO,
             "examples": AUTO,  # pairs seen
             "epochs": float(AUTO),  # steps = floor(epochs * N / batch_size)
             "batch_size": 256,  # pairs over all devices and processes
-            "micro_batch": AUTO,  # pairs whose activations exist at one time, over all devices; -1: the whole batch
-            "ema_decay": 0.0,  # of a moving average of the parameters, which is what is evaluated and loaded; 0: none
+            "micro_batch": AUTO,  # pairs whose activations exist at one time, over all devices; -1: the full batch
+            "ema_decay": 0.0,  # of an EMA of the parameters, which is then what is evaluated and loaded; 0: none
+            # What changes in the middle of a run: ({"start": 5000, "model.image.image_size": 384},), starts in steps.
+            "phases": (),
             "data": {
                 "train": "shapes:train",  # kind:where, see clip_jax/data/sources
-                "samples": AUTO,  # how many there are, for a plan where the data is not at hand; training counts them
+                "samples": AUTO,  # examples in the dataset, for a plan without the data; training counts them
                 "caption": "txt",  # tar shards: txt, or a dotted path into the sample's JSON
                 "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect
-                "shuffle_block": 1,  # samples read together; 1: a full shuffle
+                "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
-                "max_bad_share": 0.01,  # of samples, before the run stops
-                "workers": 2,  # threads, each on a batch of its own
+                "max_bad_share": 0.01,  # share of unusable examples at which the run stops
+                "workers": 2,  # threads, each decoding a batch of its own
                 "prefetch": 4,  # batches ready before they are needed
             },
             "tokenizer": {
@@ -52,18 +58,19 @@ def defaults() -> ConfigDict:
                 # Path of clip's bpe_simple_vocab_16e6.txt.gz, clipa's vocab.txt, siglip's .model or tokenizer.json
                 # (empty: from the Hugging Face cache or hub), another run's sentencepiece.model (empty: trained).
                 "vocab": "",
-                "train_captions": 100_000,  # sentencepiece: learns its pieces from the first so many samples' captions
+                "train_captions": 100_000,  # sentencepiece: examples whose captions it learns its pieces from
             },
             "model": {
                 "name": "ViT-B/32",  # clip_jax.list_models()
-                "init_from": "",  # start from weights: a run's folder, anybody's weights, hf://org/name (clip_jax.load)
-                "init_from_allow": (),  # tensors that may be missing, left over or of another shape: text/*
+                "init_from": "",  # initial weights: a run folder, foreign weights or hf://org/name (clip_jax.load)
+                "init_from_allow": (),  # tensors that may be missing, unexpected or of another shape: text/*
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
-                "remat": "none",  # activations computed again backwards: none, dots, named, offload, full
+                "remat": "none",  # recomputed in the backward pass: none, dots, named, offload, full
                 "attention": "xla",  # or cudnn: its fused kernel, on NVIDIA GPUs with bfloat16
-                "patch_dropout": 0.0,  # share of an image's patches left out in training (FLIP: 0.5 to 0.75)
+                "patch_dropout": 0.0,  # share of an image's patches that training drops (FLIP: 0.5 to 0.75)
                 "embed_dim": AUTO,
+                "frozen": (),  # patterns of parameters that are not trained: ("image/*",)
                 "activation": "",  # empty: the preset's, in both towers
                 "image": {name: AUTO for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_width")},
                 "text": {
@@ -72,10 +79,7 @@ def defaults() -> ConfigDict:
                 "mean": (),  # of pixels in 0..1, three numbers; empty: the preset's
                 "std": (),
             },
-            "loss": {
-                "name": "softmax",  # CLIP's; or sigmoid, SigLIP's, which gives the model a bias
-                "max_logit_scale": 100.0,  # clamp of exp(logit_scale) after each update (Radford et al. 2021); 0: none
-            },
+            "objectives": {name: {"weight": kind.weight, **kind.defaults} for name, kind in OBJECTIVES.items()},
             "optimizer": {
                 "name": "adamw",  # or adafactor, as SigLIP was trained (big_vision's variant)
                 "learning_rate": 5e-4,  # after warm-up
@@ -91,7 +95,7 @@ def defaults() -> ConfigDict:
                 "decay": "matrices",  # matrices_and_positions: as OpenCLIP 3; kernels: as big_vision, no embedding
                 "beta1": 0.9,
                 "beta2": 0.98,  # adafactor: the most that second moments decay
-                "first_moment_dtype": "float32",  # bfloat16 saves two bytes a parameter
+                "first_moment_dtype": "float32",  # bfloat16 saves two bytes per parameter
                 "eps": 1e-6,
                 "clip_norm": 0.0,  # of the global gradient; 0: off
             },
@@ -99,33 +103,79 @@ def defaults() -> ConfigDict:
                 "data": AUTO,  # copies of the model, each with its part of the batch; -1: what the others leave
                 "fsdp": 1,  # parts of the parameters and of the optimizer's state, and of the batch
                 "tensor": 1,  # parts of every layer
-                "slices": AUTO,  # TPU slices joined by a data-centre network; -1: as many as there are
+                "slices": AUTO,  # TPU slices joined by a data-center network; -1: as many as there are
                 "cpu_devices": 1,  # simulated, on CPU only
-                "xla_flags": True,  # the platform's preset (clip_jax/xla_flags.py); your own flags win in any case
+                "xla_flags": True,  # the preset of the platform (clip_jax/devices/xla_flags.py); your own flags win
             },
-            "eval": {
-                "heldout": "",  # a source: held-out loss and retrieval
-                "heldout_name": "heldout",  # its name in metrics
-                "zero_shot": "",  # a source with labels
-                "zero_shot_name": "zero_shot",
-                "templates": ("a photo of a {}.",),  # of prompts; {} is the class name
-                "batch_size": AUTO,  # AUTO: the training batch
-                **_every(),  # none given: at the end only
-            },
+            "eval": {},  # name -> evaluation(...); eval/<name>/... are its metrics
             "checkpoint": {
                 **_every(),  # none given: at the end only
                 "keep_last": 2,
-                "keep_every_steps": AUTO,  # and these for ever
+                "keep_every_steps": AUTO,  # and these forever
             },
             "log": {
                 "every_steps": 10,
                 "tensorboard": True,
-                "samples": False,  # samples.<process>.jsonl: which samples of the source each step took
-                "watchdog_seconds": 1800.0,  # without a finished step or evaluation until the run is given up; 0: never
+                "samples": False,  # samples.<process>.jsonl: which examples of the source each step took
+                "watchdog_seconds": 1800.0,  # without a finished step or evaluation, until the run stops; 0: never
             },
         },
         type_safe=False,  # check() compares types itself, with messages a user can act on
     )
+
+
+def evaluation(**fields: Any) -> ConfigDict:
+    """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
+    known = {
+        "protocol": "retrieval",  # retrieval (with the held-out loss) or zero_shot
+        "source": "",  # kind:where, like data.train; zero_shot needs labels; empty: the evaluation is off
+        "caption": "",  # like data.caption, of this source; empty: data.caption
+        "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
+        "batch_size": AUTO,  # -1: the training batch
+        **_every(),  # none given: at the end only
+    }
+    unknown = sorted(fields.keys() - known.keys())
+    if unknown:
+        raise TypeError(f"evaluation() has no {unknown[0]}; it has {', '.join(known)}")
+    # A ConfigDict keeps the type of a sequence that it begins with, and JSON has no tuples.
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return ConfigDict(known | fields, type_safe=False)
+
+
+class Range(NamedTuple):
+    """The values that a number takes, from ``low`` to ``high``."""
+
+    low: float
+    high: float = math.inf
+    below_high: bool = False
+    """Whether ``high`` itself is left out."""
+    above_low: bool = False
+    auto: bool = False
+    """Whether -1 stands for "automatic"."""
+
+    def __contains__(self, value: float) -> bool:
+        if self.auto and value == AUTO:
+            return True
+        above = value > self.low if self.above_low else value >= self.low
+        return above and (value < self.high if self.below_high else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.above_low else f"at least {self.low}"
+        high = f" and below {self.high}" if self.below_high else f" and at most {self.high}"
+        return low + (high if self.high < math.inf else "") + (", or -1 for automatic" if self.auto else "")
+
+
+def choices() -> dict[str, tuple]:
+    """The settings that take one of a few values."""
+    own = {f"objectives.{name}.{key}": v for name, kind in OBJECTIVES.items() for key, v in kind.choices.items()}
+    return CHOICES | own
+
+
+def ranges() -> dict[str, Range]:
+    """The ranges of all numbers but lengths of time in several units, which have rules of their own."""
+    weights = {f"objectives.{name}.weight": Range(0) for name in OBJECTIVES}
+    own = {f"objectives.{n}.{key}": Range(*v) for n, kind in OBJECTIVES.items() for key, v in kind.ranges.items()}
+    return RANGES | weights | own
 
 
 CHOICES = {
@@ -135,31 +185,51 @@ CHOICES = {
     "model.remat": ("none", "dots", "named", "offload", "full"),
     "model.attention": tuple(ATTENTION),
     "model.activation": ("", *ACTIVATIONS),
-    "loss.name": ("softmax", "sigmoid"),
     "optimizer.name": ("adamw", "adafactor"),
     "optimizer.schedule": ("cosine", "rsqrt", "constant"),
     "optimizer.decay": ("kernels", "matrices", "matrices_and_positions"),
     "optimizer.first_moment_dtype": ("float32", "bfloat16"),
 }
 
-AT_LEAST = {
-    "batch_size": 1,
-    "data.samples": AUTO,
-    "data.shuffle_block": 1,
-    "data.shuffle_window": 1,
-    "data.workers": 1,
-    "data.prefetch": 1,
-    "loss.max_logit_scale": 0,
-    "optimizer.learning_rate": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0,
-    "optimizer.timescale": 1,
-    "tokenizer.train_captions": 1,
-    "checkpoint.keep_last": 1,
-    "ema_decay": 0,
-    "log.every_steps": 1,
-    "log.watchdog_seconds": 0,
-    "mesh.cpu_devices": 1,
+EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot")}
+EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}
+
+SIZES = Range(1, auto=True)
+RANGES = {
+    "seed": Range(0, 2**63, below_high=True),
+    "batch_size": Range(1),
+    "micro_batch": SIZES,
+    "ema_decay": Range(0, 1, below_high=True),
+    "data.samples": SIZES,
+    "data.shuffle_block": Range(1),
+    "data.shuffle_window": Range(1),
+    "data.max_bad_share": Range(0, 1),
+    "data.workers": Range(1),
+    "data.prefetch": Range(1),
+    "tokenizer.train_captions": Range(1),
+    "model.patch_dropout": Range(0, 1, below_high=True),
+    "model.embed_dim": SIZES,
+    **{f"model.image.{size}": SIZES for size in ("image_size", "patch_size", "width", "layers", "heads", "mlp_width")},
+    **{
+        f"model.text.{size}": SIZES
+        for size in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width")
+    },
+    "optimizer.learning_rate": Range(0),
+    "optimizer.timescale": Range(1),
+    "optimizer.weight_decay": Range(0),
+    "optimizer.beta1": Range(0, 1, below_high=True),
+    "optimizer.beta2": Range(0, 1, below_high=True),
+    "optimizer.eps": Range(0, 1, above_low=True),
+    "optimizer.clip_norm": Range(0),
+    "mesh.data": SIZES,
+    "mesh.fsdp": SIZES,
+    "mesh.tensor": SIZES,
+    "mesh.slices": SIZES,
+    "mesh.cpu_devices": Range(1),
+    "checkpoint.keep_last": Range(1),
+    "checkpoint.keep_every_steps": SIZES,
+    "log.every_steps": Range(1),
+    "log.watchdog_seconds": Range(0),
 }
 
 # A setting that another setting leaves without effect is a mistake, not a detail: (key, needs, one of these).

@@ -1,1 +1,1 @@
-"""What a model is worth: functions over embeddings, and a runner that takes tower functions."""
+"""Evaluation of a model: embeds a source with both towers, then computes retrieval and zero-shot metrics."""

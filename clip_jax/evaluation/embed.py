@@ -1,29 +1,37 @@
-"""A source through both towers: every sample exactly once, whatever the batch size, devices and processes.
+"""A source through both towers: every example exactly once, whatever the batch size, devices and processes.
 
-The last batch is filled up with blank rows that are dropped again; a sample that cannot be used is left out and
-counted. Every process reads and judges all samples, sends the rows its devices hold, and gets all embeddings.
+The last batch is padded with rows that are dropped again; an unusable example is left out and counted. Each process
+reads all examples, decodes and tokenizes the rows that its devices hold, and receives all embeddings; one validity bit
+per row is gathered with them, so that all processes agree on what to leave out.
 """
 
 import collections
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Bool, Float, Int
 
 from clip_jax.data import images
-from clip_jax.data.sources import BadSampleError, Sample, Source
+from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.stream import read
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.models.clip import CLIP, unit
+from clip_jax.devices.sharding import batch_sharding, batch_shards, process_rows, replicated, to_devices
+from clip_jax.errors import UserError
+from clip_jax.models.clip import CLIP, Params, unit
 from clip_jax.presets import Preprocess
-from clip_jax.sharding import batch_sharding, batch_shards, process_rows, replicated, to_devices
 
-Weights = tuple[Any, Any]
-"""Parameters and batch statistics."""
+ELSEWHERE = "undecodable image (on another process)"
+
+
+class Variables(NamedTuple):
+    """What both towers need."""
+
+    params: Params
+    batch_stats: Params
 
 
 class Embedded(NamedTuple):
@@ -32,137 +40,150 @@ class Embedded(NamedTuple):
     images: Float[np.ndarray, "images dim"]
     texts: Float[np.ndarray, "texts dim"]
     owner: Int[np.ndarray, " texts"]
-    """The image that each text describes; an image's texts follow each other."""
+    """The image that each text describes; the texts of an image are consecutive."""
     labels: Int[np.ndarray, " images"]
     captions: tuple[str, ...]
     indices: Int[np.ndarray, " images"]
-    """Where in the source each image is."""
+    """The index of each image in the source."""
     skipped: collections.Counter
-    """Samples left out, by reason."""
+    """Examples left out, by reason."""
 
 
 class Encoders(NamedTuple):
-    """Jitted towers on a mesh: ((params, batch_stats), global batch) -> unit embeddings, the same on every process."""
+    """Jitted towers on a mesh, from a global batch to unit embeddings that every process has."""
 
-    image: Callable[[Any, jax.Array], jax.Array]
-    text: Callable[[Any, jax.Array], jax.Array]
+    image: Callable[[Variables, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    """(weights, uint8[B, H, W, 3], valid bool[B]) -> (embeddings, valid)"""
+    text: Callable[[Variables, jax.Array], jax.Array]
+    """(weights, int32[B, L]) -> embeddings"""
 
 
-def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh) -> Encoders:
-    """Towers over uint8[B, H, W, 3] and int32[B, L]; the batch is split over the mesh, the result is everywhere."""
+class Embedder(NamedTuple):
+    """The towers with everything that turns files and texts into embeddings."""
+
+    encoders: Encoders
+    tokenizer: Tokenizer
+    preprocess: Preprocess
+    image_size: int
+    mesh: Mesh
+    batch_size: int
+    """Over all devices; a multiple of the devices that split a batch."""
+    workers: int
+    """Threads that decode."""
+
+
+def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh) -> Encoders:
+    """The batch is split over the mesh, on which the model must compute (``model.compute.mesh``)."""
     rows, whole = batch_sharding(mesh), replicated(mesh)
 
-    def image(weights, pixels):
-        params, batch_stats = weights
-        return unit(model.encode_image(params, preprocess.normalize(pixels), batch_stats))
+    def image(weights: Variables, pixels: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        encoded = model.encode_image(weights.params, preprocess.normalize(pixels), weights.batch_stats)
+        return unit(encoded), valid
 
-    def text(weights, tokens):
-        params, _ = weights
-        return unit(model.encode_text(params, tokens))
+    def text(weights: Variables, tokens: jax.Array) -> jax.Array:
+        return unit(model.encode_text(weights.params, tokens))
 
     return Encoders(
-        jax.jit(image, in_shardings=(None, rows), out_shardings=whole),
+        jax.jit(image, in_shardings=(None, rows, rows), out_shardings=whole),
         jax.jit(text, in_shardings=(None, rows), out_shardings=whole),
     )
 
 
-def embed_texts(
-    texts: Sequence[str], encoders: Encoders, weights: Weights, tokenizer: Tokenizer, mesh: Mesh, batch_size: int
-) -> Float[np.ndarray, "texts dim"]:
+def make_embedder(
+    model: CLIP, preprocess: Preprocess, tokenizer: Tokenizer, mesh: Mesh, batch_size: int, workers: int
+) -> Embedder:
+    """``batch_size`` is rounded up to a multiple of the devices that split a batch."""
+    shards = batch_shards(mesh)
+    return Embedder(
+        encoders=make_encoders(model, preprocess, mesh),
+        tokenizer=tokenizer,
+        preprocess=preprocess,
+        image_size=model.architecture.image.image_size,
+        mesh=mesh,
+        batch_size=-(-batch_size // shards) * shards,
+        workers=workers,
+    )
+
+
+def embed_texts(embedder: Embedder, weights: Variables, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
     """Unit embeddings of texts, in their order."""
-    batch_size = _round_up(batch_size, batch_shards(mesh))
-    rows = process_rows(mesh, batch_size)
+    rows = process_rows(embedder.mesh, embedder.batch_size)
     out = []
-    for start in range(0, len(texts), batch_size):
-        tokens = tokenizer(list(texts[start : start + batch_size]))
-        padded = np.resize(tokens, (batch_size, tokens.shape[1]))
-        batch = to_devices({"text": padded[rows]}, mesh, batch_size)
-        out.append(np.asarray(encoders.text(weights, batch["text"]))[: len(tokens)])
+    for start in range(0, len(texts), embedder.batch_size):
+        chunk = texts[start : start + embedder.batch_size]
+        tokens = embedder.tokenizer([chunk[row % len(chunk)] for row in rows])
+        batch = to_devices({"text": tokens}, embedder.mesh, embedder.batch_size)
+        out.append(np.asarray(embedder.encoders.text(weights, batch["text"]))[: len(chunk)])
     return np.concatenate(out)
 
 
 def embed_images(
-    samples: Sequence[Sample],
-    encoders: Encoders,
-    weights: Weights,
-    image_size: int,
-    preprocess: Preprocess,
-    mesh: Mesh,
-    batch_size: int,
-    *,
-    workers: int,
-) -> tuple[Float[np.ndarray, "samples dim"], list[str]]:
-    """(unit embeddings in order, the reason why each could not be decoded or ""); rows with a reason mean nothing."""
-    batch_size = _round_up(batch_size, batch_shards(mesh))
-    rows = process_rows(mesh, batch_size)
-    out, faults = [], []
+    embedder: Embedder, weights: Variables, samples: Sequence[Sample], pool: ThreadPoolExecutor
+) -> tuple[Float[np.ndarray, "samples dim"], Bool[np.ndarray, " samples"], collections.Counter]:
+    """(unit embeddings of at most a batch, which of them are valid, why the others are not)."""
+    size, preprocess = embedder.image_size, embedder.preprocess
 
-    def decode(sample: Sample) -> tuple[np.ndarray, str]:
+    def decode(sample: Sample) -> tuple[np.ndarray | None, str]:
         try:
-            resize, interpolation = preprocess.resize, preprocess.interpolation
-            return images.resize_and_crop(sample.image, image_size, resize=resize, interpolation=interpolation), ""
+            return images.resize_and_crop(
+                sample.image, size, resize=preprocess.resize, interpolation=preprocess.interpolation
+            ), ""
         except images.BadImageError as error:
-            return np.zeros((image_size, image_size, 3), np.uint8), str(error)
+            return None, str(error)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(samples), batch_size):
-            chunk = samples[start : start + batch_size]
-            # All rows, not only ours: the verdict on a broken image must be the same on every process.
-            decoded = list(pool.map(decode, chunk))
-            pixels = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
-            pixels[: len(chunk)] = [image for image, _ in decoded]
-            batch = to_devices({"image": pixels[rows]}, mesh, batch_size)
-            out.append(np.asarray(encoders.image(weights, batch["image"]))[: len(chunk)])
-            faults += [fault for _, fault in decoded]
-    return np.concatenate(out), faults
+    rows = process_rows(embedder.mesh, embedder.batch_size)
+    mine = [int(row) for row in rows if row < len(samples)]
+    pixels, valid = np.zeros((len(rows), size, size, 3), np.uint8), np.zeros(len(rows), bool)
+    faults: collections.Counter = collections.Counter()
+    for position, (image, fault) in enumerate(pool.map(decode, [samples[row] for row in mine])):
+        if image is None:
+            faults[fault] += 1
+        else:
+            pixels[position], valid[position] = image, True
+    batch = to_devices({"image": pixels, "valid": valid}, embedder.mesh, embedder.batch_size)
+    embeddings, valid = jax.tree.map(np.asarray, embedder.encoders.image(weights, batch["image"], batch["valid"]))
+    valid = valid[: len(samples)]
+    elsewhere = int(np.sum(~valid)) - faults.total()
+    if elsewhere:
+        faults[ELSEWHERE] += elsewhere
+    return embeddings[: len(samples)], valid, faults
 
 
-def embed_source(
-    source: Source,
-    encoders: Encoders,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    image_size: int,
-    preprocess: Preprocess,
-    mesh: Mesh,
-    batch_size: int,
-    *,
-    workers: int = 2,
-) -> Embedded:
-    """Every usable sample of a source with all its captions."""
+def embed_source(embedder: Embedder, weights: Variables, source: Source, limit: int | None = None) -> Embedded:
+    """Every usable example of a source (of its first ``limit``) with all its captions.
+
+    Raises UserError where none is usable.
+    """
     skipped: collections.Counter = collections.Counter()
-    embeddings, kept, indices = [], [], []
-    for start in range(0, len(source), batch_size):
-        samples, places = [], []
-        for index in range(start, min(start + batch_size, len(source))):
-            try:
-                samples.append(read(source, index))
-                places.append(index)
-            except BadSampleError as error:
-                skipped[error.reason] += 1
-        if not samples:
-            continue
-        arrays, faults = embed_images(
-            samples, encoders, weights, image_size, preprocess, mesh, batch_size, workers=workers
-        )
-        good = np.array([not fault for fault in faults])
-        skipped.update(fault for fault in faults if fault)
-        embeddings.append(arrays[good])
-        # The encoded images are let go here: a large set must not be held in memory.
-        kept += [(s.captions, s.label) for s, ok in zip(samples, good, strict=True) if ok]
-        indices += [place for place, ok in zip(places, good, strict=True) if ok]
-    captions = tuple(caption for texts, _ in kept for caption in texts)
-    owner = np.array([i for i, (texts, _) in enumerate(kept) for _ in texts], np.int64)
+    embeddings, used, indices = [], [], []
+    count, batch_size = min(len(source), limit or len(source)), embedder.batch_size
+    with ThreadPoolExecutor(embedder.workers) as pool:
+        for start in range(0, count, batch_size):
+            samples, found = [], []
+            for index in range(start, min(start + batch_size, count)):
+                try:
+                    samples.append(read(source, index))
+                    found.append(index)
+                except BadSampleError as error:
+                    skipped[error.reason] += 1
+            if not samples:
+                continue
+            arrays, valid, faults = embed_images(embedder, weights, samples, pool)
+            skipped.update(faults)
+            embeddings.append(arrays[valid])
+            # Only captions and labels are collected: the encoded images of a large set must not stay in memory.
+            used += [(s.captions, s.label) for s, ok in zip(samples, valid, strict=True) if ok]
+            indices += [index for index, ok in zip(found, valid, strict=True) if ok]
+    if not used:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
+        raise UserError(f"{source.name}: none of {count} examples can be used ({reasons})")
+    captions = tuple(caption for texts, _ in used for caption in texts)
     return Embedded(
         images=np.concatenate(embeddings),
-        texts=embed_texts(captions, encoders, weights, tokenizer, mesh, batch_size),
-        owner=owner,
-        labels=np.array([label for _, label in kept], np.int64),
+        texts=embed_texts(embedder, weights, captions),
+        owner=np.array([i for i, (texts, _) in enumerate(used) for _ in texts], np.int64),
+        labels=np.array([label for _, label in used], np.int64),
         captions=captions,
         indices=np.array(indices, np.int64),
         skipped=skipped,
     )
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -1,11 +1,9 @@
-"""Image-text retrieval and held-out loss, from embeddings, without a similarity matrix of the whole set.
+"""Image-text retrieval from embeddings, without a similarity matrix of the whole set.
 
 Recall@k is CLIP's hit rate: a query counts when any of its positives is among the k nearest. Image to text, every
 caption of the image is a positive; text to image, the caption's one image. Ties are broken against the model: a
-candidate as near as the positive counts as nearer, so a constant model scores 0.
+candidate as near as the positive counts as nearer, so that a constant model scores 0.
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,10 +14,10 @@ BLOCK = 1024
 def ranks(
     images: Float[np.ndarray, "images dim"], texts: Float[np.ndarray, "texts dim"], owner: Int[np.ndarray, " texts"]
 ) -> tuple[Int[np.ndarray, " queries"], Int[np.ndarray, " texts"]]:
-    """(image to text, text to image): how many wrong candidates are at least as near as the (best) right one.
+    """(image to text, text to image): the number of wrong candidates at least as near as the (best) right one.
 
-    ``owner[t]`` is the image that text t describes. Images without a text ask nothing and are left out of the
-    first array. Raises ValueError for embeddings that are not finite.
+    ``owner[t]`` is the image that text t describes. Images without a text are no queries and are left
+    out of the first array. Raises ValueError for embeddings that are not finite.
     """
     if not (np.isfinite(images).all() and np.isfinite(texts).all()):
         raise ValueError("embeddings are not finite")
@@ -31,10 +29,10 @@ def ranks(
         right = similarity[rows, owner[block]]
         text_to_image[block] = (similarity >= right[:, None]).sum(axis=1) - 1
 
-    asking = np.unique(owner)
-    image_to_text = np.empty(len(asking), np.int64)
-    for start in range(0, len(asking), BLOCK):
-        block = asking[start : start + BLOCK]
+    queries = np.unique(owner)
+    image_to_text = np.empty(len(queries), np.int64)
+    for start in range(0, len(queries), BLOCK):
+        block = queries[start : start + BLOCK]
         similarity = images[block] @ texts.T
         positive = owner[None, :] == block[:, None]
         best = np.where(positive, similarity, -np.inf).max(axis=1)
@@ -55,42 +53,3 @@ def recall(
     for name, rank in (("i2t", image_to_text), ("t2i", text_to_image)):
         result |= {f"{name}_R@{k}": float(np.mean(rank < k)) for k in at}
     return result
-
-
-def loss(
-    images: Float[np.ndarray, "pairs dim"],
-    texts: Float[np.ndarray, "pairs dim"],
-    scale: float,
-    bias: float | None = None,
-) -> float:
-    """The loss over all pairs as one batch, so that its value does not depend on any batch size.
-
-    Symmetric InfoNCE, or with a ``bias`` the pairwise sigmoid loss.
-    """
-    if bias is not None:
-        return _sigmoid_loss(images, texts, scale, bias)
-    return (_cross_entropy(images, texts, scale) + _cross_entropy(texts, images, scale)) / 2
-
-
-def _logits(queries: np.ndarray, keys: np.ndarray, scale: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(float64[block, keys], its diagonal's entries) for blocks of queries."""
-    for start in range(0, len(queries), BLOCK):
-        logits = scale * (queries[start : start + BLOCK] @ keys.T).astype(np.float64)
-        rows = np.arange(len(logits))
-        yield logits, logits[rows, start + rows]
-
-
-def _cross_entropy(queries: np.ndarray, keys: np.ndarray, scale: float) -> float:
-    total = 0.0
-    for logits, right in _logits(queries, keys, scale):
-        largest = logits.max(axis=1)
-        total += float(np.sum(largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1)) - right))
-    return total / len(queries)
-
-
-def _sigmoid_loss(images: np.ndarray, texts: np.ndarray, scale: float, bias: float) -> float:
-    total = 0.0
-    for logits, right in _logits(images, texts, scale):
-        # Of a pair log(1 + exp(-l)), of all others log(1 + exp(l)); the two differ by l.
-        total += float(np.sum(np.logaddexp(0, logits + bias)) - np.sum(right + bias))
-    return total / len(images)

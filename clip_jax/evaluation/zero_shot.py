@@ -1,7 +1,7 @@
 """Zero-shot classification with prompt templates, from embeddings (Radford et al. 2021, section 3.1.4).
 
-Per class: fill the templates, encode, normalise each, average, normalise again. An image belongs to the class whose
-vector is nearest; of equally near ones, the first.
+Per class: fill the templates, encode, normalize each, average, normalize again. An image belongs to the class whose
+vector is nearest; of equally near ones, to the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ def classifier(
     templates: Sequence[str],
     encode: Callable[[Sequence[str]], Float[np.ndarray, "prompts dim"]],
 ) -> Float[np.ndarray, "classes dim"]:
-    """One unit vector a class; ``encode`` gives unit embeddings of texts."""
+    """One unit vector per class; ``encode`` gives unit embeddings of texts."""
     prompts = [template.format(name) for name in class_names for template in templates]
     embeddings = np.asarray(encode(prompts)).reshape(len(class_names), len(templates), -1)
     mean = embeddings.mean(axis=1)

@@ -12,7 +12,7 @@ def encode(texts):
     return np.array([VECTORS[text] for text in texts], np.float32)
 
 
-def test_a_class_is_the_normalised_mean_of_its_prompts():
+def test_a_class_is_the_normalized_mean_of_its_prompts():
     classes = zero_shot.classifier(["cat", "dog"], ["a {}", "one {}"], encode)
     np.testing.assert_allclose(classes, [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]], rtol=1e-6)
 

@@ -5,8 +5,21 @@ import re
 import pytest
 
 from clip_jax import config as configs
-from clip_jax.config import AUTO, check_lengths, defaults, differences, duration, from_json, load, override, to_json
+from clip_jax.config import (
+    AUTO,
+    check_lengths,
+    defaults,
+    differences,
+    duration,
+    from_json,
+    later_settings,
+    load,
+    override,
+    to_json,
+)
+from clip_jax.config.flat import flatten, siblings
 from clip_jax.errors import UserError
+from clip_jax.settings import ranges
 
 
 def valid(**changes):
@@ -19,7 +32,8 @@ def valid(**changes):
 
 def recipe(tmp_path, body: str) -> str:
     path = tmp_path / "recipe.py"
-    head = "from clip_jax.config import defaults\ndef get_config():\n    config = defaults()\n    config.steps = 10\n"
+    head = "from clip_jax.config import defaults, evaluation\n"
+    head += "def get_config():\n    config = defaults()\n    config.steps = 10\n"
     path.write_text(f"{head}{body}    return config\n")
     return str(path)
 
@@ -38,7 +52,11 @@ def recipe(tmp_path, body: str) -> str:
         ("    config.examples = 100\n", "are both given"),
         ("    config.steps = -1\n", "give one of steps, examples, epochs"),
         ("    config.data.crop_scale = (2.0, 1.0)\n", "data.crop_scale"),
-        ("    config.eval.templates = ('a photo',)\n", "has no {} for the class name"),
+        ("    config.eval.a = evaluation(templates=('a photo',))\n", "has no {} for the class name"),
+        ("    config.eval.a = 'folder:x'\n", "eval.a is a section: config.eval.a = evaluation(source='folder:x'"),
+        ("    config.eval.a = evaluation()\n    config.eval.a.sorce = 'x'\n", "nearest: eval.a.source"),
+        ("    config.loss.name = 'sigmoid'\n", "config.loss is config.objectives.contrastive now"),
+        ("    config.objectives.contrastive.weight = 0.0\n", "nothing to train"),
         (
             "    config.tokenizer.train_captions = 7\n",
             "tokenizer.train_captions has no effect with tokenizer.kind=clip",
@@ -46,6 +64,7 @@ def recipe(tmp_path, body: str) -> str:
         ("    del config.data\n", "data.caption is missing"),
         ("    config.checkpoint.every_steps = 0\n", "must be positive"),
         ("    raise KeyError('x')\n", "KeyError"),
+        ("    return None\n", "get_config() returns NoneType, not a config"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_one_line_with_its_place(tmp_path, body, message):
@@ -92,8 +111,103 @@ def test_overrides_take_the_type_of_the_setting():
 def test_of_several_durations_the_command_lines_wins():
     config = override(valid(), {"epochs": "2"}, "recipe.py")
     assert (config.steps, config.examples, config.epochs) == (AUTO, AUTO, 2.0)
-    config = override(config, {"eval.every_examples": "100"}, "recipe.py")
-    assert config.eval.every_steps == AUTO and config.epochs == 2.0
+    config = override(config, {"checkpoint.every_examples": "100"}, "recipe.py")
+    assert config.checkpoint.every_steps == AUTO and config.epochs == 2.0
+
+
+def test_an_evaluation_of_a_new_name_is_made_on_the_command_line():
+    config = override(valid(), {"eval.coco.source": "tfds:coco", "eval.coco.every_steps": "5"}, "recipe.py")
+    assert (config.eval.coco.source, config.eval.coco.protocol) == ("tfds:coco", "retrieval")
+    assert duration(config, "eval.coco.every_", 100) == 5
+    for key, message in (
+        ("eval.coco.sorce", "nearest: eval.coco.source"),
+        ("eval.coco", "--config.eval.coco.source="),
+        ("eval.every_steps", "--config.eval.NAME.every_steps="),
+    ):
+        with pytest.raises(UserError, match=message):
+            override(config, {key: "x"}, "recipe.py")
+
+
+def test_settings_of_earlier_versions_are_read_under_todays_names():
+    old = to_json(valid())
+    del old["objectives"], old["phases"], old["model"]["frozen"]
+    old["loss"] = {"name": "sigmoid", "max_logit_scale": 0.0}
+    old["eval"] = {
+        "heldout": "folder:a", "heldout_name": "coco", "zero_shot": "folder:b", "zero_shot_name": "pets",
+        "templates": ["a {}"], "batch_size": 7, "every_steps": 5, "every_examples": -1, "every_epochs": -1.0,
+    }  # fmt: skip
+    config = from_json(old, "run.json")
+    assert config.objectives.contrastive.to_dict() == {"weight": 1.0, "loss": "sigmoid", "max_logit_scale": 0.0}
+    assert (config.eval.coco.source, config.eval.coco.protocol) == ("folder:a", "retrieval")
+    assert config.eval.coco.batch_size == 7
+    assert (config.eval.pets.source, config.eval.pets.protocol) == ("folder:b", "zero_shot")
+    assert config.eval.pets.templates == ("a {}",) and duration(config, "eval.pets.every_", 100) == 5
+    assert override(config, {"loss.name": "softmax"}, "x").objectives.contrastive.loss == "softmax"
+    assert later_settings(old, config) == ["model.frozen", "phases"]
+
+
+NUMBERS = [k for k, v in flatten(defaults()).items() if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
+def test_every_number_has_a_range():
+    with_units = [key for key in NUMBERS if siblings(key, flatten(defaults()))]
+    assert set(NUMBERS) == set(ranges()) | set(with_units)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.patch_dropout", "1.5"),
+        ("model.patch_dropout", "-1"),
+        ("optimizer.beta2", "98"),
+        ("data.crop_ratio", "(2.0, 1.0)"),
+        ("data.crop_ratio", "(-1.0, 1.0)"),
+        ("data.max_bad_share", "3"),
+        ("model.image.layers", "0"),
+        ("micro_batch", "0"),
+        ("ema_decay", "1"),
+        ("seed", "-1"),
+        ("objectives.contrastive.weight", "-1"),
+        ("model.std", "(0.5, 0.0, 0.5)"),
+        ("model.std", "('a', 1, 2)"),
+        ("model.frozen", "(1,)"),
+        ("data.crop_scale", "('a', 'b')"),
+        ("data.crop_scale", "(0.1, 0.2, 0.3)"),
+        ("eval.pets.templates", "()"),
+        ("eval.pets.templates", "('{} {}',)"),
+        ("eval.pets.templates", "('a {} {c}',)"),
+        ("eval.warmup.every_steps", "0"),
+        ("steps", "1e999"),
+    ],
+)
+def test_a_value_out_of_range_is_one_line(key, value):
+    with pytest.raises(UserError, match=re.escape(key)):
+        override(valid(), {key: value}, "recipe.py")
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        (({"model.patch_dropout": 0.5},), "a phase is"),
+        (({"start": 5}, {"start": 5}), "must be after"),
+        (({"start": 5, "batch_size": 3},), "cannot change in the middle of a run"),
+        (({"start": 5, "model.image.image_sice": 3},), "nearest: model.image.image_size"),
+        (({"start": 5, "model.image.image_size": "large"},), "must be a whole number"),
+        (({"start": 5, "model.patch_dropout": 1.5},), r"phases\[0\]: model.patch_dropout=1.5 must be"),
+    ],
+)
+def test_a_phase_that_cannot_be_is_one_line(phases, message):
+    with pytest.raises(UserError, match=message):
+        configs.check(valid(phases=phases), "recipe.py")
+
+
+def test_a_phase_keeps_the_settings_of_the_one_before_it():
+    first, second, third = configs.phases(
+        valid(phases=({"start": 3, "model.image.image_size": 64}, {"start": 6, "model.patch_dropout": 0.5}))
+    )
+    assert (first.start, second.start, third.start) == (0, 3, 6)
+    assert third.config.model.image.image_size == 64 and third.config.model.patch_dropout == 0.5
+    assert first.config.model.image.image_size == AUTO
 
 
 @pytest.mark.parametrize(
@@ -115,9 +229,9 @@ def test_durations_are_steps_examples_or_epochs(key, value, expected):
 
 def test_intervals_are_at_least_one_step_and_none_where_not_given():
     config = valid()
-    assert duration(config, "eval.every_", 100) is None
-    config.eval.every_epochs = 0.001
-    assert duration(config, "eval.every_", 100) == 1
+    assert duration(config, "checkpoint.every_", 100) is None
+    config.checkpoint.every_epochs = 0.001
+    assert duration(config, "checkpoint.every_", 100) == 1
 
 
 def test_warmup_longer_than_the_run_and_a_run_without_steps_are_refused():

@@ -1,0 +1,138 @@
+"""Checks of a config: everything that can be known without data or devices."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clip_jax import presets
+from clip_jax.config import phases
+from clip_jax.config.flat import flatten, known_settings, set_value, siblings, typed
+from clip_jax.errors import UserError, nearest
+from clip_jax.settings import (
+    AUTO,
+    EVALUATION_CHOICES,
+    EVALUATION_RANGES,
+    ONLY_WITH,
+    UNITS,
+    choices,
+    ranges,
+)
+
+
+def check(config: ConfigDict, where: str) -> None:
+    """Raises UserError for the first mistake; ``where`` is the recipe or the folder that the config comes from."""
+    given = _check_names_and_types(config, where)
+    evaluations = tuple(config.eval)
+    _check_choices(given, where, evaluations)
+    _check_ranges(given, where, evaluations)
+    _check_lengths_of_time(given, where, known_settings(evaluations))
+    _check_combinations(given, where)
+    _check_tuples(given, where, evaluations)
+    phases.check(config, where)
+    for number, phase in enumerate(phases.phases(config)[1:]):
+        alone = ConfigDict(phase.config.to_dict(), type_safe=False)
+        alone.phases = ()
+        check(alone, f"{where}: phases[{number}]")
+
+
+def _check_names_and_types(config: ConfigDict, where: str) -> dict[str, Any]:
+    for name, fields in config.eval.items():
+        if not isinstance(fields, Mapping | ConfigDict):
+            raise UserError(
+                f"{where}: eval.{name} is a section: config.eval.{name} = evaluation(source={fields!r}, ...)"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(f"{where}: eval.{name}: a name is letters, digits, _ and -; it names metrics")
+    known, given = known_settings(tuple(config.eval)), flatten(config)
+    for key in given:
+        if key not in known:
+            raise UserError(f"{where}: {key} is not a setting{nearest(key, known)}")
+    for key, default in known.items():
+        if key not in given:
+            raise UserError(
+                f"{where}: {key} is missing; a recipe starts from config.defaults(), an evaluation from evaluation()"
+            )
+        given[key] = typed(where, key, given[key], default)
+        set_value(config, key, given[key])
+    return given
+
+
+def _check_choices(given: Mapping[str, Any], where: str, evaluations: tuple[str, ...]) -> None:
+    named = {f"eval.{name}.{key}": v for name in evaluations for key, v in EVALUATION_CHOICES.items()}
+    for key, allowed in (choices() | named).items():
+        if given[key] not in allowed:
+            shown = ", ".join(c or '""' for c in allowed)
+            raise UserError(f"{where}: {key}={given[key]!r} is not one of {shown}{nearest(given[key], allowed)}")
+
+
+def _check_ranges(given: Mapping[str, Any], where: str, evaluations: tuple[str, ...]) -> None:
+    named = {f"eval.{name}.{key}": v for name in evaluations for key, v in EVALUATION_RANGES.items()}
+    for key, allowed in (ranges() | named).items():
+        if given[key] not in allowed:
+            raise UserError(f"{where}: {key}={given[key]} must be {allowed}")
+
+
+def _check_lengths_of_time(given: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> None:
+    for key in known:
+        units = siblings(key, known)
+        if not units or given[key] == AUTO:
+            continue
+        others = [k for k in units if k != key and given[k] != AUTO]
+        if others:
+            raise UserError(f"{where}: {key} and {others[0]} are both given; leave one of them at -1")
+        lowest = 0 if key.startswith(("optimizer.warmup_", "optimizer.cooldown_")) else 1e-9
+        if given[key] < lowest:
+            raise UserError(f"{where}: {key}={given[key]} must be positive, or -1 for not given")
+    if all(given[unit] == AUTO for unit in UNITS):
+        raise UserError(f"{where}: how long to train? give one of steps, examples, epochs")
+
+
+def _check_combinations(given: Mapping[str, Any], where: str) -> None:
+    """A setting that another setting leaves without effect is a mistake."""
+    preset = presets.preset(given["model.name"])
+    known = known_settings()
+    resolved = dict(given) | {"tokenizer.kind": given["tokenizer.kind"] or preset.tokenizer}
+    for key, needs, values in ONLY_WITH:
+        if given[key] != known[key] and resolved[needs] not in values:
+            way_out = f"leave it out or set {needs}={' or '.join(values)}"
+            raise UserError(f"{where}: {key} has no effect with {needs}={resolved[needs]}; {way_out}")
+    if given["optimizer.schedule"] == "cosine" and any(given[f"optimizer.cooldown_{unit}"] != AUTO for unit in UNITS):
+        raise UserError(f"{where}: optimizer.cooldown: a cosine ends at zero by itself; use it with rsqrt or constant")
+    if given["model.patch_dropout"] > 0 and preset.architecture.image.block is None:
+        raise UserError(f"{where}: model.patch_dropout: {given['model.name']} is a ResNet and has no patches to drop")
+    weights = {key: value for key, value in given.items() if re.fullmatch(r"objectives\.[^.]+\.weight", key)}
+    if not any(weights.values()):
+        raise UserError(f"{where}: nothing to train: give one of {', '.join(weights)} a weight above 0")
+
+
+def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, ...]) -> None:
+    for key in ("model.mean", "model.std"):
+        if given[key] and not _are_numbers(given[key], 3, above=0 if key == "model.std" else -math.inf):
+            raise UserError(f"{where}: {key}={given[key]}: three numbers (of std: above 0), or () for the preset's")
+    for key in ("model.frozen", "model.init_from_allow"):
+        if not all(isinstance(pattern, str) for pattern in given[key]):
+            raise UserError(f"{where}: {key}={given[key]}: patterns of parameters' names, such as ('image/*',)")
+    for name in evaluations:
+        templates = given[f"eval.{name}.templates"]
+        if not templates:
+            raise UserError(f"{where}: eval.{name}.templates: give at least one, such as ('a photo of a {{}}.',)")
+        for template in templates:
+            if str(template).count("{}") != 1 or set(str(template).replace("{}", "")) & set("{}"):
+                raise UserError(
+                    f"{where}: eval.{name}.templates: {template!r} has no {{}} for the class name, or others"
+                )
+    for key, highest, meaning in (
+        ("crop_scale", 1, "two areas, 0 < smallest <= largest <= 1"),
+        ("crop_ratio", math.inf, "two aspect ratios, 0 < smallest <= largest"),
+    ):
+        values = given[f"data.{key}"]
+        if not _are_numbers(values, 2, above=0) or not values[0] <= values[1] <= highest:
+            raise UserError(f"{where}: data.{key}={values}: {meaning}")
+
+
+def _are_numbers(values: tuple, count: int, above: float) -> bool:
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and above < v]
+    return len(values) == len(numbers) == count

@@ -1,0 +1,83 @@
+"""Configs as flat dictionaries, ``{"optimizer.learning_rate": 1e-3, ...}``, and the settings that a config may have."""
+
+import ast
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clip_jax.errors import UserError
+from clip_jax.settings import UNITS, defaults, evaluation
+
+
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """``{"optimizer.learning_rate": 1e-3, ...}``"""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, Mapping | ConfigDict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def known_settings(evaluations: Sequence[str] = ()) -> dict[str, Any]:
+    """Every setting with its default, those of the named evaluations included."""
+    named = {f"eval.{name}.{field}": value for name in evaluations for field, value in evaluation().items()}
+    return flatten(defaults()) | named
+
+
+def set_value(config: ConfigDict, key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config[section]
+    config[last] = value
+
+
+def parse(text: str, default: Any) -> Any:
+    """The value of ``--config.key=text``, by the type of the default."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # of the wrong type, which ``typed`` reports
+
+
+def typed(where: str, key: str, value: Any, default: Any) -> Any:
+    """The value in the default's type, where nothing is lost; UserError otherwise."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, float) and is_number:
+        return float(value)
+    if (
+        isinstance(default, int)
+        and not isinstance(default, bool)
+        and is_number
+        and math.isfinite(value)
+        and value == int(value)
+    ):
+        return int(value)
+    if isinstance(default, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value)
+    if type(value) is type(default):
+        return value
+    kinds: dict[str, str | Callable] = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "a text",
+    }
+    raise UserError(
+        f"{where}: {key}={value!r} must be {kinds.get(type(default).__name__, 'a tuple')} (default {default!r})"
+    )
+
+
+def siblings(key: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The same length of time in all of its units, with their defaults; empty for what has no other units."""
+    for unit in UNITS:
+        if key.endswith(unit):
+            prefix = key.removesuffix(unit)
+            found = {f"{prefix}{u}": known[f"{prefix}{u}"] for u in UNITS if f"{prefix}{u}" in known}
+            return found if len(found) == len(UNITS) else {}  # log.every_steps has no other units
+    return {}

@@ -1,0 +1,114 @@
+"""Recipes (``configs/*.py``) and overrides -> a config, and the form in which a run folder stores it.
+
+A recipe is a function ``get_config`` that starts from ``defaults()``. Everything is checked before anything heavy
+starts, and every mistake is one line.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clip_jax.config.checks import check
+from clip_jax.config.flat import flatten, known_settings, parse, set_value, siblings
+from clip_jax.config.renamed import RENAMED, upgrade
+from clip_jax.errors import UserError, nearest
+from clip_jax.settings import defaults, evaluation
+
+MAY_CHANGE_ON_RESTART = ("micro_batch", "mesh", "eval", "checkpoint", "log")
+COMPUTE_ONLY = ("model.scan", "model.remat", "model.attention")
+"""May change as well: other devices have other memory, and the numbers stay, up to rounding."""
+
+
+def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """``configs/name.py`` or ``configs/name.py:argument`` with ``key=value`` overrides, checked."""
+    return override(_run_recipe(recipe), overrides or {}, recipe)
+
+
+def _run_recipe(recipe: str) -> ConfigDict:
+    file, _, argument = recipe.partition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(f"{file}: no such recipe{nearest(file, known)}; --config takes a local .py file")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is the user's code: its mistakes are reported in one line like all others
+        sections = {old.partition(".")[0]: new.rpartition(".")[0] for old, new in RENAMED.items()}
+        section = str(error).strip("'\"")
+        moved = sections.get(section) if isinstance(error, AttributeError | KeyError) else None
+        hint = f"; config.{section} is config.{moved} now" if moved else ""
+        raise UserError(f"{file}: {type(error).__name__}: {error}{hint}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"{file}: get_config() returns {type(config).__name__}, not a config; end it with return config"
+        )
+    check(config, file)
+    return config
+
+
+def override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> ConfigDict:
+    """A copy of the config with ``{"optimizer.learning_rate": "1e-3", ...}`` set, checked.
+
+    ``eval.<name>.<field>`` creates an evaluation of a new name.
+    """
+    config = ConfigDict(config.to_dict(), type_safe=False)
+    for given, text in overrides.items():
+        key = RENAMED.get(given, given)
+        if key.startswith("eval."):
+            _, name, *field = key.split(".")
+            if not field:
+                way_out = f"eval.NAME.{name}" if name in evaluation() else f"{key}.source"
+                raise UserError(
+                    f"--config.{key}={text}: an evaluation has a name and fields: --config.{way_out}={text}"
+                )
+            if name not in config.eval and field[0] in evaluation():
+                config.eval[name] = evaluation()
+        known = known_settings(tuple(config.eval))
+        if key not in known:
+            raise UserError(f"--config.{key}={text}: {key} is not a setting{nearest(key, known)}")
+        for sibling, default in siblings(key, known).items():  # of several durations the command line's wins
+            set_value(config, sibling, default)
+        set_value(config, key, parse(text, known[key]))
+    check(config, where)
+    return config
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys that differ and that a restart may not change."""
+    old, new = flatten(old), flatten(new)
+    changed = [k for k in sorted(old.keys() | new.keys()) if _plain(old.get(k)) != _plain(new.get(k))]
+    return [key for key in changed if key.split(".")[0] not in MAY_CHANGE_ON_RESTART and key not in COMPUTE_ONLY]
+
+
+def from_json(values: Mapping[str, Any], where: str) -> ConfigDict:
+    """A config that ``to_json`` wrote, checked; no code runs. A setting that came later has its default."""
+    values, config = upgrade(values), defaults()
+    for name, fields in values.pop("eval").items():  # of names that the defaults do not have
+        config.eval[name] = evaluation(**fields)
+    config.update(values)
+    check(config, where)
+    return config
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """As a nested dictionary of plain values; automatic sizes stay automatic."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def later_settings(values: Mapping[str, Any], config: ConfigDict) -> list[str]:
+    """The settings of a config that the older code which wrote ``values`` did not have."""
+    had = flatten(upgrade(values))
+    return sorted(key for key in flatten(to_json(config)) if key not in had and not key.startswith("eval."))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value

@@ -1,0 +1,90 @@
+"""Named evaluations: what ``config.eval.<name>`` measures, on which source, and when.
+
+A protocol is a function of an evaluation and weights. A new one needs an entry in ``PROTOCOLS`` and its name in
+``settings.EVALUATION_CHOICES``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from clip_jax.data.sources.sample import Source
+from clip_jax.errors import UserError
+from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
+from clip_jax.evaluation.retrieval import recall
+from clip_jax.evaluation.zero_shot import accuracy, classifier
+from clip_jax.models.clip import Params
+
+Loss = Callable[[Params, np.ndarray, np.ndarray], float]
+
+
+class Evaluation(NamedTuple):
+    """One of a run's evaluations."""
+
+    name: str
+    protocol: str
+    source: Source
+    templates: tuple[str, ...]
+    every: int | None
+    """Steps between two evaluations; None: at the end only."""
+    embedder: Embedder
+    loss: Loss | None
+    """The held-out loss over all pairs; None where the run has no contrastive objective."""
+
+
+Metrics = dict[str, float]
+
+
+def retrieval(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
+    """The loss over all pairs as one batch (the first caption of an image is its pair), and recall at 1, 5 and 10."""
+    embedded = embed_source(evaluation.embedder, weights, evaluation.source)
+    metrics = {}
+    if evaluation.loss is not None:
+        _, first = np.unique(embedded.owner, return_index=True)
+        metrics["loss"] = evaluation.loss(weights.params, embedded.images, embedded.texts[first])
+    metrics |= recall(embedded.images, embedded.texts, embedded.owner)
+    return metrics | _counts(embedded), embedded
+
+
+def zero_shot(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
+    """Accuracy among the source's classes."""
+    embedded = embed_source(evaluation.embedder, weights, evaluation.source)
+
+    def encode(prompts: Sequence[str]) -> np.ndarray:
+        return embed_texts(evaluation.embedder, weights, prompts)
+
+    classes = classifier(evaluation.source.class_names, evaluation.templates, encode)
+    return accuracy(embedded.images, embedded.labels, classes) | _counts(embedded), embedded
+
+
+PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded]]] = {
+    "retrieval": retrieval,
+    "zero_shot": zero_shot,
+}
+
+
+def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
+    """Metrics named ``eval/<name>/<metric>``, and the embeddings that they were made from."""
+    metrics, embedded = PROTOCOLS[evaluation.protocol](evaluation, weights)
+    return {f"eval/{evaluation.name}/{name}": value for name, value in metrics.items()}, embedded
+
+
+def check(evaluation: Evaluation) -> None:
+    """Raises UserError for a source that the protocol cannot use."""
+    if evaluation.protocol == "zero_shot" and not evaluation.source.class_names:
+        raise UserError(
+            f"config.eval.{evaluation.name}.source={evaluation.source.name}: its examples have no labels to classify"
+        )
+
+
+def try_one_batch(evaluation: Evaluation, weights: Variables) -> None:
+    """Embeds one batch, so that a source without usable examples is reported before training and not after it."""
+    try:
+        embed_source(evaluation.embedder, weights, evaluation.source, limit=evaluation.embedder.batch_size)
+    except UserError as error:
+        raise UserError(f"config.eval.{evaluation.name}: {error}") from error
+
+
+def _counts(embedded: Embedded) -> Metrics:
+    return {"images": len(embedded.images), "skipped": embedded.skipped.total()}
