@@ -53,7 +53,7 @@ if __name__ == "__main__":
         arguments, overrides = split_overrides(sys.argv)
         app.run(lambda _: leave(main(overrides)), argv=arguments)
     except KeyboardInterrupt:
-        print("main.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("main.py: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except errors.UserError as error:
         print(f"main.py: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``load``: a run's folder or anybody's weights -> a ``Model`` that embeds and compares images and texts."""
+"""``load``: a run folder or foreign weights -> a ``Model`` that embeds and compares images and texts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,19 +14,22 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from clip_jax import buckets, checkpoint, presets, run_folder
+from clip_jax import presets
 from clip_jax.data import images as image_files
-from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.data.tokenizers import Tokenizer, stored
+from clip_jax.devices.sharding import batch_shards
 from clip_jax.errors import UserError
 from clip_jax.evaluation import zero_shot
 from clip_jax.interop import folders, foreign
 from clip_jax.models.clip import CLIP, unit
+from clip_jax.models.compute import Compute
 from clip_jax.presets import Preset
+from clip_jax.storage import buckets, checkpoints, run_folder
 
 Images = str | Path | Image.Image | np.ndarray | Sequence[str | Path | Image.Image | np.ndarray]
 
 BATCH = 64
-"""Images or texts encoded at once; a smaller last batch is filled up, so that nothing is compiled twice."""
+"""Images or texts encoded at once; a smaller last batch is padded, so that nothing is compiled twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Model:
     clip: CLIP
     params: Any
     open_tokenizer: Callable[[], Tokenizer]
-    """Called when the first text comes: a model whose vocabulary is nowhere still encodes images."""
+    """Called for the first text: a model whose vocabulary is nowhere to be found still encodes images."""
     step: int
-    """How many of our training steps the parameters have seen."""
+    """The training step of the checkpoint; 0 for foreign weights."""
     batch_stats: Any = dataclasses.field(default_factory=dict)
     """The running statistics of batch norm; a ViT has none."""
 
@@ -62,11 +65,11 @@ class Model:
 
     @property
     def scale(self) -> float:
-        """``exp(logit_scale)``: what multiplies cosines before a softmax."""
+        """``exp(logit_scale)``, the factor of cosines before a softmax."""
         return float(jnp.exp(self.params["logit_scale"]))
 
     def preprocess(self, images: Images) -> Float[np.ndarray, "n height width 3"]:
-        """Paths, PIL images or uint8[H, W, 3] arrays (one or several) -> normalised pixels. Raises UserError."""
+        """Paths, PIL images or uint8[H, W, 3] arrays (one or several) -> normalized pixels. Raises UserError."""
         pixels = np.stack([self._pixels(image) for image in _as_list(images)])
         return np.asarray(self.preset.preprocess.normalize(pixels))
 
@@ -79,8 +82,8 @@ class Model:
     ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n tokens width"]:
         """Embeddings of paths, PIL images or uint8 arrays, decoded and encoded a batch at a time.
 
-        ``return_tokens``: instead, all tokens behind that block, counted from 1, or from the end: -1 is the last. LLaVA
-        takes ``load("ViT-L/14-336-quickgelu", weights=...).encode_image(image, return_tokens=-2)[:, 1:]``.
+        ``return_tokens``: instead, all tokens after that block, counted from 1, or from the end: -1 is the last. LLaVA
+        uses ``load("ViT-L/14-336-quickgelu", weights=...).encode_image(image, return_tokens=-2)[:, 1:]``.
         """
         images = _as_list(images)
         chunks = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
@@ -92,7 +95,7 @@ class Model:
     ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n length width"]:
         """Embeddings of texts; ``return_tokens`` as in ``encode_image``.
 
-        Stable Diffusion 1 takes ``encode_text(prompts, return_tokens=-1)`` with the final norm applied to it
+        Stable Diffusion 1 uses ``encode_text(prompts, return_tokens=-1)`` with the final norm applied to it
         (``model.clip.text_tokens(..., normalize=True)``), Stable Diffusion XL -2 without.
         """
         tokens = self.tokenize(texts)
@@ -103,20 +106,29 @@ class Model:
     def encode_pixels(
         self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True, return_tokens: int | None = None
     ) -> Float[Array, "n dim"] | Float[Array, "n tokens width"]:
-        """Embeddings of normalised pixels; jitted, and differentiable with respect to them."""
+        """Embeddings of normalized pixels; jitted, and differentiable with respect to them."""
+        rows = self._rows(pixels)
         if return_tokens is not None:
-            return self._image_tokens(self.params, pixels, return_tokens)
-        encoded = self._encode_pixels(self.params, pixels, self.batch_stats)
+            return self._image_tokens(self.params, rows, return_tokens)[: len(pixels)]
+        encoded = self._encode_pixels(self.params, rows, self.batch_stats)[: len(pixels)]
         return unit(encoded) if normalize else encoded
 
     def encode_tokens(
         self, tokens: Int[Array, "n length"], *, normalize: bool = True, return_tokens: int | None = None
     ) -> Float[Array, "n dim"] | Float[Array, "n length width"]:
         """Embeddings of token ids; jitted."""
+        rows = self._rows(tokens)
         if return_tokens is not None:
-            return self._text_tokens(self.params, tokens, return_tokens)
-        encoded = self._encode_tokens(self.params, tokens)
+            return self._text_tokens(self.params, rows, return_tokens)[: len(tokens)]
+        encoded = self._encode_tokens(self.params, rows)[: len(tokens)]
         return unit(encoded) if normalize else encoded
+
+    def _rows(self, x: Array) -> Array:
+        """Padded to a multiple of the devices that split a batch, where the model is on a mesh."""
+        mesh = self.clip.compute.mesh
+        if mesh is None or not -len(x) % batch_shards(mesh):
+            return x
+        return jnp.pad(x, ((0, -len(x) % batch_shards(mesh)), *((0, 0),) * (x.ndim - 1)), mode="edge")
 
     def similarity(self, a: Float[Array, "n dim"], b: Float[Array, "m dim"]) -> Float[Array, "n m"]:
         """Cosines between any embeddings: image-text, text-text, image-image."""
@@ -176,11 +188,11 @@ def load(
 ) -> Model:
     """A run's folder, an OpenCLIP or Hugging Face folder, or ``hf://org/name``; or a model's name with its ``weights``.
 
-    ``load("runs/demo")`` takes the newest checkpoint; ``load("ViT-B/32", weights="ViT-B-32.safetensors")`` takes a file
-    or folder in anybody's layout. Folders may be in a bucket, ``gs://`` or ``s3://``. Foreign weights are adapted to
+    ``load("runs/demo")`` loads the newest checkpoint; ``load("ViT-B/32", weights="ViT-B-32.safetensors")`` a file or
+    folder in any library's layout. Folders may be in a bucket, ``gs://`` or ``s3://``. Foreign weights are adapted to
     another ``image_size`` or ``context_length`` by resizing their position embeddings, and a line says so. With a
-    ``mesh`` each shard is placed where it belongs, else all is on one device. Raises UserError; no pickle is opened
-    (``clip-jax import`` converts those).
+    ``mesh`` the parameters are sharded over it and batches are split; without, everything is on one device. Raises
+    UserError; no pickle is opened (``clip-jax import`` converts those).
     """
     if weights is not None:
         name = str(source)
@@ -205,18 +217,20 @@ def _is_name(text: str) -> bool:
 
 
 def _run(folder: Path, checkpoints_in: str | Path, mesh: Mesh | None, dtype: str) -> Model:
-    run = run_folder.read(folder)
-    preset = presets.from_json(run["model"])
-    clip = CLIP(preset.architecture, jnp.dtype(dtype))
+    run, step = run_folder.read(folder), checkpoints.need_latest_step(checkpoints_in)
+    # A run of several phases has a model for each: the one that trained the checkpoint's step.
+    models = [phase for phase in run.get("phases", ()) if phase["start"] < step]
+    preset = presets.from_json(models[-1] if models else run["model"])
+    clip = CLIP(preset.architecture, Compute(dtype=jnp.dtype(dtype), mesh=mesh))
     abstract = nn.meta.unbox(jax.eval_shape(clip.init, jax.random.key(0)))
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         abstract,
         foreign.shardings(preset.architecture, mesh),
     )
-    step, params, batch_stats = checkpoint.load_model(checkpoints_in, abstract, jax.eval_shape(clip.init_batch_stats))
+    params, batch_stats = checkpoints.load_model(checkpoints_in, step, abstract, jax.eval_shape(clip.init_batch_stats))
     length = preset.architecture.text.context_length
-    open_tokenizer = partial(run_folder.open_tokenizer, folder, preset.tokenizer, length)
+    open_tokenizer = partial(stored.open_tokenizer, folder, preset.tokenizer, length)
     return Model(run["model"]["name"], preset, clip, params, open_tokenizer, step, batch_stats)
 
 
@@ -225,7 +239,7 @@ def _foreign(
 ) -> Model:
     preset = foreign.resized(found.preset, image_size, context_length)
     params, batch_stats = foreign.read_params(found, foreign.onto_devices(preset.architecture, mesh))
-    clip = CLIP(preset.architecture, jnp.dtype(dtype))
+    clip = CLIP(preset.architecture, Compute(dtype=jnp.dtype(dtype), mesh=mesh))
     open_tokenizer = partial(foreign.open_tokenizer, found._replace(preset=preset))
     return Model(found.name, preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)
 
@@ -236,7 +250,7 @@ def _as_list(images: Images) -> list:
 
 
 def _in_batches(encode, chunks: list) -> Float[np.ndarray, "n dim"]:
-    """The results of all chunks after each other; a short one after a full one is filled up by repeating its rows."""
+    """The concatenated results of all chunks; a short chunk after a full one is padded by repeating its rows."""
     out = []
     for chunk in chunks:
         wanted = len(chunks[0])

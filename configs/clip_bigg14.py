@@ -1,7 +1,7 @@
 """CLIP ViT-bigG/14 after OpenCLIP's run on LAION-2B.
 
 python main.py --config='configs/clip_bigg14.py:tar:/data/train-*.tar' --workdir=runs/clip_bigg14
-Parameters and optimizer state are 30 GB: they are shared by 64 devices (mesh.fsdp).
+Parameters and optimizer state are 30 GB, so they are sharded over 64 devices (mesh.fsdp).
 
 Planned for v5e-256 (docs/plans.md).
 Expect: train/loss about ln(32768) = 10.4 at the first step; zero-shot ImageNet top-1 0.801 (OpenCLIP, LAION-2B).

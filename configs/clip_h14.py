@@ -1,4 +1,4 @@
-"""CLIP ViT-H/14 after OpenCLIP's run on LAION-2B (32 epochs, learning rate 5e-4, there at a batch of 79,000).
+"""CLIP ViT-H/14 after OpenCLIP's run on LAION-2B (32 epochs, learning rate 5e-4, with a batch of 79,000 there).
 
 python main.py --config='configs/clip_h14.py:tar:/data/train-*.tar' --workdir=runs/clip_h14
 

@@ -3,8 +3,8 @@
 python main.py --config='configs/clip_vit_b16.py:tar:/data/train-*.tar' --workdir=runs/clip_vit_b16
 python main.py --config=configs/clip_vit_b16.py:tfds:coco_captions/train --workdir=runs/clip_vit_b16
 
-The part behind the first colon is the data: webdataset shards or a prepared TFDS dataset. On fewer devices than the
-paper's, lower the batch (--config.batch_size) before anything else.
+The part after the first colon is the data: webdataset shards or a prepared TFDS dataset. On fewer devices than in the
+paper, first lower the batch (--config.batch_size).
 Planned for v5e-256 (docs/plans.md).
 Expect: train/loss about ln(32768) = 10.4 at the first step; zero-shot ImageNet top-1 after 32 epochs of 400M pairs:
 0.683 (the paper's weights), 0.671 (OpenCLIP on LAION-400M).
@@ -21,7 +21,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.data.samples = 400_000_000  # the paper's
     config.data.workers = 16
 
-    config.model.name = "ViT-B/16-quickgelu"  # QuickGELU, as the released weights
+    config.model.name = "ViT-B/16-quickgelu"  # the released weights use QuickGELU
     config.model.dtype = "bfloat16"
     config.model.remat = "dots"
 
@@ -31,7 +31,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.98
     config.optimizer.eps = 1e-6
-    config.loss.max_logit_scale = 100.0
+    config.objectives.contrastive.max_logit_scale = 100.0
 
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep_every_steps = 50_000

@@ -22,7 +22,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.model.init_from = "runs/clip_vit_l14"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
-    config.mesh.fsdp = 16  # a chip cannot hold the state and the activations of 577 tokens
+    config.mesh.fsdp = 16  # the state and the activations of 577 tokens do not fit on a chip
 
     config.optimizer.learning_rate = 2e-5
     config.optimizer.warmup_steps = 0

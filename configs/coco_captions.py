@@ -3,16 +3,17 @@
 Prepare the data once, in an environment with TensorFlow (pip install 'clip-jax-tpu[tfds-build]'):
     python -c "import tensorflow_datasets as tfds
     tfds.builder('coco_captions', file_format='array_record').download_and_prepare()"
-then, here:
+Then, in this environment:
 python main.py --config=configs/coco_captions.py --workdir=runs/coco --config.data.tfds_dir=DIR
 
-Training takes one of an image's captions at random; evaluation takes all five of each image of the Karpathy split.
+Training draws one of the captions of an image at random; evaluation uses all five captions of each image of the
+Karpathy split.
 Planned for v5e-8 (docs/plans.md).
-Expect: train/loss about ln(512) = 6.2 at the first step. COCO alone is small for a CLIP: as a first run on real
-photographs, not as a model to keep.
+Expect: train/loss about ln(512) = 6.2 at the first step. COCO alone is small for a CLIP: a first run on real
+photographs, not a model for use.
 """
 
-from clip_jax.config import defaults
+from clip_jax.config import defaults, evaluation
 
 
 def get_config():
@@ -23,9 +24,7 @@ def get_config():
     config.data.samples = 82_783  # coco_captions/train
     config.data.workers = 8
     config.data.crop_scale = (0.5, 1.0)
-    config.eval.heldout = "tfds:coco_captions/val"
-    config.eval.heldout_name = "coco"
-    config.eval.every_epochs = 1.0
+    config.eval.coco = evaluation(source="tfds:coco_captions/val", every_epochs=1.0)
     config.checkpoint.every_epochs = 1.0
 
     config.model.name = "ViT-B/32"

@@ -1,18 +1,18 @@
-"""A small CLIP on the bundled scenes of coloured shapes: pretrained, evaluated and plotted in about four minutes on two
+"""A small CLIP on the bundled scenes of colored shapes: pretrained, evaluated and plotted in about four minutes on two
 CPU cores.
 
 make demo
 python main.py --config=configs/demo.py --workdir=runs/demo
 
-Twenty-four of the sixty-four combinations of colour and shape never appear in training; zero-shot accuracy is
-measured among these alone, retrieval on scenes that hold one of them.
-Planned for v5e-1 (docs/plans.md); a CPU will do.
+Twenty-four of the sixty-four combinations of color and shape never appear in training. Zero-shot accuracy is measured
+only among these, retrieval on scenes that contain one of them.
+Planned for v5e-1 (docs/plans.md); a CPU is enough.
 Expect: zero-shot top-1 0.996 (chance 0.042), image to text R@1 0.727 and text to image R@1 0.729 among 512, R@5 0.99;
 3 minutes of training at 740 pairs/s, 4 minutes with the installation.
 """
 
-from clip_jax.config import defaults
-from clip_jax.data.shapes import TEMPLATES
+from clip_jax.config import defaults, evaluation
+from clip_jax.data.sources.shapes import TEMPLATES
 
 
 def get_config():
@@ -20,14 +20,15 @@ def get_config():
     config.steps = 1000
     config.batch_size = 128
     config.data.train = "shapes:train"
-    # The scenes are drawn anew for each pair: a crop would only blur them, and another aspect make ellipses of circles.
+    # Each pair gets a newly drawn scene: a crop would only blur it, and another aspect ratio would turn circles into
+    # ellipses.
     config.data.crop_scale = (1.0, 1.0)
     config.data.crop_ratio = (1.0, 1.0)
 
-    config.eval.heldout = "shapes:heldout"
-    config.eval.zero_shot = "shapes:zero_shot"
-    config.eval.templates = TEMPLATES
-    config.eval.every_steps = 250
+    config.eval.held_out = evaluation(source="shapes:heldout", every_steps=250)
+    config.eval.zero_shot = evaluation(
+        protocol="zero_shot", source="shapes:zero_shot", templates=TEMPLATES, every_steps=250
+    )
     config.checkpoint.every_steps = 250
 
     config.model.name = "ViT-Shapes/16"  # 64 px, patch 16; 4 layers of width 192 and 2 of width 128

@@ -1,15 +1,15 @@
-"""A CLIP on your own images with captions: a folder of images, tar shards or a TFDS dataset, by one argument.
+"""A CLIP on your own images with captions: a folder of images, tar shards or a TFDS dataset, chosen by one argument.
 
 python main.py --config=configs/own_images.py:folder:photos/train --workdir=runs/photos \\
-    --config.eval.heldout=folder:photos/heldout
+    --config.eval.held_out.source=folder:photos/held_out
 
-A small model (5M + 8M parameters, 128 px) that trains on a CPU and learns its own vocabulary from the captions. With a
-GPU or a TPU, take more: --config.model.name=ViT-B/32 --config.model.dtype=bfloat16 --config.batch_size=1024
+A small model (5M + 8M parameters, 128 px) that trains on a CPU and learns its own vocabulary from the captions. On a
+GPU or a TPU, use a larger one: --config.model.name=ViT-B/32 --config.model.dtype=bfloat16 --config.batch_size=1024
 Planned for v5e-8 (docs/plans.md).
 Expect: train/loss about ln(256) = 5.5 at the first step, falling within the first epochs.
 """
 
-from clip_jax.config import defaults
+from clip_jax.config import defaults, evaluation
 
 
 def get_config(data: str = "folder:photos/train"):
@@ -17,7 +17,7 @@ def get_config(data: str = "folder:photos/train"):
     config.epochs = 30.0
     config.batch_size = 256
     config.data.train = data
-    config.eval.every_epochs = 5.0
+    config.eval.held_out = evaluation(every_epochs=5.0)  # with its source, by the command line
     config.checkpoint.every_epochs = 5.0
 
     config.model.name = "ViT-Emoji/16"

@@ -2,7 +2,8 @@
 
 python main.py --config='configs/siglip_b16.py:tar:/data/train-*.tar' --workdir=runs/siglip_b16
 The tokenizer is the paper's (T5's 32,000 pieces): from the Hugging Face cache or hub, or --config.tokenizer.vocab=PATH.
-The optimizer is big_vision's Adafactor; its decay of 1e-4 is not multiplied by the rate of 1e-3 there and is 0.1 here.
+The optimizer is big_vision's Adafactor. Its weight decay of 1e-4, which big_vision does not multiply by the learning
+rate of 1e-3, is 0.1 here.
 
 Planned for v5e-64 (docs/plans.md).
 Expect: train/loss about 10 at the first step (bias -10); zero-shot ImageNet top-1 0.760 (paper, WebLI).
@@ -22,8 +23,8 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.model.activation = "gelu_tanh"  # in both towers, as the original was trained
-    config.loss.name = "sigmoid"
-    config.loss.max_logit_scale = 0.0  # big_vision does not clamp it
+    config.objectives.contrastive.loss = "sigmoid"
+    config.objectives.contrastive.max_logit_scale = 0.0  # big_vision does not clamp it
 
     config.optimizer.name = "adafactor"
     config.optimizer.first_moment_dtype = "bfloat16"

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from clip_jax import config as configs
-from clip_jax.sharding import make_mesh, to_devices
-from clip_jax.training import setup
-from clip_jax.training.state import abstract_state, create_state
+from clip_jax.devices.sharding import make_mesh, to_devices
+from clip_jax.training.setup import make_learner
 
 RECIPES = sorted(Path("configs").glob("*.py"))
 
@@ -34,18 +33,9 @@ def test_a_recipe_has_its_launch_line_on_top(recipe):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_a_recipe_traces_with_its_full_size_model(recipe):
     config = configs.load(str(recipe))
-    preset = configs.resolve_preset(config)
-    mesh, model = make_mesh(), setup.make_model(config, preset)
-    rate = setup.make_schedule(config, 100_000, samples=400_000_000)
-    optimizer = setup.make_optimizer(config, rate)
-    step = setup.make_step(config, preset, model, optimizer, rate, mesh)
-    image, text = preset.architecture.image, preset.architecture.text
-    batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, image.image_size, image.image_size, 3), jnp.uint8),
-        "text": jax.ShapeDtypeStruct((config.batch_size, text.context_length), jnp.int32),
-    }
-    state = abstract_state(model, optimizer, mesh, average=config.ema_decay > 0)
-    new_state, metrics = jax.eval_shape(step, state, batch)
+    learner = make_learner(config, make_mesh(), steps=100_000, examples=400_000_000)
+    state = learner.abstract_state()
+    new_state, metrics = jax.eval_shape(learner.step(), state, learner.batch_spec(config.batch_size), {})
     assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
     assert metrics["loss"].shape == ()
 
@@ -75,25 +65,24 @@ def test_a_siglip_recipe_has_the_papers_numbers_and_trains(recipe, side):
     """Zhai et al. 2023: t = ln 10, b = -10, Adafactor as big_vision has it; trained at a small size."""
     full = configs.load(f"configs/{recipe}.py")
     optimizer = full.optimizer
-    assert (full.loss.name, full.loss.max_logit_scale, full.batch_size) == ("sigmoid", 0, 32_768)
+    assert full.objectives.contrastive.to_dict() == {"weight": 1, "loss": "sigmoid", "max_logit_scale": 0}
+    assert full.batch_size == 32_768
     assert (optimizer.name, optimizer.first_moment_dtype, optimizer.decay) == ("adafactor", "bfloat16", "kernels")
     assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.clip_norm) == (1e-3, 0.9, 0.95, 1.0)
     assert optimizer.weight_decay * optimizer.learning_rate == pytest.approx(1e-4)  # big_vision's
 
     config = configs.load(f"configs/{recipe}.py", SMALL_RUN | {"model.image.image_size": str(side)})
-    preset, mesh = configs.resolve_preset(config), make_mesh(-1, config.mesh.fsdp)
-    model, rate = setup.make_model(config, preset), setup.make_schedule(config, 200, samples=16)
-    optimizer = setup.make_optimizer(config, rate)
-    step = setup.make_step(config, preset, model, optimizer, rate, mesh)
-    state = create_state(model, optimizer, mesh, seed=0)
-    rng, length = np.random.default_rng(0), preset.architecture.text.context_length
+    mesh = make_mesh(-1, config.mesh.fsdp)
+    learner = make_learner(config, mesh, steps=200, examples=16)
+    step, state = learner.step(), learner.create_state()
+    rng, length = np.random.default_rng(0), learner.model.architecture.text.context_length
     batch = {
         "image": rng.integers(0, 256, (16, side, side, 3), np.uint8),
         "text": rng.integers(0, 100, (16, length)).astype(np.int32),
     }
     seen = []
     for _ in range(10):
-        state, metrics = step(state, to_devices(batch, mesh, 16))
+        state, metrics = step(state, to_devices(batch, mesh, 16), {})
         seen.append({name: float(value) for name, value in metrics.items()})
     assert (seen[0]["logit_scale"], seen[0]["logit_bias"]) == pytest.approx((10, -10))
     assert seen[0]["loss"] == pytest.approx(10, abs=3)  # as the recipe's docstring says

@@ -1,4 +1,4 @@
-"""What a run says to the person before it: header, a line an evaluation, and results with the report at the end."""
+"""What a run prints: the header, one line per evaluation, and at the end the results and the report."""
 
 import os
 import shlex
@@ -9,33 +9,35 @@ from pathlib import Path
 
 import jax
 
-from clip_jax import xla_flags
-from clip_jax.reports import page, terminal
+from clip_jax.devices import xla_flags
+from clip_jax.devices.sharding import batch_shards
+from clip_jax.reports import history, page, terminal
 from clip_jax.reports.gallery import Gallery
-from clip_jax.sharding import batch_shards
 from clip_jax.training.metrics import FILE
-from clip_jax.training.setup import Run
+from clip_jax.training.run import Run
 
 
 def header(run: Run) -> list[tuple[str, str]]:
-    """What is about to run, for a person."""
+    """Names and values of the run that is about to start."""
     counts, mesh, batch = run.parameters, run.mesh, run.config.batch_size
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    train = run.sources.train
+    train = run.train
     rows = [
         ("model", f"{run.config.model.name}, {counts['total'] / 1e6:.1f}M parameters"),
         ("towers", f"image {counts['image'] / 1e6:.1f}M, text {counts['text'] / 1e6:.1f}M, {run.config.model.dtype}"),
         ("mesh", f"{axes} on {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
-        ("XLA flags", xla_flags.told(jax.default_backend())),
-        ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} a device"),
+        ("XLA flags", xla_flags.describe(jax.default_backend())),
+        ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} per device"),
         ("steps", f"{run.steps} ({run.steps * batch / len(train):.1f} epochs)"),
-        ("data", f"{train.name}, {len(train)} samples"),
+        ("data", f"{train.name}, {len(train)} examples"),
     ]
-    if run.sources.heldout is not None:
-        rows.append(("held out", f"{run.sources.heldout.name}, {len(run.sources.heldout)} samples"))
-    if run.sources.zero_shot is not None:
-        classes = len(run.sources.zero_shot.class_names)
-        rows.append(("zero-shot", f"{run.sources.zero_shot.name}, {classes} classes"))
+    for number, phase in enumerate(run.phases[1:], start=2):
+        size = phase.preset.architecture.image.image_size
+        rows.append((f"phase {number}", f"from step {phase.start + 1}, images of {size} px"))
+    for evaluation in run.phases[0].evaluations:
+        source = evaluation.source
+        classes = f", {len(source.class_names)} classes" if evaluation.protocol == "zero_shot" else ""
+        rows.append((evaluation.name, f"{evaluation.protocol}: {source.name}, {len(source)} examples{classes}"))
     return [*rows, ("folder", str(run.folder))]
 
 
@@ -52,7 +54,7 @@ def finish(run: Run, gallery: Gallery | None) -> None:
     if gallery is not None or not report.exists():
         page.write(run.workdir, gallery)
     last: dict[str, float] = {}
-    for line in page.read_metrics(run.workdir / FILE):
+    for line in history.read_metrics(run.workdir / FILE):
         last |= line
     rows = [
         (name.removeprefix("eval/"), f"{value:.3f}")
@@ -62,19 +64,20 @@ def finish(run: Run, gallery: Gallery | None) -> None:
     terminal.results(
         "Results", [("train/loss", f"{last['train/loss']:.3f}"), *rows, ("report", f"{run.folder}/report.html")]
     )
-    classes = run.sources.zero_shot.class_names if run.sources.zero_shot is not None else ("cat", "dog")
+    named = [e.source.class_names for e in run.phases[-1].evaluations if e.source.class_names]
+    classes = named[0] if named else ("cat", "dog")
     labels = ",".join(f"a {name}" for name in classes[:3])
     folder = shlex.quote(str(run.folder))
     terminal.next_commands(
         [
             f'{_installed("clip-jax")} classify --model={folder} --image=PATH --labels="{labels}"',
-            f"{_installed('python')} main.py --workdir={folder}    # goes on where it stopped, or shows this again",
+            f"{_installed('python')} main.py --workdir={folder}    # resumes where it stopped, or shows this again",
         ]
     )
 
 
 def _installed(program: str) -> str:
-    """How to call a program of this environment from here: by its name alone only where that is the same one."""
+    """How to call a program of this environment from here: by its name alone where that finds the same program."""
     ours = Path(sys.executable).with_name(program)
     if shutil.which(program) == str(ours):
         return program

@@ -1,86 +1,118 @@
-"""The gradient of a batch: of all of it at once, or micro-batch by micro-batch with exactly the same result.
+"""The gradient of a batch, computed at once or one micro-batch at a time, with the same result up to rounding.
 
-The contrastive loss needs the embeddings of the whole batch, but the towers' activations are only needed to go from
-embeddings to parameters, and that can be done piece by piece (gradient caching: Gao et al. 2021, section 3.2):
+The loss over the batch needs the embeddings of the full batch, but the towers' activations are only needed to propagate
+gradients from embeddings to parameters, one micro-batch at a time (gradient caching: Gao et al. 2021, section 3.2):
 
-1. encode all micro-batches and keep their embeddings alone;
-2. the loss over the whole batch, and its gradient by every embedding, by the scale and the bias;
-3. encode each micro-batch again, and pull its embeddings' gradients back to the parameters.
+1. encode all micro-batches and cache only their embeddings;
+2. compute the loss over the batch and its gradient with respect to every cached row, the scale and the bias;
+3. encode each micro-batch again, and pull the gradients of its rows back to the parameters; local terms, which are sums
+   over rows, are differentiated in the same pass.
 
-Activations of one micro-batch exist at a time; the price is one more forward pass, a third of the step's FLOPs.
+Only one micro-batch's activations are allocated at a time, at the cost of another forward pass (a third more FLOPs).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from clip_jax.sharding import join_batch, split_batch
+from clip_jax.devices.sharding import join_batch, split_batch
+from clip_jax.models.clip import Batch, Params
+from clip_jax.objectives.objective import Metrics
 
-Metrics = dict[str, Float[Array, ""]]
-Encode = Callable[[Any, Any, Any], tuple[Array, Array, Any]]
-"""(params, batch_stats, batch) -> (image embeddings, text embeddings, new batch_stats)"""
-Loss = Callable[[Any, Array, Array], tuple[Float[Array, ""], Metrics]]
-"""(params, image embeddings, text embeddings) -> (loss, metrics); of the params it uses scale and bias alone"""
-
-
-def whole(encode: Encode, loss: Loss, params: Any, batch_stats: Any, batch: Any) -> tuple[Array, Metrics, Any, Any]:
-    """(loss, metrics, new batch_stats, gradient by the parameters) of a batch, all activations held at one time."""
-
-    def encoded_loss(params):
-        image, text, new_stats = encode(params, batch_stats, batch)
-        value, metrics = loss(params, image, text)
-        return value, (metrics, new_stats)
-
-    (value, (metrics, batch_stats)), gradient = jax.value_and_grad(encoded_loss, has_aux=True)(params)
-    return value, metrics, batch_stats, gradient
+Cached = dict[str, dict[str, Float[Array, "batch ..."]]]
+"""Objective -> the rows that it caches."""
 
 
-def accumulated(
-    encode: Encode,
-    loss: Loss,
-    params: Any,
-    batch_stats: Any,
-    batch: Any,
+class Encoded(NamedTuple):
+    """A batch, or a micro-batch, through both towers and the objectives."""
+
+    cached: Cached
+    local: Float[Array, ""] | None
+    """The weighted sum of the local terms; None where no objective has one."""
+    sums: dict[str, Any]
+    """Objective -> its sums over rows."""
+    batch_stats: Params
+
+
+class Gradient(NamedTuple):
+    """The loss of a batch with its gradient."""
+
+    loss: Float[Array, ""]
+    metrics: Metrics
+    encoded: Encoded
+    gradient: Params
+    """The gradient with respect to the trainable parameters."""
+
+
+Forward = Callable[[Params, Params, Batch], Encoded]
+"""(trainable parameters, batch_stats, batch) -> Encoded"""
+Across = Callable[[Params, Cached], tuple[Float[Array, ""], Metrics]]
+"""(trainable parameters, cached rows of the full batch) -> (loss, metrics); reads no parameters of the towers."""
+
+
+def full_batch(forward: Forward, across: Across, params: Params, batch_stats: Params, batch: Batch) -> Gradient:
+    """Computes the loss and its gradient in one pass, with the activations of the full batch in memory."""
+
+    def loss(params: Params) -> tuple[Array, tuple[Metrics, Encoded]]:
+        encoded = forward(params, batch_stats, batch)
+        value, metrics = across(params, encoded.cached)
+        if encoded.local is not None:
+            value = value + encoded.local
+        return value, (metrics, encoded)
+
+    (value, (metrics, encoded)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return Gradient(value, metrics, encoded, gradient)
+
+
+def micro_batches(
+    forward: Forward,
+    across: Across,
+    params: Params,
+    batch_stats: Params,
+    batch: Batch,
     *,
     parts: int,
     mesh: Mesh,
-    pin: Callable[[Any], Any],
-) -> tuple[Array, Metrics, Any, Any]:
-    """As ``whole``, with the activations of one of ``parts`` micro-batches at a time.
+    constrain: Callable[[Params], Params],
+) -> Gradient:
+    """Like ``full_batch``, with the activations of only one of ``parts`` micro-batches in memory.
 
-    ``encode`` must give a pair the same embeddings in both passes, so what is random in it hangs on the pair. Batch
-    norm sees one micro-batch at a time, and its running statistics move once for each. ``pin`` keeps the sum of
-    gradients sharded as the parameters are.
+    ``forward`` must return the same result for a row in both passes, so its randomness must depend on the row alone.
+    Batch norm normalizes each micro-batch separately and updates its running statistics once per micro-batch.
+    ``constrain`` keeps the accumulated gradient sharded like the parameters.
     """
     micro = jax.tree.map(lambda x: split_batch(x, parts, mesh), batch)
 
-    def embed(_, part):
-        image, text, _ = encode(params, batch_stats, part)
-        return None, (image, text)
+    def embed(_: None, part: Batch) -> tuple[None, Cached]:
+        return None, forward(params, batch_stats, part).cached
 
-    _, embeddings = jax.lax.scan(embed, None, micro)
-    image, text = (join_batch(x, mesh) for x in embeddings)
-    (value, metrics), (gradient, *by_embedding) = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
-        params, image, text
-    )
+    _, cached = jax.lax.scan(embed, None, micro)
+    cached = jax.tree.map(lambda x: join_batch(x, mesh), cached)
+    (value, metrics), (gradient, by_row) = jax.value_and_grad(across, argnums=(0, 1), has_aux=True)(params, cached)
 
-    def replay(carry, part):
+    def pull_back(carry: tuple[Params, Params], part: tuple[Batch, Cached]) -> tuple[tuple[Params, Params], Any]:
         gradient, batch_stats = carry
         part, cotangents = part
 
-        def embed(params):
-            image, text, new_stats = encode(params, batch_stats, part)
-            return (image, text), new_stats
+        def encode(params: Params) -> tuple[tuple[Cached, Array | None], tuple[dict[str, Any], Params]]:
+            encoded = forward(params, batch_stats, part)
+            return (encoded.cached, encoded.local), (encoded.sums, encoded.batch_stats)
 
-        _, pull, batch_stats = jax.vjp(embed, params, has_aux=True)
-        gradient = pin(jax.tree.map(jnp.add, gradient, *pull(cotangents)))
-        return (gradient, batch_stats), None
+        (_, local), pull, (sums, batch_stats) = jax.vjp(encode, params, has_aux=True)
+        one = None if local is None else jnp.ones_like(local)
+        gradient = constrain(jax.tree.map(jnp.add, gradient, *pull((cotangents, one))))
+        return (gradient, batch_stats), (local, sums)
 
-    cotangents = tuple(split_batch(x, parts, mesh) for x in by_embedding)
-    # The loss's own gradient is where the sum starts: by scale and bias it is whole, and counted once.
-    (gradient, batch_stats), _ = jax.lax.scan(replay, (pin(gradient), batch_stats), (micro, cotangents))
-    return value, metrics, batch_stats, gradient
+    cotangents = jax.tree.map(lambda x: split_batch(x, parts, mesh), by_row)
+    # The sum starts from the gradient of the term across the batch: scale and bias get theirs there, once.
+    (gradient, batch_stats), (local, sums) = jax.lax.scan(
+        pull_back, (constrain(gradient), batch_stats), (micro, cotangents)
+    )
+    local, sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), (local, sums))
+    if local is not None:
+        value = value + local
+    return Gradient(value, metrics, Encoded(cached, local, sums, batch_stats), gradient)

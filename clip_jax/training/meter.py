@@ -1,19 +1,46 @@
-"""How fast a run goes: pairs per second since the last log line, without evaluation and checkpoints."""
+"""How fast a run is, and its steps in flight: metrics are read when they are due, never before.
 
+A step is launched while those before it still compute. Reading a metric waits for its step, so metrics stay on the
+devices until no more than ``IN_FLIGHT`` steps are unfinished.
+"""
+
+import collections
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from clip_jax.models import flops
-from clip_jax.training.setup import Run
+import jax
+
+IN_FLIGHT = 2
+"""Steps that may be launched and not finished."""
+
+
+class Pending:
+    """The metrics of steps that are launched; ``settle`` waits for them in order."""
+
+    def __init__(self, heartbeat: Callable[[], None], log: Callable[[int, Mapping[str, jax.Array]], None]):
+        self._steps: collections.deque[tuple[int, Mapping[str, jax.Array]]] = collections.deque()
+        self._heartbeat, self._log = heartbeat, log
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self._steps.append((step, metrics))
+        self.settle(IN_FLIGHT - 1)
+
+    def settle(self, unfinished: int = 0) -> None:
+        """Waits until no more than ``unfinished`` steps are unfinished, and logs the others."""
+        while len(self._steps) > unfinished:
+            step, metrics = self._steps.popleft()
+            jax.block_until_ready(metrics)
+            self._heartbeat()
+            self._log(step, metrics)
 
 
 class Meter:
-    """Speed since the last log line, and what a step's numbers add up to."""
+    """Pairs per second since the last log line, without evaluation and checkpoints."""
 
-    def __init__(self, run: Run, first_step: int):
-        self._batch, self._peak = run.config.batch_size, run.peak_flops
-        self._flops_per_pair = flops.training(run.preset.architecture)
+    def __init__(self, *, batch_size: int, flops: Callable[[int], int], peak_flops: float | None, first_step: int):
+        """``flops(step)``: the training FLOPs of all steps up to one; ``peak_flops``: FLOP/s of all devices."""
+        self._batch, self._flops, self._peak = batch_size, flops, peak_flops
         self._compiling = True
         self._step, self._since, self._waited = first_step, time.perf_counter(), 0.0
 
@@ -33,16 +60,15 @@ class Meter:
 
     def read(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """The log line of a step."""
-        pairs = step * self._batch
         values = {f"train/{name}": value for name, value in metrics.items()}
-        values |= {"train/pairs": pairs, "train/flops": pairs * self._flops_per_pair}
+        values |= {"train/pairs": step * self._batch, "train/flops": self._flops(step)}
         now = time.perf_counter()
         seconds = now - self._since
         if not self._compiling and seconds > 0:  # the first line's time is the compiler's
             speed = (step - self._step) * self._batch / seconds
             values |= {"train/pairs_per_second": speed, "train/data_wait_share": min(1.0, self._waited / seconds)}
             if self._peak is not None:
-                values["train/mfu"] = speed * self._flops_per_pair / self._peak
+                values["train/mfu"] = (self._flops(step) - self._flops(self._step)) / seconds / self._peak
         self._compiling = False
         self._step, self._since, self._waited = step, now, 0.0
         return values

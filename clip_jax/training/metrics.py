@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from clip_jax.storage import atomic
+
 FILE = "metrics.jsonl"
 
 TIMINGS = ("train/pairs_per_second", "train/data_wait_share", "train/mfu")
@@ -32,9 +34,7 @@ def truncate(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(file)
+    atomic.write_text(file, "".join(kept))
 
 
 class Writer:

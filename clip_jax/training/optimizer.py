@@ -15,6 +15,8 @@ KERNELS = (
 )
 EMBEDDINGS = ("token_embedding", "spatial_embedding")
 POSITIONS = ("position_embedding",)
+VECTORS = ("scale", "bias", "class_embedding", "probe", "scale_1", "scale_2", "logit_scale", "logit_bias")
+"""Parameters that never decay, with all whose names end in ``_bias``."""
 
 DECAYED = {
     "kernels": KERNELS,  # big_vision
@@ -35,7 +37,7 @@ def adamw(
     clip_norm: float,
     first_moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """Decoupled AdamW (Loshchilov and Hutter 2019), the gradient clipped by its global norm first where asked."""
+    """Decoupled AdamW (Loshchilov and Hutter 2019); ``clip_norm`` above 0 clips the gradient by its global norm."""
     scale = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.dtype(first_moment_dtype))
     return _chain(scale, rate, weight_decay, decay, clip_norm)
 
@@ -50,7 +52,7 @@ def adafactor(
     clip_norm: float,
     first_moment_dtype: str = "bfloat16",
 ) -> optax.GradientTransformation:
-    """Adafactor as Zhai et al. 2022 (section 3.4) and big_vision have it: factored second moments, no update clipping.
+    """Adafactor of Zhai et al. 2022 (section 3.4) and big_vision: factored second moments, no update clipping.
 
     Second moments decay by min(beta2, 1 - t^-0.8) at step t, from 1, and are factored over the two largest axes of a
     layer's tensor where both have at least 32 entries; the first moment is an average of rate ``beta1`` without bias
@@ -61,10 +63,10 @@ def adafactor(
         return jnp.minimum(beta2, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -exponent)
 
     factored = optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=second_moment_decay)
-    # As a convolution's kernel [patch, patch, 3, width], which it is elsewhere, it has one large axis only.
+    # big_vision stores it as a convolution's kernel [patch, patch, 3, width], which has only one large axis.
     unfactored = optax.scale_by_factored_rms(factored=False, decay_rate_fn=second_moment_decay)
     scale = optax.chain(
-        # A stack of blocks is as many tensors as it has layers: the axis of the layers is never averaged over.
+        # A stack of blocks is one tensor per layer: the axis of the layers is never averaged over.
         optax.partition({"stacked": _each_layer(factored), "single": factored, "patches": unfactored}, _labels),
         optax.ema(beta1, debias=False, accumulator_dtype=jnp.dtype(first_moment_dtype)),
     )
@@ -80,16 +82,25 @@ def _chain(
 
 
 def decay_mask(rule: str) -> Callable[[Any], Any]:
-    """Which parameters decay, by ``DECAYED``'s rules."""
+    """Which parameters decay, by ``DECAYED``'s rules.
+
+    Raises ValueError for a name that no rule knows: a new layer must say whether its parameters decay.
+    """
+
+    def decays(path, _) -> bool:
+        name = _names(path)[-1]
+        if name not in DECAYED["matrices_and_positions"] + VECTORS and not name.endswith("_bias"):
+            raise ValueError(f"{'/'.join(_names(path))}: training/optimizer.py does not say whether {name!r} decays")
+        return name in DECAYED[rule]
 
     def mask(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] in DECAYED[rule], params)
+        return jax.tree_util.tree_map_with_path(decays, params)
 
     return mask
 
 
 def _names(path) -> list[str]:
-    """The names in the dictionaries; a box around an array adds an attribute behind them."""
+    """The names in the dictionaries; a box around an array adds an attribute after them."""
     return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
 
 
@@ -105,7 +116,7 @@ def _labels(params):
 
 
 def _each_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``scale_by_factored_rms`` of every layer of stacked tensors by itself; stacks may differ in their depth."""
+    """``scale_by_factored_rms`` for each layer of stacked tensors separately; stacks may differ in their depth."""
     axes = optax.FactoredState(count=None, v_row=0, v_col=0, v=0)
     init_layers = jax.vmap(inner.init, out_axes=axes)
     update_layers = jax.vmap(inner.update, in_axes=(0, axes, 0), out_axes=(0, axes))

@@ -1,66 +1,68 @@
 """The state of a run: one pytree, created where it belongs and described without computing anything."""
 
+import fnmatch
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int
 
-from clip_jax.models.clip import CLIP
-from clip_jax.sharding import parameter_shardings
+from clip_jax.errors import UserError
+from clip_jax.models.clip import Params
+
+AVERAGE = "average"
+"""The EMA that ``config.ema_decay`` asks for: the one that is evaluated and loaded."""
 
 
-class State(NamedTuple):
-    """Everything a run needs to go on; nothing about hosts or devices is in it."""
+class TrainState(NamedTuple):
+    """Everything a run needs to resume; nothing about hosts or devices is in it."""
 
     step: Int[Array, ""]
     data_step: Int[Array, ""]
     """The position in the data: the next batch. Equals ``step`` until a rollback skips a window."""
-    params: Any
-    batch_stats: Any
+    params: Params
+    batch_stats: Params
     opt_state: Any
-    average: Any = None
-    """The exponential moving average of ``params``, where the run keeps one."""
+    ema: dict[str, Params]
+    """Exponential moving averages of ``params``, by name."""
+    aux: dict[str, Any]
+    """The auxiliary state of objectives that have any, by name."""
 
     @property
-    def evaluated(self) -> Any:
-        """The parameters that a user gets: the average, where there is one."""
-        return self.params if self.average is None else self.average
+    def evaluated(self) -> Params:
+        """The parameters that a user gets: the average, where the run has one."""
+        return self.ema.get(AVERAGE, self.params)
 
 
-def boxed_state(
-    model: CLIP, optimizer: optax.GradientTransformation, rng: Key[Array, ""], *, average: bool = False
-) -> State:
-    """A fresh state whose parameters and moments are boxed with their logical axes."""
-    params = model.init(rng)
-    zero = jnp.zeros((), jnp.int32)
-    # The optimizer sees boxed parameters, so that its moments are boxed, and thus sharded, in the same way.
-    return State(
-        zero, zero, params, model.init_batch_stats(), optimizer.init(params), average=params if average else None
-    )
+def select(tree: Params, frozen: Sequence[str], *, trainable: bool, path: str = "") -> Params:
+    """The part of a tree of nested dictionaries that is trainable, or the part that is frozen.
+
+    ``frozen`` are patterns of paths: ``image/*``.
+    """
+    selected = {}
+    for name, value in tree.items():
+        inside = f"{path}{name}"
+        if isinstance(value, Mapping):
+            value = select(value, frozen, trainable=trainable, path=f"{inside}/")
+            if value:
+                selected[name] = value
+        elif trainable != any(fnmatch.fnmatchcase(inside, pattern) for pattern in frozen):
+            selected[name] = value
+    return selected
 
 
-def abstract_state(model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh, *, average: bool = False) -> State:
-    """The state's shapes with the sharding of every leaf: nothing is computed."""
-    boxed = jax.eval_shape(lambda rng: boxed_state(model, optimizer, rng, average=average), jax.random.key(0))
-    shardings = parameter_shardings(boxed, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.meta.unbox(boxed),
-        shardings,
-    )
+def join(one: Params, other: Params) -> Params:
+    """The tree of which ``select`` made two parts."""
+    joined = dict(one)
+    for name, value in other.items():
+        joined[name] = join(one[name], value) if name in one else value
+    return joined
 
 
-def create_state(
-    model: CLIP, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, *, average: bool = False
-) -> State:
-    """A fresh state, created where it belongs: no device ever holds more than its part."""
-    abstract = abstract_state(model, optimizer, mesh, average=average)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    create = jax.jit(
-        lambda rng: nn.meta.unbox(boxed_state(model, optimizer, rng, average=average)), out_shardings=shardings
-    )
-    return create(jax.random.key(seed))
+def check_frozen(params: Params, frozen: Sequence[str]) -> None:
+    """Raises UserError for a pattern without effect, and where nothing is left to train."""
+    for pattern in frozen:
+        if not select(params, (pattern,), trainable=False):
+            known = ", ".join(f"{name}/*" for name, value in params.items() if isinstance(value, Mapping))
+            raise UserError(f"config.model.frozen: {pattern!r} matches no parameter; for example {known}")
+    if not select(params, frozen, trainable=True):
+        raise UserError(f"config.model.frozen={tuple(frozen)}: nothing is left to train")

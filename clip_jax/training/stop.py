@@ -1,4 +1,4 @@
-"""How a run ends before its last step: asked to by SIGTERM, hung, out of memory or of disk.
+"""How a run ends before its last step: SIGTERM, a hang, no memory or no disk left.
 
 Periodic checkpoints are the guarantee (a machine can vanish without a word); a checkpoint at SIGTERM is the fast path.
 """
@@ -19,12 +19,12 @@ from clip_jax import errors
 
 
 @contextlib.contextmanager
-def sigterm_at() -> Iterator[Callable[[int], bool]]:
-    """Gives ``reached(step)``: whether to stop after this step, for any process has received SIGTERM.
+def sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yields ``should_stop(step)``: whether to stop after this step, because a process has received SIGTERM.
 
-    True at one and the same step on all processes; to be called once a step, by all of them. With several processes
-    JAX's own service passes the notice on in the background and agrees on the step (10 microseconds a call, no
-    communication before a notice); its C++ handler must not be replaced by one of Python's.
+    True at the same step on all processes, each of which must call it once per step. With several processes JAX's own
+    service distributes the notice in the background and agrees on the step (10 microseconds per call, no communication
+    before a notice); its C++ handler must not be replaced by one of Python's.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -42,11 +42,11 @@ def sigterm_at() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-    """Gives ``alive()``; when it was not called for so many seconds (0: for ever), the process ends.
+    """Yields ``heartbeat()``; the process ends when it was not called for ``seconds`` (0: never).
 
-    A lost host or a dead file system leaves the others in a collective or a read that never returns: nothing but
-    another thread can say so. It writes the stacks of all threads and one line to stderr, and exits with
-    ``EXIT_WATCHDOG`` without any cleaning up, which would hang as well.
+    A lost host or a dead file system leaves other processes in a collective or a read that never returns, and only
+    another thread can notice. It writes the stacks of all threads and one line to stderr, and exits with
+    ``EXIT_WATCHDOG`` without any cleanup, which would hang as well.
     """
     if not seconds:
         yield lambda: None
@@ -60,7 +60,7 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
             print(
                 f"main.py: no step finished in {seconds:g} s: the stacks of all threads are above; a host or a disk "
-                "may be gone, the same command goes on from the last checkpoint (or raise config.log.watchdog_seconds)",
+                "may be gone; the same command resumes from the last checkpoint (or raise config.log.watchdog_seconds)",
                 file=sys.__stderr__,
                 flush=True,
             )
@@ -69,19 +69,19 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()
 
-    def alive() -> None:
+    def heartbeat() -> None:
         last[0] = time.monotonic()
 
     try:
-        yield alive
+        yield heartbeat
     finally:
         over.set()
         thread.join()
 
 
 @contextlib.contextmanager
-def told_in_one_line(workdir: object) -> Iterator[None]:
-    """Turns a lack of memory or of disk, a page long as libraries tell it, into an error of one line."""
+def concise_resource_errors(workdir: object) -> Iterator[None]:
+    """Turns a lack of memory or disk, which libraries report in a page of text, into an error of one line."""
     try:
         yield
     except MemoryError as error:
@@ -93,7 +93,7 @@ def told_in_one_line(workdir: object) -> Iterator[None]:
         if "No space left on device" in text or "Disk quota exceeded" in text:  # TensorStore has it in its message only
             raise errors.UserError(
                 f"no space is left for {workdir}: free some (config.checkpoint.keep_last keeps fewer checkpoints); "
-                "the same command goes on from the last complete one"
+                "the same command resumes from the last complete one"
             ) from error
         if not (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text):
             raise

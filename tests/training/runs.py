@@ -12,7 +12,7 @@ from tests.data.shards import write_shards
 ROOT = Path(__file__).resolve().parents[2]
 
 RECIPE = '''"""A test."""
-from clip_jax.config import defaults
+from clip_jax.config import defaults, evaluation
 
 
 def get_config():
@@ -20,8 +20,7 @@ def get_config():
     config.steps = 12
     config.batch_size = 16
     config.data.train = "{train}"
-    config.eval.heldout = "{heldout}"
-    config.eval.every_steps = 5
+    config.eval.held_out = evaluation(source="{held_out}", every_steps=5)
     config.checkpoint.every_steps = 3
     config.log.every_steps = 1
     config.log.samples = True
@@ -38,9 +37,9 @@ def get_config():
 
 def write_recipe(folder: Path) -> Path:
     """Shards of 50 training and 13 held-out pairs, and a recipe over them."""
-    train, heldout = write_shards(folder / "train", 50), write_shards(folder / "heldout", 13, shards=1)
+    train, held_out = write_shards(folder / "train", 50), write_shards(folder / "held_out", 13, shards=1)
     path = folder / "recipe.py"
-    path.write_text(RECIPE.format(train=train, heldout=heldout))
+    path.write_text(RECIPE.format(train=train, held_out=held_out))
     return path
 
 
@@ -49,8 +48,8 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    """As users have it; the same programs are compiled again and again, so they are kept beside the test's data."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+    """That of the tests; the same programs are compiled again and again, so they are kept beside the test's data."""
+    return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

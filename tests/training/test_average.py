@@ -9,10 +9,10 @@ import pytest
 import clip_jax
 from clip_jax import commands
 from clip_jax import config as configs
-from clip_jax.checkpoint import Checkpoints
-from clip_jax.planning.parts import make_parts
-from clip_jax.sharding import make_mesh
+from clip_jax.devices.sharding import make_mesh
+from clip_jax.storage.checkpoints import Checkpoints
 from clip_jax.training import loop
+from clip_jax.training.setup import make_learner
 from tests.training import runs
 
 AVERAGED = {
@@ -28,9 +28,9 @@ AVERAGED = {
 
 def state_of(recipe, workdir):
     """The state in a run's last checkpoint."""
-    parts = make_parts(configs.load(recipe, AVERAGED), make_mesh())
+    learner = make_learner(configs.load(recipe, AVERAGED), make_mesh(), steps=6, examples=50)
     checkpoints = Checkpoints(workdir, keep_last=2, keep_every=None)
-    state = checkpoints.restore(6, parts.state)
+    state = checkpoints.restore(6, learner.abstract_state())
     checkpoints.close()
     return state
 
@@ -44,8 +44,8 @@ def test_the_average_is_evaluated_kept_loaded_and_exported(tmp_path):
     recipe, workdir = str(runs.write_recipe(tmp_path)), tmp_path / "run"
     assert loop.run(workdir=str(workdir), recipe=recipe, overrides=AVERAGED) == 0
     state, model = state_of(recipe, workdir), clip_jax.load(workdir)
-    assert_equal(model.params, state.average)
-    patches = [tree["image"]["patch_embedding"] for tree in (state.average, state.params)]
+    assert_equal(model.params, state.evaluated)
+    patches = [tree["image"]["patch_embedding"] for tree in (state.evaluated, state.params)]
     assert max(np.abs(a - p).max() for a, p in zip(*map(jax.tree.leaves, patches), strict=True)) > 1e-3
 
     # Interrupted after its third step and gone on with, it is the same run.
@@ -59,9 +59,9 @@ def test_the_average_is_evaluated_kept_loaded_and_exported(tmp_path):
     # What is exported is the average, and it has the held-out loss that the run was given.
     exported = tmp_path / "exported"
     assert commands.main(["export", f"--model={workdir}", "--format=openclip", f"--to={exported}"]) == 0
-    assert_equal(clip_jax.load(exported).params, state.average)
+    assert_equal(clip_jax.load(exported).params, state.evaluated)
     still = {"model.init_from": str(exported), "model.init_from_allow": "('tokenizer',)"}  # OpenCLIP names no such one
     still |= {"steps": "1", "optimizer.learning_rate": "0", "ema_decay": "0"}
     assert loop.run(workdir=str(tmp_path / "still"), recipe=recipe, overrides=AVERAGED | still) == 0
-    losses = [runs.metrics(folder)[-1]["eval/heldout/loss"] for folder in (tmp_path / "still", workdir)]
+    losses = [runs.metrics(folder)[-1]["eval/held_out/loss"] for folder in (tmp_path / "still", workdir)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -50,11 +50,11 @@ def test_a_run_starts_from_transformers_weights_and_reports_every_tensor(start, 
     positions, projections = ({f"{t}/{n}" for t in ("image", "text")} for n in ("position_embedding", "projection"))
     said = next(line for line in done.stdout.splitlines() if "tensors loaded" in line)
     assert all(f"resized {name}" in said for name in positions)
-    assert all(f"initialised {name}" in said for name in projections)
+    assert all(f"initialized {name}" in said for name in projections)
     report = dict(reversed(line.split()) for line in (workdir / "init_from.txt").read_text().splitlines()[1:])
     assert {name for name, kind in report.items() if kind == "resized"} == positions
-    assert {name for name, kind in report.items() if kind == "initialised"} == projections
-    assert len(report) == len(jax.tree.leaves(loaded)) and set(report.values()) == {"loaded", "resized", "initialised"}
+    assert {name for name, kind in report.items() if kind == "initialized"} == projections
+    assert len(report) == len(jax.tree.leaves(loaded)) and set(report.values()) == {"loaded", "resized", "initialized"}
 
     model = clip_jax.load(workdir)  # the learning rate was 0
     for tower in ("image", "text"):

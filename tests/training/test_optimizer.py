@@ -58,6 +58,11 @@ def test_what_decays_has_two_dimensions_without_the_stacking_axis():
     assert decayed("matrices_and_positions") == MATRICES | {"image.position_embedding", "text.position_embedding"}
 
 
+def test_a_parameter_that_no_rule_knows_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"image/decoder/weights: .* does not say whether 'weights' decays"):
+        decay_mask("kernels")({"image": {"decoder": {"weights": jnp.ones((2, 2))}}})
+
+
 def test_warmup_is_linear_and_starts_above_zero_cosine_ends_at_zero():
     rate = schedule("cosine", 1e-3, warmup=10, steps=110)
     assert float(rate(0)) == pytest.approx(1e-4)
@@ -103,8 +108,8 @@ def reference_adafactor(gradients, factored, *, rate, beta1, beta2):
 def test_adafactor_is_that_of_the_papers_and_factors_each_layer_by_itself():
     """Large matrices are factored, vectors are not, nor is a stack of 40 vectors, nor the kernel of the patches."""
     rng = np.random.default_rng(0)
-    shapes = {"matrix": (48, 40), "vector": (64,), "patch_embedding": (48, 40)}
-    stacked = {"matrix": (2, 48, 40), "vector": (40, 64)}
+    shapes = {"kernel": (48, 40), "bias": (64,), "patch_embedding": (48, 40)}
+    stacked = {"kernel": (2, 48, 40), "bias": (40, 64)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     params["blocks"] = {name: jnp.zeros(shape) for name, shape in stacked.items()}
     steps = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params) for _ in range(5)]
@@ -122,10 +127,10 @@ def test_adafactor_is_that_of_the_papers_and_factors_each_layer_by_itself():
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
 
     for name in shapes:
-        check(found[name], [g[name] for g in steps], factored=name == "matrix")
+        check(found[name], [g[name] for g in steps], factored=name == "kernel")
     for layer in (0, 1):
-        check(found["blocks"]["matrix"][layer], [g["blocks"]["matrix"][layer] for g in steps], factored=True)
-    check(found["blocks"]["vector"], [g["blocks"]["vector"] for g in steps], factored=False)
+        check(found["blocks"]["kernel"][layer], [g["blocks"]["kernel"][layer] for g in steps], factored=True)
+    check(found["blocks"]["bias"], [g["blocks"]["bias"] for g in steps], factored=False)
 
 
 def test_first_moments_are_kept_in_bfloat16_where_asked():

@@ -28,7 +28,7 @@ def test_metrics_have_a_line_a_step_and_one_an_evaluation(small_run):
     lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in train] == list(range(1, 13))
-    assert [line["step"] for line in lines if "eval/heldout/loss" in line] == [5, 10, 12]
+    assert [line["step"] for line in lines if "eval/held_out/loss" in line] == [5, 10, 12]
     assert train[-1]["train/pairs"] == 12 * 16
     wanted = {
         "loss",
@@ -43,7 +43,9 @@ def test_metrics_have_a_line_a_step_and_one_an_evaluation(small_run):
     }
     assert wanted | {"pairs_per_second", "data_wait_share"} <= {name.removeprefix("train/") for name in train[-1]}
     last = lines[-1]
-    assert last["eval/heldout/images"] == 13 and 0 <= last["eval/heldout/i2t_R@1"] <= last["eval/heldout/i2t_R@10"] <= 1
+    assert (
+        last["eval/held_out/images"] == 13 and 0 <= last["eval/held_out/i2t_R@1"] <= last["eval/held_out/i2t_R@10"] <= 1
+    )
 
 
 def test_the_first_loss_is_about_the_logarithm_of_the_batch(small_run):
@@ -62,7 +64,10 @@ def test_the_first_loss_is_about_the_logarithm_of_the_batch(small_run):
         ({"mesh.fsdp": "3"}, "does not divide over 8 devices"),
         ({"data.train": "tar:nowhere"}, "nowhere: no such shard"),
         ({"data.train": "tfds:coco_captions", "data.tfds_dir": "nowhere"}, "coco_captions is not in nowhere"),
-        ({"eval.zero_shot": "shapes:train"}, "its samples have no labels to classify"),
+        (
+            {"eval.pets.source": "shapes:train", "eval.pets.protocol": "zero_shot"},
+            "its examples have no labels to classify",
+        ),
         ({"model.text.vocab_size": "40"}, "vocab_size=40 is too small"),
         ({"tokenizer.kind": "clip", "tokenizer.vocab": "nowhere.gz"}, "nowhere.gz: no such file"),
     ],
@@ -130,6 +135,13 @@ def test_a_loss_that_is_not_finite_ends_with_code_43_and_no_checkpoint(tmp_path,
     assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) == []
 
 
+def test_a_state_that_is_not_finite_is_found_before_an_evaluation(tmp_path, capsys):
+    overrides = {"optimizer.learning_rate": "1e30", "log.every_steps": "1000", "eval.held_out.every_steps": "3"}
+    recipe = str(runs.write_recipe(tmp_path))
+    assert loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides=overrides) == 43
+    assert "is not finite" in capsys.readouterr().out
+
+
 def test_metrics_are_cut_to_the_restored_step_and_half_a_line_is_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     writer = Writer(tmp_path, enabled=True, tensorboard=False, first_step=0)
@@ -149,7 +161,7 @@ def test_a_value_that_is_not_finite_is_null_in_valid_json(tmp_path):
 
 
 def test_a_run_with_the_sigmoid_loss_has_a_bias_and_evaluates_with_it(tmp_path):
-    overrides = {"loss.name": "sigmoid", "steps": "4", "model.patch_dropout": "0.5"}
+    overrides = {"objectives.contrastive.loss": "sigmoid", "steps": "4", "model.patch_dropout": "0.5"}
     recipe = str(runs.write_recipe(tmp_path))
     assert loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides=overrides) == 0
     lines = runs.metrics(tmp_path / "run")
@@ -157,7 +169,7 @@ def test_a_run_with_the_sigmoid_loss_has_a_bias_and_evaluates_with_it(tmp_path):
     assert lines[0]["train/logit_bias"] == pytest.approx(-10, rel=1e-5)
     # At the start every pair costs about 10 - 10 cos and all else next to nothing.
     assert lines[0]["train/loss"] == pytest.approx(10, abs=6)
-    assert "eval/heldout/loss" in lines[-1]
+    assert "eval/held_out/loss" in lines[-1]
 
 
 def test_a_run_may_start_from_another_runs_weights(small_run, tmp_path, capsys):
@@ -166,7 +178,7 @@ def test_a_run_may_start_from_another_runs_weights(small_run, tmp_path, capsys):
     start = {"model.init_from": str(small_run), "steps": "1", "optimizer.warmup_steps": "0"}
     assert loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides=start) == 0
     printed = capsys.readouterr().out
-    assert "tensors loaded" in printed and "none of ours on cpu" in printed
+    assert "tensors loaded" in printed and "no preset for cpu" in printed
     trained = runs.metrics(small_run)[-2]
     first = runs.metrics(tmp_path / "run")[0]
     assert first["train/logit_scale"] == pytest.approx(trained["train/logit_scale"], rel=1e-3)
@@ -188,7 +200,7 @@ def test_a_run_that_starts_from_another_takes_its_vocabulary_or_is_refused(small
         (folder / f"{i}.txt").write_text(f"something else, {i} of them")
     recipe, workdir = str(small_run.parent / "recipe.py"), tmp_path / "run"
     start = {"model.init_from": str(small_run), "steps": "1", "optimizer.warmup_steps": "0"}
-    start |= {"data.train": f"folder:{folder}", "eval.heldout": f"folder:{folder}"}
+    start |= {"data.train": f"folder:{folder}", "eval.held_out.source": f"folder:{folder}"}
     with pytest.raises(UserError, match=r"tokenizer \(another vocabulary; --config\.tokenizer\.vocab=") as refused:
         loop.run(workdir=str(tmp_path / "refused"), recipe=recipe, overrides=start)
     vocabulary = re.search(r"--config\.tokenizer\.vocab=(.*sentencepiece\.model)", str(refused.value))[1]

@@ -1,0 +1,75 @@
+"""The state that a run starts from: its newest checkpoint, or a fresh one, with other weights where asked."""
+
+from pathlib import Path
+
+import jax
+
+from clip_jax import presets
+from clip_jax.data.tokenizers import files
+from clip_jax.interop.merge import Report, differences, merge
+from clip_jax.model import Model, load
+from clip_jax.storage.atomic import write_text
+from clip_jax.storage.checkpoints import Checkpoints
+from clip_jax.training.phases import convert
+from clip_jax.training.run import Phase, Run
+from clip_jax.training.state import TrainState
+
+INIT_FROM_FILE = "init_from.txt"
+
+
+def initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+    """The state to continue from and its step, in the phase that trained this step."""
+    step = checkpoints.latest()
+    if step is not None:
+        return checkpoints.restore(step, run.phases[run.phase_of(step)].learner.abstract_state()), step
+    state = run.phases[0].learner.create_state()
+    return (with_weights(run, state) if run.config.model.init_from else state), 0
+
+
+def enter(run: Run, phase: Phase, state: TrainState, step: int) -> TrainState:
+    """The state of a step as the phase continues it; converted where another phase trained it."""
+    before = run.phases[run.phase_of(step)]
+    return state if before is phase else convert(state, before.learner, phase.learner, step)
+
+
+def with_weights(run: Run, state: TrainState) -> TrainState:
+    """A fresh state with the weights that ``config.model.init_from`` names.
+
+    A line says what they lacked; ``init_from.txt`` has a line for every tensor. Raises UserError.
+    """
+    source, preset = run.config.model.init_from, run.phases[0].preset
+    names_no_model = Path(source).is_file()
+    loaded = load(run.config.model.name, weights=source) if names_no_model else load(source)
+    differing = {} if names_no_model else differences(preset, loaded.preset)
+    differing |= _vocabulary(run, preset, loaded)
+    objectives = {name: tree for name, tree in state.params.items() if name == "objectives"}
+    model = {name: tree for name, tree in state.params.items() if name != "objectives"}
+    merged, report = merge(model, loaded.params, run.config.model.init_from_allow, differing)
+    if jax.process_index() == 0:
+        _describe(run, source, report)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.batch_stats))
+    params = jax.device_put(merged | objectives, shardings[0])
+    return state._replace(
+        params=params,
+        batch_stats=jax.device_put(loaded.batch_stats or state.batch_stats, shardings[1]),
+        # Copies: the step donates the state, and a donated buffer has one owner.
+        ema={name: jax.device_put(merged | objectives, shardings[0], may_alias=False) for name in state.ema},
+    )
+
+
+def _vocabulary(run: Run, preset: presets.Preset, loaded: Model) -> dict[str, str]:
+    """Two SentencePiece vocabularies learned from different captions give the same ids to other words."""
+    if not preset.tokenizer == loaded.preset.tokenizer == "sentencepiece":
+        return {}
+    ours, theirs = (
+        tokenizer.codec.processor.serialized_model_proto() for tokenizer in (run.tokenizer, loaded.tokenizer)
+    )
+    if ours == theirs:
+        return {}
+    file = f"{run.config.model.init_from}/tokenizer/{files.native_name('sentencepiece')}"
+    return {"tokenizer": f"another vocabulary; --config.tokenizer.vocab={file} takes that of the weights"}
+
+
+def _describe(run: Run, source: str, report: Report) -> None:
+    print(f"{source}: " + "; ".join(report.lines()))
+    write_text(run.workdir / INIT_FROM_FILE, "\n".join([source, *report.every()]) + "\n")

@@ -1,0 +1,102 @@
+"""The logs of a training run: metrics, progress, the examples of each step, and unusable examples."""
+
+import math
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+import jax
+import numpy as np
+
+from clip_jax.errors import NonFiniteError
+from clip_jax.reports import terminal
+from clip_jax.training import metrics as metric_files
+from clip_jax.training.meter import Meter, Pending
+from clip_jax.training.run import Run
+
+
+class Recorder:
+    """The logs of one process; metrics and progress are the first process's.
+
+    ``with Recorder(...) as recorder`` truncates what an interrupted run logged after ``first_step``, and closes all
+    files at the end.
+    """
+
+    def __init__(self, run: Run, first_step: int, heartbeat: Callable[[], None]):
+        first_process = jax.process_index() == 0
+        if first_process:
+            metric_files.truncate(run.workdir / metric_files.FILE, first_step)
+        self._run, self._reported = run, 0
+        self._log = metric_files.Writer(
+            run.workdir, enabled=first_process, tensorboard=run.config.log.tensorboard, first_step=first_step
+        )
+        self._samples = metric_files.Samples(run.workdir, enabled=run.config.log.samples)
+        self.progress = terminal.Progress(run.steps, first_step, enabled=first_process)
+        self.meter = Meter(
+            batch_size=run.config.batch_size,
+            flops=run.flops,
+            peak_flops=run.peak_flops,
+            first_step=first_step,
+        )
+        self.pending = Pending(heartbeat, self._write_step)
+
+    def __enter__(self) -> Self:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.report_bad_samples()
+        self.progress.__exit__(kind, error, trace)
+        self._log.close()
+        self._samples.close()
+
+    def examples(self, step: int, rows: np.ndarray, index: np.ndarray) -> None:
+        """The examples of a step that is about to be launched."""
+        self._samples.write(step, rows, index)
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """A step was launched; its metrics are logged when it is finished and due."""
+        self.pending.add(step, metrics)
+
+    def write(self, step: int, values: Mapping[str, float], line: str) -> None:
+        """An evaluation's metrics, and their line for the user."""
+        self._log.write(step, values)
+        self.progress.line(line)
+
+    def sync(self) -> None:
+        """Waits for all launched steps and flushes their log lines to disk; called before a checkpoint is saved."""
+        self.pending.settle()
+        self._log.sync()
+
+    def _write_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        due = step == 1 or step % self._run.config.log.every_steps == 0 or step == self._run.steps
+        if not due:
+            return
+        values = self.meter.read(step, {name: float(value) for name, value in metrics.items()})
+        self._log.write(step, values)
+        speed = values.get("train/pairs_per_second", math.nan)
+        self.progress.update(step, loss=values["train/loss"], pairs_per_second=speed)
+        self.report_bad_samples()
+        self.check_finite(step, metrics)
+
+    def check_finite(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Raises NonFiniteError if the loss, gradient or update is not finite, so that no such state is saved."""
+        if not all(np.isfinite(float(metrics[name])) for name in ("loss", "grad_norm", "update_norm")):
+            raise NonFiniteError(
+                f"step {step}: the loss or its gradient is not finite; {self._run.folder} keeps the last good "
+                "checkpoint: lower optimizer.learning_rate or set optimizer.clip_norm=1.0"
+            )
+
+    def report_bad_samples(self) -> None:
+        """Prints the number of bad examples if it increased, and lists them in ``bad_samples.txt``."""
+        faults = self._run.faults
+        if faults.reasons.total() == self._reported:
+            return
+        self._reported = faults.reasons.total()
+        self.progress.line(f"replaced {self._reported} bad samples so far ({faults.summary()}); see bad_samples.txt")
+        number = jax.process_index()
+        name = "bad_samples.txt" if number == 0 else f"bad_samples.{number}.txt"
+        (self._run.workdir / name).write_text("\n".join(faults.examples) + "\n", encoding="utf-8")

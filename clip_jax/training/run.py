@@ -1,0 +1,242 @@
+"""Builds a run from its config: opens the data, prepares the tokenizer, makes the learners and checks them."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from clip_jax import __version__, presets
+from clip_jax import config as configs
+from clip_jax.data.order import Order, fold
+from clip_jax.data.sources import open_source
+from clip_jax.data.sources.sample import Source
+from clip_jax.data.stream import Faults, TrainingBatches
+from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.devices import hardware
+from clip_jax.devices.sharding import make_mesh
+from clip_jax.errors import UserError
+from clip_jax.evaluation import protocols
+from clip_jax.evaluation.embed import make_embedder
+from clip_jax.evaluation.protocols import Evaluation
+from clip_jax.models import flops
+from clip_jax.models.clip import parameter_counts
+from clip_jax.objectives.contrastive import make_held_out_loss
+from clip_jax.presets import Preset
+from clip_jax.storage.run_folder import Folder
+from clip_jax.training.learner import Learner
+from clip_jax.training.setup import check_attention, check_batch, make_learner
+from clip_jax.training.tokenizer import prepare_tokenizer
+
+VERSIONS = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "pillow",
+    "sentencepiece",
+    "tokenizers",
+)
+
+
+class Phase(NamedTuple):
+    """An interval of steps that share one compiled training step; most runs have a single phase."""
+
+    start: int
+    stop: int
+    """Its steps are start + 1 to stop."""
+    preset: Preset
+    learner: Learner
+    batches: TrainingBatches
+    evaluations: tuple[Evaluation, ...]
+
+
+class Run(NamedTuple):
+    """All parts of a run."""
+
+    folder: Folder
+    config: ConfigDict
+    steps: int
+    mesh: Mesh
+    train: Source
+    tokenizer: Tokenizer
+    faults: Faults
+    phases: tuple[Phase, ...]
+    checkpoint_every: int | None
+
+    @property
+    def workdir(self) -> Path:
+        """The folder of this machine that has the run's files."""
+        return self.folder.path
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        return parameter_counts(self.phases[-1].learner.abstract_state().params)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of all devices together, where the chip is known."""
+        peak = hardware.peak_flops(jax.devices()[0].device_kind)
+        return None if peak is None else peak * jax.device_count()
+
+    def flops(self, step: int) -> int:
+        """The training FLOPs of all steps up to this one."""
+        return self.config.batch_size * sum(
+            (min(step, phase.stop) - phase.start) * flops.training(phase.preset.architecture)
+            for phase in self.phases
+            if phase.start < step
+        )
+
+    def phase_of(self, step: int) -> int:
+        """The phase that a checkpoint of a step belongs to: the one that trained that step."""
+        return max((i for i, phase in enumerate(self.phases) if phase.start < step), default=0)
+
+    def phases_after(self, step: int) -> tuple[Phase, ...]:
+        """The phases with steps left after ``step``."""
+        return tuple(phase for phase in self.phases if phase.stop > step)
+
+
+def make_run(folder: Folder, config: ConfigDict) -> Run:
+    """Opens the data, prepares the tokenizer in the run folder, and puts the rest together. Raises UserError."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
+    check_batch(config, mesh)
+    check_attention(config, jax.default_backend())
+    phase_configs = configs.phases(config)
+    image_size = max(configs.resolve_preset(phase.config).architecture.image.image_size for phase in phase_configs)
+    # All sources are opened before anything heavy: a mistyped one is reported at once.
+    opened = {name: open_evaluation(config, name, image_size) for name in config.eval if config.eval[name].source}
+    train = open_training(config, image_size)
+    examples = len(train)
+    steps = configs.duration(config, "", examples)
+    configs.check_lengths(config, steps, examples)
+
+    tokenizer = prepare_tokenizer(folder.path, config, train)
+    faults = Faults(config.data.max_bad_share)
+    order = Order(
+        examples, config.batch_size, fold(config.seed, 1), config.data.shuffle_block, config.data.shuffle_window
+    )
+    stops = [*(phase.start for phase in phase_configs[1:]), steps]
+    if any(phase.start >= steps for phase in phase_configs):
+        raise UserError(f"config.phases: a phase starts at step {phase_configs[-1].start} of a run of {steps}")
+    phases = []
+    for (start, phase_config), stop in zip(phase_configs, stops, strict=True):
+        preset = resolve_preset(phase_config, tokenizer)
+        learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=tokenizer)
+        batches = TrainingBatches(train, order, learner.views, faults)
+        evaluations = make_evaluations(phase_config, learner, preset, tokenizer, opened, examples)
+        phases.append(Phase(start, stop, preset, learner, batches, evaluations))
+    return Run(
+        folder=folder,
+        config=config,
+        steps=steps,
+        mesh=mesh,
+        train=train,
+        tokenizer=tokenizer,
+        faults=faults,
+        phases=tuple(phases),
+        checkpoint_every=configs.duration(config, "checkpoint.every_", examples),
+    )
+
+
+def resolve_preset(config: ConfigDict, tokenizer: Tokenizer) -> Preset:
+    """The config's model with the tokenizer's vocabulary. Raises UserError for a vocabulary that is too small."""
+    preset = configs.resolve_preset(config, tokenizer.vocab_size)
+    if preset.architecture.text.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"config.model.text.vocab_size={preset.architecture.text.vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens; leave it at -1"
+        )
+    return preset
+
+
+def open_training(config: ConfigDict, image_size: int) -> Source:
+    return _open(config, config.data.train, config.data.caption, image_size)
+
+
+def open_evaluation(config: ConfigDict, name: str, image_size: int) -> Source:
+    """The source of a named evaluation, with a caption setting of its own."""
+    evaluation = config.eval[name]
+    return _open(config, evaluation.source, evaluation.caption or config.data.caption, image_size)
+
+
+def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Source:
+    opened = open_source(
+        where,
+        image_size=image_size,
+        caption=caption,
+        truncated=config.data.truncated,
+        tfds_dir=config.data.tfds_dir,
+    )
+    if not len(opened):
+        raise UserError(f"{where}: no examples")
+    return opened
+
+
+def make_evaluations(
+    config: ConfigDict,
+    learner: Learner,
+    preset: Preset,
+    tokenizer: Tokenizer,
+    opened: dict[str, Source],
+    examples: int,
+) -> tuple[Evaluation, ...]:
+    """The evaluations of a phase; those with the same batch size share their compiled encoders."""
+    embedders, made = {}, []
+    contrastive = config.objectives.contrastive
+    loss = make_held_out_loss(contrastive.loss, learner.mesh) if contrastive.weight > 0 else None
+    for name, source in opened.items():
+        settings = config.eval[name]
+        batch_size = config.batch_size if settings.batch_size == configs.AUTO else settings.batch_size
+        if batch_size not in embedders:
+            embedders[batch_size] = make_embedder(
+                learner.model, preset.preprocess, tokenizer, learner.mesh, batch_size, config.data.workers
+            )
+        evaluation = Evaluation(
+            name=name,
+            protocol=settings.protocol,
+            source=source,
+            templates=tuple(settings.templates),
+            every=configs.duration(config, f"eval.{name}.every_", examples),
+            embedder=embedders[batch_size],
+            loss=loss,
+        )
+        protocols.check(evaluation)
+        made.append(evaluation)
+    return tuple(made)
+
+
+def description(run: Run) -> dict[str, Any]:
+    """The content of ``run.json``. ``model`` is the last phase's, which is what a finished run loads as."""
+    first, last = run.phases[0], run.phases[-1]
+    values = {
+        "clip_jax_version": __version__,
+        "config": configs.to_json(run.config),
+        "steps": run.steps,
+        "model": {"name": run.config.model.name, "parameters": run.parameters, **presets.to_json(last.preset)},
+        "tokenizer": {"kind": last.preset.tokenizer, "fingerprint": run.tokenizer.fingerprint},
+        "data": {"train": {"name": run.train.name, "samples": len(run.train), "fingerprint": run.train.fingerprint}},
+        "flops_per_pair": flops.training(first.preset.architecture),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in VERSIONS},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} on {jax.process_count()} process(es)",
+    }
+    if len(run.phases) > 1:
+        values["phases"] = [{"start": phase.start, **presets.to_json(phase.preset)} for phase in run.phases]
+    constants = constants_of(run)
+    return values | ({"constants": constants} if constants else {})
+
+
+def constants_of(run: Run) -> dict[str, str]:
+    """The fingerprint of each objective's constants, over all phases."""
+    return {
+        name: objective.constants_fingerprint
+        for phase in run.phases
+        for name, objective in phase.learner.objectives.items()
+        if objective.constants_fingerprint
+    }

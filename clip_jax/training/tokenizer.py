@@ -1,0 +1,66 @@
+"""The tokenizer of a run: trained or fetched once, stored in the run folder, the same on every process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from clip_jax import config as configs
+from clip_jax.data import tokenizers
+from clip_jax.data.sources.sample import BadSampleError, Source
+from clip_jax.data.stream import read
+from clip_jax.data.tokenizers import Tokenizer, stored
+
+
+def prepare_tokenizer(workdir: Path, config: ConfigDict, source: Source) -> Tokenizer:
+    """The run's tokenizer, from its folder. Where there is none yet, process 0 makes it for all processes."""
+    preset = configs.resolve_preset(config)
+    kind, length = preset.tokenizer, preset.architecture.text.context_length
+    file = stored.tokenizer_file(workdir, kind)
+    if jax.process_index() == 0 and file is None:
+        made = _make_tokenizer(workdir, kind, config, source, preset.architecture.text.vocab_size)
+        stored.write_tokenizer(workdir, kind, made)
+    if jax.process_count() > 1:
+        file = stored.tokenizer_file(workdir, kind)
+        made = _broadcast(file.read_bytes() if file is not None else b"")
+        if stored.tokenizer_file(workdir, kind) is None:  # no disk is shared
+            stored.write_tokenizer(workdir, kind, made)
+    return stored.open_tokenizer(workdir, kind, length)
+
+
+def _make_tokenizer(workdir: Path, kind: str, config: ConfigDict, source: Source, vocab_size: int) -> bytes:
+    """The content of the file: trained on the run's captions, or published (from a path, the cache or the hub)."""
+    if kind == "sentencepiece" and not config.tokenizer.vocab:
+        file = workdir / "tokenizer" / "training.model"
+        tokenizers.train_sentencepiece(_captions(source, config.tokenizer.train_captions), vocab_size, file)
+        made = file.read_bytes()
+        file.unlink()
+        return made
+    if kind == "clip":
+        merges = tokenizers.clip(config.tokenizer.vocab or None).codec.merges
+        lines = ["#version: CLIP", *(" ".join(pair) for pair in merges)]
+        return ("\n".join(lines) + "\n").encode()
+    file = Path(config.tokenizer.vocab) if config.tokenizer.vocab else tokenizers.hub.download(kind, vocab_size)
+    tokenizers.KINDS[kind](file, 64)  # raises UserError where it is not a vocabulary of this kind
+    return file.read_bytes()
+
+
+def _captions(source: Source, examples: int) -> Iterator[str]:
+    """The captions of the first examples, without those of bad ones."""
+    for index in range(min(examples, len(source))):
+        try:
+            yield from read(source, index).captions
+        except BadSampleError:
+            continue
+
+
+def _broadcast(data: bytes) -> bytes:
+    """Process 0's bytes on every process."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(data))))
+    padded = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        padded[:] = np.frombuffer(data, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
