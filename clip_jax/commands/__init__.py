@@ -1,4 +1,4 @@
-"""``clip-jax COMMAND``: one file a command, each with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``."""
+"""``clip-jax COMMAND``: one file per command, with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ COMMANDS = {"classify": classify, "import": import_, "export": export, "plan": p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; a user's mistake is one line and exit code 2."""
+    """Runs one command and returns its exit code; a UserError prints one line and returns 2."""
     parser = argparse.ArgumentParser(prog="clip-jax", description="Plan runs; use, convert and export CLIP models.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -32,6 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"clip-jax {arguments.command}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except BrokenPipeError:  # ``| head`` has read enough; nothing is left to be written when Python ends
+    except BrokenPipeError:  # ``| head`` closed the pipe; do not let Python flush to it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from clip_jax.errors import UserError
 
-HELP = "Write a model as OpenCLIP, Transformers or big_vision load it."
+HELP = "Write a model in the format of OpenCLIP, Transformers or big_vision."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a run's folder, a folder of weights, or hf://org/name")
+    parser.add_argument("--model", required=True, help="a run folder, a folder of weights, or hf://org/name")
     parser.add_argument("--format", required=True, choices=("openclip", "huggingface", "bigvision"))
     parser.add_argument("--to", required=True, help="a new folder")
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from clip_jax.interop import folders
     from clip_jax.interop.export import export
-    from clip_jax.model import load  # JAX takes a second to import: not before the arguments are right
+    from clip_jax.model import load  # after parsing: JAX takes a second to import
 
     model, source = load(arguments.model), folders.local(arguments.model)
     try:

@@ -1,15 +1,15 @@
-"""``clip-jax import ViT-B-32.pt --to=DIR``: torch's files become safetensors, without torch."""
+"""``clip-jax import ViT-B-32.pt --to=DIR``: converts PyTorch files to safetensors, without PyTorch."""
 
 import argparse
 from pathlib import Path
 
-HELP = "Turn a .pt, .bin or TorchScript file into safetensors; only tensors are read from it, and none of it is run."
+HELP = "Convert a .pt, .bin or TorchScript file to safetensors, reading only tensors and executing none of its code."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a file, a folder of OpenCLIP or Transformers that has a .bin, or hf://org/name")
+    parser.add_argument("source", help="a file, an OpenCLIP or Transformers folder with a .bin, or hf://org/name")
     parser.add_argument("--to", required=True, help="a new folder")
-    parser.add_argument("--model", help="the model's name, where neither the file nor a config beside it tells")
+    parser.add_argument("--model", help="the name of the model, if neither the file nor a config next to it states it")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The process that has the TPU compiler: reads a request from standard input, answers with one line of JSON.
+"""The process that runs the TPU compiler: reads a request from standard input, prints one line of JSON.
 
 ``python -m clip_jax.planning.compiler``, started by ``compiling.py`` with the environment that libtpu needs.
 """
@@ -11,43 +11,77 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from ml_collections import ConfigDict
 
 from clip_jax import config as configs
-from clip_jax.planning.parts import make_parts
+from clip_jax.devices.sharding import batch_sharding, batch_shards, make_mesh
+from clip_jax.evaluation.embed import Variables, make_encoders
+from clip_jax.planning.memory import bytes_per_device
 from clip_jax.planning.program import collectives
+from clip_jax.planning.search import STEPS
 from clip_jax.planning.work import compiled_transfers
-from clip_jax.sharding import make_mesh
+from clip_jax.training.learner import Learner
+from clip_jax.training.setup import make_learner
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """``Compiled`` as a dictionary."""
+    """Compiles the step of a request; returns the fields of ``Compiled``."""
     config = configs.from_json(request["config"], "the config")
     described = topologies.get_topology_desc(platform="tpu", **request["topology"])
     mesh = make_mesh(
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, list(described.devices)
     )
-    parts = make_parts(config, mesh)
+    learner = make_learner(config, mesh, steps=STEPS, examples=STEPS)
     started = time.perf_counter()
-    lowered = parts.lower()
+    lowered = learner.lower(config.batch_size)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        wanted, free = too_much(str(error))
-        return {"fits": False, "hbm_bytes": wanted, "free_hbm_bytes": free, "transfers": []} | _seconds(started)
+        needed, free = parse_out_of_memory(str(error))
+        return {"fits": False, "hbm_bytes": needed, "free_hbm_bytes": free, "transfers": []} | _seconds(started)
     peak = compiled.memory_analysis().peak_memory_in_bytes
-    moved = compiled_transfers(collectives(compiled.as_text()), [_place(d) for d in mesh.devices.flat])
+    moved = compiled_transfers(collectives(compiled.as_text()), [_coordinates(d) for d in mesh.devices.flat])
     return {
         "fits": peak <= request["free_hbm_bytes"],
         "hbm_bytes": peak,
         "free_hbm_bytes": request["free_hbm_bytes"],
         "transfers": [t._asdict() for t in moved],
+        "evaluation_hbm_bytes": evaluation_bytes(config, learner),
     } | _seconds(started)
 
 
-def too_much(message: str) -> tuple[int, int]:
-    """(bytes wanted, bytes there are) of the compiler's RESOURCE_EXHAUSTED; raises RuntimeError for any other error."""
+def evaluation_bytes(config: ConfigDict, learner: Learner) -> int | None:
+    """The peak memory of one device while the largest batch of an evaluation is encoded, the state included."""
+    sizes = [
+        config.batch_size if evaluation.batch_size == configs.AUTO else evaluation.batch_size
+        for evaluation in config.eval.values()
+        if evaluation.source
+    ]
+    if not sizes:
+        return None
+    shards = batch_shards(learner.mesh)
+    size = -(-max(sizes) // shards) * shards
+    encoders = make_encoders(learner.model, learner.preprocess, learner.mesh)
+    state, batch = learner.abstract_state(), learner.batch_spec(size)
+    weights = Variables(state.evaluated, state.batch_stats)
+    valid = jax.ShapeDtypeStruct((size,), bool, sharding=batch_sharding(learner.mesh))
+    peaks = []
+    for lowered in (
+        encoders.image.lower(weights, batch["image"], valid),
+        encoders.text.lower(weights, batch["text"]),
+    ):
+        try:
+            peaks.append(lowered.compile().memory_analysis().peak_memory_in_bytes)
+        except jax.errors.JaxRuntimeError as error:
+            peaks.append(parse_out_of_memory(str(error))[0])
+    # The encoders' own peak counts their weights, which are part of the state.
+    return max(peaks) + bytes_per_device(state) - bytes_per_device(weights)
+
+
+def parse_out_of_memory(message: str) -> tuple[int, int]:
+    """(bytes needed, bytes available) of a RESOURCE_EXHAUSTED message. Raises RuntimeError for any other message."""
     amount = r"([\d.]+)([KMGT]?)"
     for pattern in (
         rf"Used {amount} of {amount} hbm",
@@ -58,7 +92,7 @@ def too_much(message: str) -> tuple[int, int]:
     raise RuntimeError(re.sub(r"\s+", " ", message)[:500])
 
 
-def _place(device: jax.Device) -> tuple[int, ...]:
+def _coordinates(device: jax.Device) -> tuple[int, ...]:
     return (getattr(device, "slice_index", 0) or 0, *device.coords)
 
 

@@ -1,7 +1,7 @@
-"""Asks the TPU compiler, which runs on any Linux machine, what the training step needs on a slice that is not there.
+"""Compiles the training step for a TPU slice ahead of time, on any Linux machine, to measure its memory and transfers.
 
-The compiler (``libtpu``) is loaded in a process of its own: it reads its settings from the environment once, prints
-much, and a process that has it has no other use. ``compiler.py`` is what that process runs.
+The compiler (``libtpu``) runs in a separate process (``compiler.py``): it reads its settings from the environment only
+once, prints a lot, and makes the process unusable for other work.
 """
 
 import importlib.metadata
@@ -15,30 +15,32 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
-from clip_jax import xla_flags
+from clip_jax.devices import xla_flags
+from clip_jax.devices.hardware import Machines
 from clip_jax.errors import UserError
-from clip_jax.hardware import Machines
-from clip_jax.planning.work import Transfer
+from clip_jax.objectives.cost import Transfer
 
 INSTALL = "pip install 'clip-jax-tpu[plan]'"
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a step; bytes are of one JAX device."""
+    """The compiler's figures for a step; bytes are per JAX device."""
 
     fits: bool
     hbm_bytes: int
-    """The most that is in use at one time, arguments and results included; what it wanted where it does not fit."""
+    """Peak memory, including arguments and results; if the step does not fit, what it would need."""
     free_hbm_bytes: int
-    """What a program may use."""
+    """What a program can use."""
     seconds: float
-    """To compile."""
+    """Compilation time."""
     transfers: tuple[Transfer, ...] = ()
+    evaluation_hbm_bytes: int | None = None
+    """The same for the encoders of the evaluations, with the training state beside them; None: not compiled."""
 
 
 def is_installed() -> bool:
     found = importlib.util.find_spec("libtpu")
-    return found is not None and found.origin is not None  # a folder of that name is none
+    return found is not None and found.origin is not None  # None for a mere folder of that name
 
 
 def version() -> str:
@@ -46,7 +48,7 @@ def version() -> str:
 
 
 def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
-    """Compiles the config's training step for the slices. Raises UserError with the compiler's words."""
+    """Compiles the training step of a config for the slices. Raises UserError with the compiler's message."""
     request = {
         "config": configs.to_json(config),
         "topology": topology(machines),
@@ -54,7 +56,7 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
     }
     variables = os.environ | environment(machines)
     if config.mesh.xla_flags:
-        variables["LIBTPU_INIT_ARGS"] = xla_flags.joined("tpu", os.environ.get("LIBTPU_INIT_ARGS", ""))
+        variables["LIBTPU_INIT_ARGS"] = xla_flags.merge("tpu", os.environ.get("LIBTPU_INIT_ARGS", ""))
     done = subprocess.run(
         [sys.executable, "-m", "clip_jax.planning.compiler"],
         input=json.dumps(request),
@@ -64,13 +66,13 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"the TPU compiler stopped: {lines[-1] if lines else f'exit code {done.returncode}'}")
+        raise UserError(f"the TPU compiler failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
     answer = json.loads(done.stdout.splitlines()[-1])
     return Compiled(**answer | {"transfers": tuple(Transfer(**t) for t in answer["transfers"])})
 
 
 def environment(machines: Machines) -> dict[str, str]:
-    """Without these libtpu looks for chips, asks a metadata server for a slice, and locks others out."""
+    """Variables without which libtpu searches for chips, queries a metadata server and locks out other processes."""
     return {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -83,16 +85,16 @@ def environment(machines: Machines) -> dict[str, str]:
 
 
 def topology(machines: Machines) -> dict[str, object]:
-    """What ``jax.experimental.topologies`` calls the slices."""
+    """The slices as arguments of ``jax.experimental.topologies.get_topology_desc``."""
     chip, shape = machines.chip, machines.topology
     arguments: dict[str, object] = {
         "topology_name": f"{'tpu7x' if chip.name == '7x' else chip.name}:{'x'.join(map(str, shape))}",
         "num_slices": machines.slices,
     }
-    if machines.chips_per_slice <= chip.one_host_up_to:
+    if machines.chips_per_slice <= chip.single_host_chips:
         arguments["chips_per_host_bounds"] = [*shape, *[1] * (3 - len(shape))]
     elif machines.chips_per_slice < chip.chips_per_host:
         arguments["chips_per_host_bounds"] = list(shape)
-    if chip.name == "v4":  # both cores of a chip are one device, as on a real one
+    if chip.name == "v4":  # both cores of a chip are one device, as on real slices
         arguments["chip_config_name"] = "megacore"
     return arguments

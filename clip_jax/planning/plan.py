@@ -1,4 +1,4 @@
-"""The plan of a run: does it fit, how fast can it be, how long and how much; as data, for people and for programs."""
+"""The plan of a run as data: whether it fits, how fast it can be, how long it takes and what it costs."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,15 +8,15 @@ from ml_collections import ConfigDict
 
 from clip_jax import __version__
 from clip_jax import config as configs
+from clip_jax.devices.hardware import Machines
 from clip_jax.errors import UserError
-from clip_jax.hardware import Machines
 from clip_jax.models import flops
 from clip_jax.models.clip import parameter_counts
 from clip_jax.planning import compiling
 from clip_jax.planning.compiling import Compiled
-from clip_jax.planning.memory import undivided
+from clip_jax.planning.memory import unsharded_bytes
 from clip_jax.planning.roofline import Roofline, roofline
-from clip_jax.planning.search import Candidate, Found, reckon, search
+from clip_jax.planning.search import Candidate, SearchResult, estimate, search
 from clip_jax.training.setup import check_attention
 
 COMPILATIONS = 4
@@ -26,31 +26,33 @@ WORTH_A_WARNING = 0.02
 
 
 class Request(NamedTuple):
-    """What a user asks."""
+    """The user's question."""
 
     config: ConfigDict
     machines: Machines
     samples: int | None = None
-    """Of the dataset, for a run that lasts epochs; None: what the config says."""
+    """Examples of the dataset, for a run that lasts epochs; None: what the config says."""
     price: float | None = None
-    """Of one chip for one hour."""
+    """Of one chip per hour."""
     mfu: float | None = None
-    """To reckon times with, instead of the bound that nothing can be faster than."""
+    """Assumed for all times, in place of the upper bound of the speed."""
     compile: bool = True
     compilations: int = COMPILATIONS
+    phase: tuple[int, int | None] = (0, None)
+    """The steps after which the planned phase starts and stops; None: at the end of the run."""
 
 
 class Plan(NamedTuple):
-    """The answer. What ``found`` has fits; all that is reckoned is of it, or of the config where nothing fits."""
+    """The answer. Estimates are of the candidate that was found to fit, or of the config where none does."""
 
     request: Request
     given: Candidate
-    found: Found
+    found: SearchResult
     is_compiled: bool
 
     @property
     def fits(self) -> bool:
-        """As the config is."""
+        """Whether the config fits as it is."""
         return self.found.tried[0][1].fits
 
     @property
@@ -69,7 +71,7 @@ class Plan(NamedTuple):
 
     @property
     def step_seconds(self) -> float:
-        """The least a step can take, or what it takes at the MFU that the user reckons with."""
+        """The lower bound of a step's time, or its time at the MFU that the user assumes."""
         peak = self.request.machines.chip.flops / self.request.machines.chip.devices_per_chip
         at_mfu = self.chosen.work.model_flops / peak / self.request.mfu if self.request.mfu else 0.0
         return max(self.roofline.overlapped, at_mfu)
@@ -85,12 +87,13 @@ class Plan(NamedTuple):
 
     @property
     def steps(self) -> int | None:
-        """None where the run lasts epochs and nobody said how many samples there are."""
+        """None where the run lasts epochs and the number of examples is unknown."""
         config = self.request.config
         samples = config.data.samples if self.request.samples is None else self.request.samples
         if config.epochs != configs.AUTO and samples == configs.AUTO:
             return None
-        return configs.duration(config, "", samples)
+        start, stop = self.request.phase
+        return (configs.duration(config, "", samples) if stop is None else stop) - start
 
     @property
     def hours(self) -> float | None:
@@ -107,32 +110,43 @@ class Plan(NamedTuple):
 
     @property
     def warnings(self) -> list[str]:
-        """Of the config as it is."""
-        parts, free = self.given.parts, self.request.machines.chip.free_hbm_per_device
-        whole = undivided(parts.state, parts.mesh)
+        """About the config as it is."""
+        given, free = self.given, self.request.machines.chip.free_hbm_per_device
+        mesh, architecture = given.learner.mesh, given.learner.model.architecture
+        whole = unsharded_bytes(given.state, mesh)
         if whole < WORTH_A_WARNING * free:
             return []
-        widths = sorted({parts.model.architecture.image.width, parts.model.architecture.text.width})
-        best = math.gcd(*widths, parts.mesh.shape["fsdp"])
+        widths = sorted({architecture.image.width, architecture.text.width})
+        best = math.gcd(*widths, mesh.shape["fsdp"])
         return [
-            f"mesh.fsdp={parts.mesh.shape['fsdp']} does not divide the widths {' and '.join(map(str, widths))}: "
-            f"{whole / 1e9:.1f} GB of parameters stay whole on every chip; mesh.fsdp={best} divides them"
+            f"mesh.fsdp={mesh.shape['fsdp']} does not divide the widths {' and '.join(map(str, widths))}: "
+            f"{whole / 1e9:.1f} GB of parameters are replicated on every chip; mesh.fsdp={best} divides them"
         ]
 
 
+def make_plans(request: Request) -> tuple[Plan, ...]:
+    """A plan for each phase of the run; most runs have one."""
+    phases = configs.phases(request.config)
+    stops = [*(phase.start for phase in phases[1:]), None]
+    return tuple(
+        make_plan(request._replace(config=phase.config, phase=(phase.start, stop)))
+        for phase, stop in zip(phases, stops, strict=True)
+    )
+
+
 def make_plan(request: Request) -> Plan:
-    """Reckons, compiles where it can, and searches where the run does not fit. Raises UserError."""
+    """Estimates, compiles where it can, and searches where the run does not fit. Raises UserError."""
     config, machines = request.config, request.machines
     if config.model.init_from and config.model.name == "":
         raise UserError("config.model.name is empty: a plan needs the model's name")
     check_attention(config, "tpu" if machines.chip.is_tpu else "gpu")
-    given = reckon(config, machines)
+    given = estimate(config, machines)
     is_compiled = request.compile and machines.chip.is_tpu and compiling.is_installed()
     if is_compiled:
         found = search(
             given,
             machines,
-            lambda candidate: compiling.compile_step(candidate.parts.config, machines),
+            lambda candidate: compiling.compile_step(candidate.config, machines),
             compilations=request.compilations,
         )
     else:
@@ -141,19 +155,18 @@ def make_plan(request: Request) -> Plan:
 
 
 def estimated(candidate: Candidate, machines: Machines) -> Compiled:
-    """In the place of the compiler's answer, the estimate."""
+    """The estimate in place of the compiler's answer."""
     free = machines.chip.free_hbm_per_device
     return Compiled(candidate.memory.total <= free, candidate.memory.total, free, 0.0)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """What ``clip-jax plan --json`` prints. Bytes and FLOPs are of one chip and one step where nothing else is said."""
+    """What ``clip-jax plan --json`` prints. Bytes and FLOPs are per chip and step unless the name says otherwise."""
     chosen, machines = plan.chosen, plan.request.machines
-    config, per_chip = chosen.parts.config, machines.chip.devices_per_chip
+    config, per_chip = chosen.config, machines.chip.devices_per_chip
     work, memory = chosen.work, chosen.memory
     transfers = plan.chosen_compiled.transfers or work.transfers
-    architecture = chosen.parts.model.architecture
-    shape = chosen.parts.mesh.shape
+    architecture, shape = chosen.learner.model.architecture, chosen.learner.mesh.shape
     return {
         "fits": plan.fits,
         "compiled": plan.is_compiled,
@@ -164,7 +177,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         else {"changes": chosen.changes, "hbm_bytes_per_chip": plan.chosen_compiled.hbm_bytes * per_chip},
         "settings": {
             "batch_size": config.batch_size,
-            "micro_batch": config.batch_size // chosen.parts.micro_batches,
+            "micro_batch": config.batch_size // chosen.learner.micro_batches,
             "model.remat": config.model.remat,
             **{f"mesh.{axis}": size for axis, size in shape.items()},
         },
@@ -176,7 +189,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "chips": machines.chips,
         "hosts": machines.hosts,
         "model": config.model.name,
-        "parameters": parameter_counts(chosen.parts.state.params),
+        "parameters": parameter_counts(chosen.state.params),
         "flops_per_pair": flops.training(architecture),
         "flops_per_step": flops.training(architecture) * config.batch_size,
         "flops_per_chip": {"model": work.model_flops * per_chip, "all": work.flops * per_chip},
@@ -197,8 +210,18 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "chip_hours": plan.chip_hours,
         "cost": plan.cost,
         "warnings": plan.warnings,
+        "evaluation": evaluation_json(plan),
         "versions": versions(plan),
     }
+
+
+def evaluation_json(plan: Plan) -> dict[str, Any] | None:
+    """The memory of the evaluations' encoders, where they were compiled."""
+    compiled, per_chip = plan.chosen_compiled, plan.request.machines.chip.devices_per_chip
+    if compiled.evaluation_hbm_bytes is None:
+        return None
+    fits = compiled.evaluation_hbm_bytes <= compiled.free_hbm_bytes
+    return {"fits": fits, "hbm_bytes_per_chip": compiled.evaluation_hbm_bytes * per_chip}
 
 
 def versions(plan: Plan) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Reads programs: matmul FLOPs of a jaxpr; collectives and buffers of a compiled program's HLO text.
+"""Analyzes programs: matmul FLOPs of a jaxpr; collectives and buffers in the HLO text of a compiled program.
 
-XLA's own ``cost_analysis`` counts a loop's body once, knows nothing of loops' lengths and nothing of links; here a
-scan of 24 layers is 24 layers. Nothing in this file compiles or runs anything: it is given
+XLA's ``cost_analysis`` counts the body of a loop once and knows nothing about links; here a scan over 24 layers counts
+24 layers. Nothing in this file compiles or runs a program:
 
     jax.make_jaxpr(step)(*arguments)                                # -> matmul_flops
     jax.jit(step).lower(*arguments).compile().as_text()             # -> collectives, buffers
@@ -19,13 +19,13 @@ from jax.sharding import Mesh
 
 
 def matmul_flops(program: ClosedJaxpr | Jaxpr) -> int:
-    """FLOPs of all matrix products and convolutions, a multiply-add counted as two, summed over all devices.
+    """FLOPs of all matrix products and convolutions, summed over all devices; a multiply-add is two FLOPs.
 
-    Arrays outside ``shard_map`` have their global shapes; what is inside has one device's and is counted once for
-    every device that runs it, replicas too. Divide by the number of devices for one device's share of a program that
-    is evenly sharded. Counted is the program as written: what ``checkpoint`` repeats is counted again, the longest
-    branch of a ``cond``, and dead code, which XLA will drop.
-    Raises ValueError when there is a product inside a loop that runs until a condition, for nobody knows how often.
+    Arrays outside ``shard_map`` have global shapes. The body of a ``shard_map`` has the shapes of one device and counts
+    once for every device that runs it, replicas included. If a program is evenly sharded, divide by the number of
+    devices to get the FLOPs of one device. The program is counted as written: with what ``checkpoint`` recomputes, with
+    the most expensive branch of a ``cond``, and with dead code, which XLA will remove. Raises ValueError for a product
+    inside a ``while_loop``, whose number of iterations is unknown.
     """
     return sum(_flops(equation) for equation in getattr(program, "jaxpr", program).eqns)
 
@@ -48,7 +48,7 @@ def _flops(equation: JaxprEqn) -> int:
     if name == "pallas_call":
         return inside * math.prod(parameters["grid_mapping"].grid)
     if name == "while" and inside:
-        raise ValueError("a matrix product inside jax.lax.while_loop: how often it runs is not known before it runs")
+        raise ValueError("a matrix product inside jax.lax.while_loop: the number of iterations is unknown")
     return inside
 
 
@@ -57,7 +57,7 @@ def _is_program(x: object) -> bool:
 
 
 def _convolution(equation: JaxprEqn) -> int:
-    """Multiplications with padding, or with the holes that a dilation makes, are not counted: as XLA does."""
+    """Like XLA, does not count multiplications by padding or by the holes of a dilation."""
     parameters = equation.params
     numbers = parameters["dimension_numbers"]
     image, kernel = (x.aval.shape for x in equation.invars)
@@ -75,29 +75,29 @@ def _convolution(equation: JaxprEqn) -> int:
 
 
 class Collective(NamedTuple):
-    """A collective of a compiled program, as one device sees it."""
+    """A collective of a compiled program, from the perspective of one device."""
 
     kind: str
     """all-gather, reduce-scatter, all-reduce, all-to-all, collective-permute, ..."""
     bytes: int
-    """The array it is about: what an all-gather gives, what the others take. Of one execution."""
+    """Bytes per execution: of the result of an all-gather, of the operand of all others."""
     groups: tuple[tuple[int, ...], ...]
-    """Which devices talk to each other, by their position in the mesh; for a permute, (from, to) pairs."""
+    """The devices that communicate, by their position in the mesh; for a permute, (source, target) pairs."""
     times: int
-    """How often a step executes it: the lengths of the loops around it."""
+    """Executions per step: the product of the trip counts of the enclosing loops."""
 
     @property
     def traffic(self) -> int:
-        """Bytes that a device receives in a step (and sends as many) when the links are used as well as they can be."""
+        """Bytes that a device receives per step (and sends as many), with an optimal algorithm."""
         size = 1 if not self.groups else len(self.groups[0])
         if self.kind == "collective-permute":
             return self.times * self.bytes
-        passes = 2 if self.kind == "all-reduce" else 1  # a reduce-scatter and an all-gather
+        passes = 2 if self.kind == "all-reduce" else 1  # an all-reduce is a reduce-scatter and an all-gather
         return self.times * passes * self.bytes * (size - 1) // size
 
 
 def axes(collective: Collective, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes over which a collective goes: those along which its groups' devices differ."""
+    """The mesh axes over which a collective communicates: those along which the devices of its groups differ."""
     coordinates = np.array(np.unravel_index(np.array(collective.groups), mesh.devices.shape))
     differ = np.any(coordinates != coordinates[..., :1], axis=(1, 2))
     return tuple(name for name, along in zip(mesh.axis_names, differ, strict=True) if along)
@@ -120,12 +120,11 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """Every collective of a compiled program, in the text's order; those of different branches all count.
+    """Every collective of a compiled program, in textual order; all branches of a conditional count.
 
-    The TPU compiler writes a large reduce-scatter as a fusion called ``all-reduce-scatter`` around an all-reduce of the
-    whole, and may merge two gathers into one. Its program is of one slice: what goes to other slices is sent through
-    the host, after a reduction inside the slice or before a gather. A loop whose length the text does not tell counts
-    once.
+    The TPU compiler writes a large reduce-scatter as a fusion named ``all-reduce-scatter`` around an all-reduce of the
+    full array, and may merge two gathers. Its program covers one slice: transfers to other slices go through the host,
+    after a reduction inside the slice or before a gather. A loop of unknown trip count counts once.
     """
     found = []
     computations, entry = _parse(hlo)
@@ -148,9 +147,9 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def _between_slices(attributes: str, size: int, devices: int, times: int) -> Collective:
-    """A transfer of ``size`` bytes to the same device of other slices, which follow each other in the mesh:
+    """A transfer of ``size`` bytes between the same devices of different slices, which are consecutive in the mesh:
 
-    _xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"    of 8 devices in each of 2 slices
+    _xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"    for 2 slices of 8 devices each
     """
     kind = re.search(r'megascale_transfer_type="(\w+)"', attributes)[1].lower().replace("_", "-")
     target = re.search(r'megascale_target="\{([\d,]+)\}x', attributes)
@@ -161,9 +160,9 @@ def _between_slices(attributes: str, size: int, devices: int, times: int) -> Col
 
 
 def buffers(hlo: str) -> dict[str, int]:
-    """Shape, like ``f32[8,32]``, -> bytes of one such array, largest first, for all that a program writes to memory.
+    """{shape: bytes} of all arrays that a program writes to memory, such as ``f32[8,32]``, largest first.
 
-    What exists only inside a fusion is not written. Arguments and results are included.
+    Includes arguments and results; excludes arrays inside a fusion, which are never written.
     """
     computations, entry = _parse(hlo)
     shapes: dict[str, int] = {}
@@ -174,7 +173,7 @@ def buffers(hlo: str) -> dict[str, int]:
 
 
 def _parse(hlo: str) -> tuple[_Computations, str]:
-    """({computation: {instruction's name: instruction}}, name of the entry)."""
+    """({computation: {name: instruction}}, name of the entry computation)."""
     computations: _Computations = {}
     entry = current = ""
     for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():
@@ -192,7 +191,7 @@ def _parse(hlo: str) -> tuple[_Computations, str]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """At the end of the first word, or of the parenthesis it opens with."""
+    """Splits after the first word, or after the parenthesized expression that ``text`` begins with."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -204,10 +203,10 @@ def _split(text: str) -> tuple[str, str]:
 def _executed(
     computations: _Computations, name: str, times: int = 1, fused: bool = False
 ) -> Iterator[tuple[_Instruction, str, int, bool]]:
-    """(instruction, its computation, how often it runs, whether it is inside a fusion), from the entry downwards."""
+    """(instruction, its computation, executions, whether inside a fusion) of all instructions called from ``name``."""
     for instruction in computations[name].values():
         yield instruction, name, times, fused
-        repeat = _trips(instruction, computations, name) if instruction.opcode == "while" else 1
+        repeat = _trip_count(instruction, computations, name) if instruction.opcode == "while" else 1
         called = re.findall(r"\b(?:calls|body|true_computation|false_computation)=%?([\w.\-]+)", instruction.rest)
         for several in re.findall(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}", instruction.rest):
             called += re.findall(r"[\w.\-]+", several)
@@ -217,19 +216,19 @@ def _executed(
             yield from _executed(computations, inner, times * repeat, fused or instruction.opcode == "fusion")
 
 
-def _trips(loop: _Instruction, computations: _Computations, outside: str) -> int:
-    """The length of a loop: told by XLA, or, as TPU programs leave it out, the limit that its counter is compared with.
+def _trip_count(loop: _Instruction, computations: _Computations, outside: str) -> int:
+    """The trip count that XLA states, or, in TPU programs, which omit it, the limit that the counter is compared with.
 
-    JAX's scans count from 0 by 1.
+    The counter of a JAX scan starts at 0 and increases by 1. The result is 1 if the limit is not a constant.
     """
-    if told := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
-        return int(told[1])
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
     condition = computations[re.search(r"\bcondition=%?([\w.\-]+)", loop.rest)[1]]
     compare = list(condition.values())[-1]
     if compare.opcode != "compare" or "direction=LT" not in compare.rest:
         return 1
     limit, defined = condition[compare.operands[1]], condition
-    if limit.opcode == "get-tuple-element":  # carried through the loop, constant outside
+    if limit.opcode == "get-tuple-element":  # carried through the loop, defined outside
         carried = computations[outside][loop.operands[0]].operands
         limit = computations[outside][carried[int(re.search(r"index=(\d+)", limit.rest)[1])]]
         defined = computations[outside]
@@ -239,12 +238,12 @@ def _trips(loop: _Instruction, computations: _Computations, outside: str) -> int
 
 
 def _groups(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
-    """Groups of devices, in any of the ways that XLA writes them:
+    """Groups of devices, in any notation of XLA:
 
-    {{0,1},{2,3}}                        listed; or {}, everybody
-    [2,4]<=[4,2]T(1,0)                   an iota, reshaped, transposed and cut into rows
-    mesh['a'=2,'b'=4] {'a','b':(1)2}     axes of a mesh; of b, seen as 1 x 2 x 2, the part in the middle
-    mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}    the same, its devices in the order of an iota or a list
+    {{0,1},{2,3}}                        a list; {} means all devices
+    [2,4]<=[4,2]T(1,0)                   an iota, reshaped, transposed and split into rows
+    mesh['a'=2,'b'=4] {'a','b':(1)2}     axes of a mesh; the middle part of b, viewed as 1 x 2 x 2
+    mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}    the same, with devices in the order of an iota or a list
     """
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}", attributes):
         groups = re.findall(r"\{([\d, ]+)\}", listed[1] or "")
@@ -271,7 +270,7 @@ def _groups(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _order(text: str) -> np.ndarray:
-    """int[devices] of ``[4,2]T(1,0)``, an iota seen as 4 x 2 and transposed, or of a list, ``3,0,2,1``."""
+    """int[devices] for ``[4,2]T(1,0)``, a 4 x 2 iota transposed, or for a list, ``3,0,2,1``."""
     if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape = _numbers(iota[1])
         return np.arange(math.prod(shape)).reshape(shape).transpose(iota[2] and _numbers(iota[2])).reshape(-1)
@@ -287,9 +286,9 @@ def _without_layouts(shape: str) -> str:
 
 
 def _bytes(shape: str) -> int:
-    """Of an array, or of all arrays of a tuple."""
+    """The size of an array, or of all arrays of a tuple."""
     total = 0
     for kind, bits, dims in _ARRAY.findall(_without_layouts(shape)):
-        width = int(bits) if bits else 8 * (kind == "pred")  # pred is stored in bytes; tokens are nothing
+        width = int(bits) if bits else 8 * (kind == "pred")  # pred takes one byte; tokens take none
         total += -(-width * math.prod(map(int, filter(None, dims.split(",")))) // 8)
     return total

@@ -1,12 +1,12 @@
-"""A plan as a person reads it: a few titled groups of names and values."""
+"""The plan for a terminal: a few titled groups of names and values."""
 
-from clip_jax.hardware import GIB
+from clip_jax.devices.hardware import GIB
 from clip_jax.models import flops
 from clip_jax.models.clip import parameter_counts
+from clip_jax.objectives.cost import Transfer
 from clip_jax.planning import compiling
 from clip_jax.planning.plan import Plan
 from clip_jax.planning.search import Settings
-from clip_jax.planning.work import Transfer
 from clip_jax.reports import formats
 
 Rows = list[tuple[str, str]]
@@ -15,10 +15,12 @@ GPU_NAMES = NAMES | {"ici": "NVLink", "dcn": "network"}
 
 
 def sections(plan: Plan) -> list[tuple[str, Rows]]:
-    """(title, rows), in the order in which a reader needs them."""
+    """The groups as (title, rows), most important first."""
     machines, config = plan.request.machines, plan.request.config
     chips = f"{machines.chips} chip{'s' * (machines.chips > 1)}, {machines.hosts} host{'s' * (machines.hosts > 1)}"
-    title = f"{config.model.name}, {config.batch_size:,} pairs a step, on {machines.name} ({chips})"
+    start, stop = plan.request.phase
+    steps = "" if (start, stop) == (0, None) else f", steps {start + 1:,} to {stop or 'the last'}"
+    title = f"{config.model.name}, {config.batch_size:,} pairs per step{steps}, on {machines.name} ({chips})"
     return [(title, _memory(plan)), ("A step on one chip", _step(plan)), ("The run", _run(plan))]
 
 
@@ -27,13 +29,15 @@ def _memory(plan: Plan) -> Rows:
     free = plan.chosen_compiled.free_hbm_bytes * per_chip
     given, source = plan.found.tried[0][1], "the TPU compiler's figure" if plan.is_compiled else "an estimate"
     verdict = "yes" if plan.fits else "no"
-    rows = [("fits", f"{verdict}: {given.hbm_bytes * per_chip / GIB:.2f} of {_gib(free)} a chip, {source}")]
+    rows = [("fits", f"{verdict}: {given.hbm_bytes * per_chip / GIB:.2f} of {_gib(free)} per chip, {source}")]
     if not plan.fits:
         rows.append(("what fits", _what_fits(plan, per_chip)))
+    if plan.chosen_compiled.evaluation_hbm_bytes is not None:
+        rows.append(("evaluation", _evaluation(plan, per_chip)))
     rows += [("warning", warning) for warning in plan.warnings]
-    chosen, counts = plan.chosen, parameter_counts(plan.chosen.parts.state.params)
-    shape, config = chosen.parts.mesh.shape, chosen.parts.config
-    micro = config.batch_size // chosen.parts.micro_batches
+    chosen, counts = plan.chosen, parameter_counts(plan.chosen.state.params)
+    shape, config = chosen.learner.mesh.shape, chosen.config
+    micro = config.batch_size // chosen.learner.micro_batches
     memory = chosen.memory._asdict()
     memory = {"state": memory.pop("parameters") + memory.pop("optimizer")} | memory
     estimate = ", ".join(f"{name} {value * per_chip / GIB:.2f}" for name, value in memory.items())
@@ -43,14 +47,22 @@ def _memory(plan: Plan) -> Rows:
         ("memory", f"{estimate} GiB (estimate: {_gib(chosen.memory.total * per_chip)})"),
     ]
     if not plan.is_compiled and plan.request.machines.chip.is_tpu and plan.request.compile:
-        rows.append(("to be sure", f"{compiling.INSTALL}; then the TPU compiler itself is asked"))
+        rows.append(("exact figure", f"{compiling.INSTALL} installs the TPU compiler, which the plan then uses"))
     return rows
+
+
+def _evaluation(plan: Plan, per_chip: int) -> str:
+    compiled = plan.chosen_compiled
+    used = f"{_gib(compiled.evaluation_hbm_bytes * per_chip)} per chip, the training state included"
+    if compiled.evaluation_hbm_bytes <= compiled.free_hbm_bytes:
+        return f"fits: {used}"
+    return f"does not fit: {used}; lower the batch_size of config.eval.*"
 
 
 def _what_fits(plan: Plan, per_chip: int) -> str:
     if plan.found.candidate is None:
         tried = len(plan.found.tried)
-        return f"nothing of the {tried} that were tried; take more chips, or allow more with --compilations"
+        return f"none of {tried} variants tried; use more chips, or try more with --compilations"
     flags = " ".join(f"--config.{key}={value}" for key, value in plan.chosen.changes.items())
     return f"{flags} ({_gib(plan.chosen_compiled.hbm_bytes * per_chip)})"
 
@@ -60,14 +72,14 @@ def _step(plan: Plan) -> Rows:
     per_chip, names = machines.chip.devices_per_chip, NAMES if machines.chip.is_tpu else GPU_NAMES
     seconds, transfers = plan.roofline, plan.chosen_compiled.transfers or work.transfers
     extra = work.flops / work.model_flops - 1
-    told = {
-        "compute": f"{formats.flops(work.flops * per_chip)}, {formats.percent(extra)} of it on top of the model's own",
-        "hbm": f"{_gb(work.hbm_bytes * per_chip)}: state, gradients, weights, kept activations",
+    details = {
+        "compute": f"{formats.flops(work.flops * per_chip)}, {formats.percent(extra)} more than the model FLOPs",
+        "hbm": f"{_gb(work.hbm_bytes * per_chip)}: state, gradients, weights, saved activations",
         "ici": _moved(transfers, "ici_bytes", per_chip, machines.links),
         "dcn": _moved(transfers, "dcn_bytes", per_chip, 1),
     }
     return [
-        (names[name], f"at least {_milliseconds(getattr(seconds, name)):>9}   {told[name]}")
+        (names[name], f"at least {_milliseconds(getattr(seconds, name)):>9}   {details[name]}")
         for name in seconds._fields
         if getattr(seconds, name) > 0
     ]
@@ -83,11 +95,11 @@ def _moved(transfers: tuple[Transfer, ...], field: str, per_chip: int, links: in
 
 def _run(plan: Plan) -> Rows:
     request, machines = plan.request, plan.request.machines
-    per_pair = flops.training(plan.chosen.parts.model.architecture)
+    per_pair = flops.training(plan.chosen.learner.model.architecture)
     least = "" if request.mfu else "at least "
     speed = (
         f"{'' if request.mfu else 'at most '}{plan.pairs_per_second:,.0f} pairs/s "
-        f"({plan.pairs_per_second / machines.chips:,.1f} a chip), MFU {formats.percent(plan.mfu)}"
+        f"({plan.pairs_per_second / machines.chips:,.1f} per chip), MFU {formats.percent(plan.mfu)}"
     )
     if not request.mfu:
         slow = request.config.batch_size / plan.roofline.serial
@@ -96,22 +108,22 @@ def _run(plan: Plan) -> Rows:
     rows = [
         ("speed", speed),
         ("bound by", bound),
-        ("model FLOPs", f"{formats.flops(per_pair)} a pair, {_step_flops(plan)}"),
+        (
+            "model FLOPs",
+            f"{formats.flops(per_pair)} per pair, {formats.flops(per_pair * request.config.batch_size)} per step",
+        ),
     ]
     if plan.steps is None:
-        return [*rows, ("time", f"unknown: it lasts {request.config.epochs:g} epochs; give --samples=N of the dataset")]
+        return [
+            *rows,
+            ("time", f"unknown: {request.config.epochs:g} epochs of a dataset of unknown size; give --samples=N"),
+        ]
     pairs = formats.count(plan.steps * request.config.batch_size)
     rows.append(("length", f"{plan.steps:,} steps, {pairs} pairs"))
     rows.append(("time", f"{least}{formats.duration(plan.hours * 3600)}, {least}{plan.chip_hours:,.0f} chip-hours"))
     if plan.cost is not None:
-        rows.append(("cost", f"{least}{plan.cost:,.0f} at {request.price:g} a chip-hour"))
+        rows.append(("cost", f"{least}{plan.cost:,.0f} at {request.price:g} per chip-hour"))
     return rows
-
-
-def _step_flops(plan: Plan) -> str:
-    return (
-        f"{formats.flops(flops.training(plan.chosen.parts.model.architecture) * plan.request.config.batch_size)} a step"
-    )
 
 
 def _mesh(shape: Settings) -> str:

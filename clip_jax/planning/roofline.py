@@ -1,13 +1,13 @@
-"""How long a step must take at least: what it has to do, divided by what the hardware can do at most."""
+"""A lower bound on the time of a step: its work divided by the peak rates of the hardware."""
 
 from typing import NamedTuple
 
-from clip_jax.hardware import Machines
+from clip_jax.devices.hardware import Machines
 from clip_jax.planning.work import Work
 
 
 class Roofline(NamedTuple):
-    """Seconds that a step needs for each of its resources if it used that one at its peak."""
+    """Seconds that a step needs of each resource, used at its peak rate."""
 
     compute: float
     hbm: float
@@ -16,22 +16,22 @@ class Roofline(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """The resource that the step waits for when all else is hidden behind it."""
+        """The resource that limits a step in which all resources overlap."""
         return max(self._fields, key=lambda name: getattr(self, name))
 
     @property
     def overlapped(self) -> float:
-        """Seconds of a step that hides everything behind its slowest resource: no step is faster."""
+        """Seconds of a step in which all resources overlap perfectly: no step is faster."""
         return max(self)
 
     @property
     def serial(self) -> float:
-        """Seconds of a step that does one thing after the other, each at its peak."""
+        """Seconds of a step in which nothing overlaps, each resource at its peak rate."""
         return sum(self)
 
 
 def roofline(work: Work, machines: Machines) -> Roofline:
-    """``work`` is of one JAX device; a chip's devices share what it has."""
+    """``work`` is per JAX device; the devices of a chip share its resources."""
     chip, devices = machines.chip, machines.chip.devices_per_chip
     links = machines.links * chip.link_bandwidth
     return Roofline(

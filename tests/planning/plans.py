@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh
 
+from clip_jax.devices.sharding import AXES
+from clip_jax.models.attention import xla
 from clip_jax.models.clip import CLIP
-from clip_jax.sharding import AXES
-from clip_jax.training.state import abstract_state
+from clip_jax.models.compute import Compute
 from tests.models.test_clip import SMALL
+from tests.training.steps import learner_of
 
 BIASED = dataclasses.replace(SMALL, init_logit_bias=-10.0)
 
@@ -18,10 +20,15 @@ def mesh_of(data=1, fsdp=1, tensor=1):
     return AbstractMesh((data, fsdp, tensor), AXES)
 
 
-def clip(remat="none", dtype=jnp.bfloat16, **image):
+def clip(remat="none", dtype=jnp.bfloat16, attend=xla, **image):
     tower = dataclasses.replace(SMALL.image, **image)
-    return CLIP(dataclasses.replace(BIASED, image=tower), dtype, scan=True, remat=remat)
+    return CLIP(dataclasses.replace(BIASED, image=tower), Compute(dtype=dtype, remat=remat, attend=attend))
+
+
+def planned(model, mesh, **options):
+    """The learner of a plan, with AdamW."""
+    return learner_of(mesh, model=model, optimizer=optax.adamw(1e-3), **options)
 
 
 def state_of(model, mesh):
-    return abstract_state(model, optax.adamw(1e-3), mesh)
+    return planned(model, mesh).abstract_state()

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from clip_jax.commands import main
-from clip_jax.hardware import GIB, tpu
+from clip_jax.devices.hardware import GIB, tpu
 from clip_jax.planning import compiling
-from clip_jax.planning.compiler import too_much
+from clip_jax.planning.compiler import parse_out_of_memory
 
 SMALL = [
     "plan",
@@ -28,12 +28,12 @@ TOLD = [
 
 @pytest.mark.parametrize("message", TOLD)
 def test_what_a_step_wanted_is_read_from_the_compilers_refusal(message):
-    assert too_much(message) == (int(24.86 * GIB), int(15.75 * GIB))
+    assert parse_out_of_memory(message) == (int(24.86 * GIB), int(15.75 * GIB))
 
 
 def test_another_error_of_the_compiler_is_not_taken_for_lack_of_memory():
     with pytest.raises(RuntimeError, match="INTERNAL"):
-        too_much("INTERNAL: Mosaic failed")
+        parse_out_of_memory("INTERNAL: Mosaic failed")
 
 
 def test_slices_have_the_compilers_names():
@@ -58,10 +58,12 @@ needs_the_compiler = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_the_compiler
 def test_a_real_step_is_compiled_for_a_slice_that_is_not_here(capsys):
-    assert main([*SMALL, "--tpu=v5e-8", "--config.batch_size=256"]) == 0
+    evaluation = ["--config.eval.held_out.source=tar:nowhere", "--config.eval.held_out.batch_size=64"]
+    assert main([*SMALL, *evaluation, "--tpu=v5e-8", "--config.batch_size=256"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["compiled"] and answer["fits"]
+    assert answer["compiled"] and answer["fits"] and answer["evaluation"]["fits"]
     state = 12 * answer["parameters"]["total"]
+    assert state < answer["evaluation"]["hbm_bytes_per_chip"] < answer["hbm_bytes_per_chip"]
     assert state < answer["hbm_bytes_per_chip"] < 1.25 * answer["memory_estimate"]["total"]
     moved = {t["what"]: t["ici_bytes"] for t in answer["transfers"]}
     assert moved["all-reduce"] > 7 / 8 * 2 * 2 * answer["parameters"]["total"]  # its gradients, in bfloat16

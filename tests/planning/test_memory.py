@@ -4,14 +4,14 @@ import jax
 import pytest
 
 from clip_jax.models.clip import parameter_counts
-from clip_jax.planning.memory import array_bytes, bytes_per_device, kept_bytes, step_memory, undivided
+from clip_jax.planning.memory import array_bytes, bytes_per_device, saved_bytes, step_memory, unsharded_bytes
 from tests.models.test_clip import SMALL
-from tests.planning.plans import clip, mesh_of, state_of
+from tests.planning.plans import clip, mesh_of, planned, state_of
 
 
 def memory_of(mesh, remat="none", batch_size=64, micro_batches=1, tiled=False):
-    model = clip(remat)
-    return step_memory(model, state_of(model, mesh), mesh, batch_size, micro_batches, tiled=tiled)
+    learner = planned(clip(remat), mesh, micro_batches=micro_batches)
+    return step_memory(learner, learner.abstract_state(), batch_size, tiled=tiled)
 
 
 def test_adamw_has_three_float32_numbers_for_each_parameter_on_every_data_parallel_device():
@@ -35,13 +35,13 @@ def test_fsdp_divides_what_has_the_width_and_tensor_what_has_heads_mlp_or_vocabu
 
 
 def test_full_remat_keeps_one_input_of_each_block():
-    kept = [kept_bytes(clip("full", layers=layers), 5) for layers in (3, 5)]
+    kept = [saved_bytes(clip("full", layers=layers), 5) for layers in (3, 5)]
     tokens, width, bfloat16 = SMALL.image.tokens, SMALL.image.width, 2
     assert kept[1] - kept[0] == 5 * 2 * tokens * width * bfloat16
 
 
 def test_dots_keeps_what_the_weights_made_and_none_keeps_the_attention_too():
-    kept = {remat: [kept_bytes(clip(remat, layers=n), 1) for n in (3, 4)] for remat in ("none", "dots", "full")}
+    kept = {remat: [saved_bytes(clip(remat, layers=n), 1) for n in (3, 4)] for remat in ("none", "dots", "full")}
     a_layer = {remat: many - few for remat, (few, many) in kept.items()}
     tokens, width, mlp, bfloat16 = SMALL.image.tokens, SMALL.image.width, SMALL.image.mlp_width, 2
     weights_made = tokens * (width + 3 * width + width + mlp) * bfloat16  # and the block's input
@@ -84,7 +84,7 @@ def test_a_width_that_fsdp_does_not_divide_is_told():
     model = clip()  # widths 64 and 48
     # Biases of queries, keys, values and of the MLP have no width.
     biases = 3 * (3 * 64 + 256) + 2 * (3 * 48 + 192)
-    assert undivided(state_of(model, mesh_of(fsdp=16)), mesh_of(fsdp=16)) == 4 * biases
+    assert unsharded_bytes(state_of(model, mesh_of(fsdp=16)), mesh_of(fsdp=16)) == 4 * biases
     mesh = mesh_of(fsdp=32)
     text = sum(leaf.size for leaf in jax.tree.leaves(state_of(model, mesh).params["text"]) if leaf.ndim > 1)
-    assert undivided(state_of(model, mesh), mesh) == pytest.approx(4 * text, rel=0.05)
+    assert unsharded_bytes(state_of(model, mesh), mesh) == pytest.approx(4 * text, rel=0.05)

@@ -8,10 +8,10 @@ import pytest
 
 from clip_jax import config as configs
 from clip_jax.commands import main
-from clip_jax.hardware import tpu
-from clip_jax.planning.memory import undivided
+from clip_jax.devices.hardware import tpu
+from clip_jax.planning.memory import unsharded_bytes
 from clip_jax.planning.plan import Request, make_plan, to_json
-from clip_jax.planning.search import reckon
+from clip_jax.planning.search import estimate
 
 L14 = ["plan", "--config=configs/clip_vit_l14.py", "--tpu=v5e-256", "--estimate"]
 
@@ -71,6 +71,28 @@ def test_without_the_number_of_samples_epochs_have_no_length(capsys):
     assert to_json(plan_of(overrides={"steps": "100"}))["steps"] == 100
 
 
+def test_each_phase_has_a_plan_of_its_own(capsys):
+    larger = "--config.phases=({'start': 1000, 'model.image.image_size': 336},)"
+    answer = answered(capsys, larger, "--config.steps=3000")
+    (later,) = answer["later_phases"]
+    assert (answer["steps"], later["steps"]) == (1000, 2000)
+    assert later["flops_per_pair"] > 2 * answer["flops_per_pair"]
+    assert main([*L14, larger, "--config.steps=3000"]) == 0
+    assert "steps 1,001 to the last" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--gpu=h100:16", "--config.mesh.fsdp=16"],  # two hosts, and one copy of the model
+        ["--tpu=v5e-16", "--config.mesh.data=8", "--config.mesh.tensor=-1", "--config.model.remat=none"],
+    ],
+)
+def test_any_mesh_that_is_valid_is_planned(capsys, arguments):
+    assert main(["plan", "--config=configs/clip_vit_l14.py", "--estimate", "--json", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["hbm_bytes_per_chip"] > 0
+
+
 def test_slices_double_the_chips_and_meet_over_the_network():
     one, two = (to_json(plan_of(slices=n)) for n in (1, 2))
     assert (one["chips"], two["chips"]) == (256, 512)
@@ -89,9 +111,9 @@ def test_a_width_that_the_mesh_does_not_divide_is_warned_of():
 @pytest.mark.parametrize("recipe", sorted(Path("configs").glob("*.py")), ids=lambda r: r.stem)
 def test_a_recipe_fits_the_slice_that_it_names(recipe):
     machines = re.search(r"Planned for ([\w-]+)", recipe.read_text().split('"""')[1])[1]
-    given = reckon(configs.load(str(recipe)), tpu(machines))
+    given = estimate(configs.load(str(recipe)), tpu(machines))
     assert given.memory.total < 0.85 * given_free(machines)
-    assert undivided(given.parts.state, given.parts.mesh) < 0.01 * given_free(machines)
+    assert unsharded_bytes(given.state, given.learner.mesh) < 0.01 * given_free(machines)
 
 
 def given_free(machines):
@@ -102,9 +124,9 @@ MISTAKES = [
     (["--tpu=v5e-255"], "the nearest is v5e-256"),
     (["--tpu=v9-8"], "no such TPU slice"),
     (["--gpu=h10:8"], "nearest: h100"),
-    ([], "give one of --tpu=v5e-256 and --gpu=h100:8"),
-    (["--tpu=v5e-8", "--gpu=h100"], "give one of"),
-    (["--gpu=h100:8", "--slices=2"], "--slices is of TPUs"),
+    ([], "give either --tpu or --gpu"),
+    (["--tpu=v5e-8", "--gpu=h100"], "give either --tpu or --gpu"),
+    (["--gpu=h100:8", "--slices=2"], "--slices is for TPUs"),
     (["--tpu=v5e-256", "--slices=0"], "--slices=0 must be at least 1"),
     (["--tpu=v5e-256", "--mfu=40"], "--mfu=40 must be at least 0.001 and at most 1"),
     (["--tpu=v5e-256", "--samples=0"], "--samples=0 must be at least 1"),

@@ -1,4 +1,4 @@
-"""What is read from programs equals what is counted by hand, and what XLA counts where it counts rightly."""
+"""FLOPs, collectives and buffers of programs against counts by hand, and against XLA's where those are correct."""
 
 import functools
 
@@ -26,7 +26,7 @@ def compiled(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().as_text()
 
 
-def test_a_product_counts_a_multiply_and_an_add_for_each_of_its_terms():
+def test_a_product_counts_a_multiply_and_an_add_per_term():
     assert flops(jnp.dot, A, B) == PRODUCT
     assert (
         flops(lambda x, y: jnp.einsum("bij,bjk->bki", x, y), jnp.ones((3, 8, 16)), jnp.ones((3, 16, 4))) == 3 * PRODUCT
@@ -34,7 +34,7 @@ def test_a_product_counts_a_multiply_and_an_add_for_each_of_its_terms():
     assert flops(jnp.add, A, A) == 0
 
 
-def test_a_scan_counts_as_often_as_it_runs_forward_and_backward():
+def test_a_scan_counts_every_iteration_forward_and_backward():
     def layers(x, w):
         return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
 
@@ -45,7 +45,7 @@ def test_a_scan_counts_as_often_as_it_runs_forward_and_backward():
     assert flops(lambda x: jax.lax.fori_loop(0, 7, lambda _, x: x @ w[0], x), x) == 7 * 2 * 4 * 8 * 8
 
 
-def test_what_checkpoint_repeats_is_counted_again():
+def test_what_checkpoint_recomputes_is_counted_again():
     def loss(x, w):
         return jnp.sum(jnp.sin(x @ w))
 
@@ -54,7 +54,7 @@ def test_what_checkpoint_repeats_is_counted_again():
     assert (plain, remat) == (3 * 512, 4 * 512)
 
 
-def test_nested_jits_custom_rules_and_the_longest_branch():
+def test_nested_jits_custom_rules_and_the_most_expensive_branch_are_counted():
     @jax.custom_vjp
     def product(x, y):
         return x @ y
@@ -72,16 +72,16 @@ def test_nested_jits_custom_rules_and_the_longest_branch():
     assert flops(lambda p: jax.lax.cond(p, lambda: A @ B, lambda: 2 * (A @ B) + A @ B), True) == 2 * PRODUCT
 
 
-def test_inside_shard_map_every_device_counts_replicas_too():
+def test_the_body_of_a_shard_map_counts_for_every_device_including_replicas():
     mesh = mesh_of(data=4, tensor=2)
-    rows, whole = PartitionSpec("data"), PartitionSpec()
-    sharded = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+    rows, replicated = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(rows, replicated), out_specs=rows)
     assert flops(sharded, A, B) == 2 * PRODUCT
-    only_data = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(rows, whole), out_specs=rows, axis_names={"data"})
+    only_data = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(rows, replicated), out_specs=rows, axis_names={"data"})
     assert flops(only_data, A, B) == PRODUCT
 
 
-def test_a_product_in_a_loop_of_unknown_length_is_refused():
+def test_a_product_in_a_loop_of_unknown_length_raises():
     with pytest.raises(ValueError, match="while_loop"):
         flops(lambda x: jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: x @ x, x), jnp.ones((2, 2)))
 
@@ -131,7 +131,7 @@ def collectives_of(function, mesh, specs, *shapes):
     return program.collectives(compiled(function, *arguments))
 
 
-def test_collectives_know_their_bytes_their_groups_and_their_axes():
+def test_collectives_have_their_bytes_groups_and_axes():
     mesh = mesh_of(data=2, fsdp=4)
     spec = PartitionSpec(("data", "fsdp"))
 
@@ -146,21 +146,21 @@ def test_collectives_know_their_bytes_their_groups_and_their_axes():
     )
     by_kind = {c.kind: c for c in found}
     assert len(found) == 4
-    gather, scatter, everybody, permute = (
+    gather, scatter, reduce, permute = (
         by_kind[k] for k in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
     )
     assert gather == ("all-gather", 8 * 16 * 4, ((0, 1, 2, 3), (4, 5, 6, 7)), 1)
     assert scatter == ("reduce-scatter", 8 * 16 * 4, ((0, 4), (1, 5), (2, 6), (3, 7)), 1)
-    assert (everybody.bytes, everybody.groups) == (4, (tuple(range(8)),))
+    assert (reduce.bytes, reduce.groups) == (4, (tuple(range(8)),))
     assert permute.bytes == 2 * 16 * 4 and (3, 0) in permute.groups and (7, 4) in permute.groups
-    assert [program.axes(c, mesh) for c in (gather, scatter, everybody, permute)] == [
+    assert [program.axes(c, mesh) for c in (gather, scatter, reduce, permute)] == [
         ("fsdp",), ("data",), ("data", "fsdp"), ("fsdp",),
     ]  # fmt: skip
-    # Of eight rows six come from others; of the reduced eight, four; a permute moves everything.
+    # Six of the eight gathered rows come from other devices, four of the eight reduced ones, and all permuted ones.
     assert [c.traffic for c in (gather, scatter, permute)] == [6 * 64, 4 * 64, 2 * 64]
 
 
-def test_a_collective_in_a_loop_counts_as_often_as_the_loop_runs():
+def test_a_collective_in_a_loop_counts_every_iteration():
     mesh = mesh_of(data=8)
     spec = PartitionSpec("data")
 
@@ -173,8 +173,8 @@ def test_a_collective_in_a_loop_counts_as_often_as_the_loop_runs():
     assert (permute.times, permute.bytes, permute.traffic) == (21, 16, 21 * 16)
 
 
-def test_the_partitioners_own_collectives_are_found():
-    """Weights and batch sharded over the same axis: the weights are gathered."""
+def test_collectives_inserted_by_the_partitioner_are_found():
+    """If weights and batch are sharded over the same axis, the weights are gathered."""
     specs = [PartitionSpec("fsdp"), PartitionSpec("fsdp")]
     (gather,) = collectives_of(jnp.dot, mesh := mesh_of(fsdp=8), specs, (64, 16), (16, 4))
     assert (gather.kind, gather.bytes, program.axes(gather, mesh)) == ("all-gather", 16 * 4 * 4, ("fsdp",))
@@ -188,10 +188,10 @@ GROUPS = {
     "mesh['data'=2,'fsdp'=4] {'fsdp'}": ((0, 1, 2, 3), (4, 5, 6, 7)),
     "mesh['data'=2,'fsdp'=4] {'data'}": ((0, 4), (1, 5), (2, 6), (3, 7)),
     "mesh['data'=2,'fsdp'=4] {'data','fsdp'}": ((0, 1, 2, 3, 4, 5, 6, 7),),
-    # The rows of a 4 x 2 grid over a 2 x 4 mesh: data, and fsdp's first half of 2 x 2.
+    # The rows of a 4 x 2 grid over a 2 x 4 mesh: data, and the first factor of fsdp, viewed as 2 x 2.
     "mesh['data'=2,'fsdp'=4] {'data','fsdp':(1)2}": ((0, 2, 4, 6), (1, 3, 5, 7)),
     "mesh['data'=2,'fsdp'=4] {'fsdp':(2)2}": ((0, 1), (2, 3), (4, 5), (6, 7)),
-    # The device at (a, b, c) is number 4 b + 2 a + c: the first two axes are swapped.
+    # The first two axes are swapped: the device at (a, b, c) is number 4 b + 2 a + c.
     "mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(1,0,2)) {'a','c'}": ((0, 1, 2, 3), (4, 5, 6, 7)),
     "mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}": ((0, 2, 4, 6), (1, 3, 5, 7)),
     "mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'b'}": ((3, 1), (0, 2)),
@@ -199,16 +199,16 @@ GROUPS = {
 
 
 @pytest.mark.parametrize(("text", "groups"), GROUPS.items())
-def test_groups_are_read_in_all_notations(text, groups):
+def test_groups_are_parsed_in_all_notations(text, groups):
     assert program._groups(f"(%x), channel_id=1, replica_groups={text}, dimensions={{0}}", 8) == groups
 
 
-def test_groups_in_an_unknown_notation_are_refused_not_guessed():
+def test_groups_in_an_unknown_notation_raise():
     with pytest.raises(ValueError, match="cannot read replica_groups=@maximal"):
         program._groups("(%x), replica_groups=@maximal, dimensions={0}", 8)
 
 
-# As the TPU compiler writes it: layouts with tiles, a reduce-scatter as a fusion, a loop that does not tell its length.
+# Output of the TPU compiler: layouts with tiles, a reduce-scatter as a fusion, a loop without a known trip count.
 TPU = """\
 HloModule jit_step, is_scheduled=true, num_partitions=4
 
@@ -246,7 +246,7 @@ ENTRY %main (p0: bf16[128,256], p1: f32[128]) -> bf16[32,256] {
 """
 
 
-def test_a_tpu_programs_fused_reduce_scatter_and_its_loops_are_read():
+def test_the_fused_reduce_scatter_and_the_loop_of_a_tpu_program_are_found():
     permute, scatter = program.collectives(TPU)
     assert permute == ("collective-permute", 512, ((0, 1), (1, 0)), 12)
     assert scatter == ("reduce-scatter", 128 * 256 * 2, ((0, 1, 2, 3),), 1)
@@ -275,24 +275,24 @@ BETWEEN = 'frontend_attributes={_xla_megascale_target="{1,2,3,4}x{0:7}",_xla_meg
 
 
 @pytest.mark.parametrize(
-    ("told", "kind", "size", "received"),
+    ("transfer_type", "kind", "size", "received"),
     [
         ("ALL_REDUCE", "all-reduce", 2**19, 2 * 2**19 * 3 // 4),
         ("ALL_GATHER", "all-gather", 4 * 2**19, 3 * 2**19),
         ("REDUCE_SCATTER", "reduce-scatter", 2**19, 2**19 * 3 // 4),
     ],
 )
-def test_what_a_tpu_program_sends_to_other_slices_is_read_as_the_collective_it_stands_for(told, kind, size, received):
-    """As libtpu 0.0.42 writes a step on four slices of eight chips: only the shards travel between slices."""
-    scatter, between = program.collectives(FOUR_SLICES.replace("KIND", BETWEEN % told))
+def test_a_transfer_between_slices_is_the_collective_that_it_implements(transfer_type, kind, size, received):
+    """Output of libtpu 0.0.42 for four slices of eight chips: only shards are transferred between slices."""
+    scatter, between = program.collectives(FOUR_SLICES.replace("KIND", BETWEEN % transfer_type))
     assert scatter == ("reduce-scatter", 2**22, (tuple(range(8)),), 1)
     assert between == (kind, size, ((0, 8, 16, 24),), 1) and between.traffic == received
-    places = [(device // 8, device % 8) for device in range(32)]
-    moved = {t.what: t for t in work.compiled_transfers([between], places)}
+    coordinates = [(device // 8, device % 8) for device in range(32)]
+    moved = {t.what: t for t in work.compiled_transfers([between], coordinates)}
     assert moved[kind] == (kind, 0, received)
 
 
-def test_buffers_are_what_is_written_outside_of_fusions_largest_first():
+def test_buffers_are_the_arrays_written_outside_fusions_largest_first():
     assert program.buffers(TPU)["bf16[128,256]"] == 65536
     assert next(iter(program.buffers(TPU))) == "bf16[128,256]"
     found = program.buffers(compiled(lambda x, y: jnp.sum(jnp.exp(x @ y), axis=1), A, B))
@@ -308,7 +308,7 @@ def test_bytes_of_a_shape(shape, size):
     assert program._bytes(shape) == size
 
 
-def test_xla_counts_a_loops_body_once_which_is_why_this_exists():
+def test_xla_counts_the_body_of_a_loop_only_once():
     loop = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=10)[0])
     x = jnp.asarray(np.eye(8, dtype=np.float32))
     assert flops(loop, x) == 10 * 1024

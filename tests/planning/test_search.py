@@ -3,11 +3,11 @@
 import pytest
 
 from clip_jax import config as configs
+from clip_jax.devices.hardware import gpu, tpu
 from clip_jax.errors import UserError
-from clip_jax.hardware import gpu, tpu
 from clip_jax.planning.compiling import Compiled
 from clip_jax.planning.plan import estimated
-from clip_jax.planning.search import candidates, reckon, search
+from clip_jax.planning.search import candidates, estimate, search
 
 V5E = tpu("v5e-16")
 FREE = V5E.chip.free_hbm_per_device
@@ -16,7 +16,7 @@ RECIPE = "configs/clip_vit_b16.py"
 
 def given_of(**overrides):
     overrides = {"batch_size": "4096", "model.remat": "none"} | {k.replace("__", "."): v for k, v in overrides.items()}
-    return reckon(configs.load(RECIPE, overrides), V5E)
+    return estimate(configs.load(RECIPE, overrides), V5E)
 
 
 def compiler(factor=1.0, **of_policy):
@@ -25,7 +25,7 @@ def compiler(factor=1.0, **of_policy):
 
     def compile(candidate):
         asked.append(candidate.changes)
-        wanted = int(candidate.memory.total * of_policy.get(candidate.parts.model.remat, factor))
+        wanted = int(candidate.memory.total * of_policy.get(candidate.config.model.remat, factor))
         return Compiled(wanted <= FREE, wanted, FREE, 1.0)
 
     return compile, asked
@@ -43,7 +43,7 @@ def test_what_does_not_fit_becomes_the_fastest_that_does():
     found = search(given, V5E, compile, compilations=4)
     assert not found.tried[0][1].fits and found.compiled.fits
     assert len(asked) == 2  # the config and what was found: the estimate was right
-    faster = [c for c in candidates(given.parts.config, V5E) if c.roofline.serial < found.candidate.roofline.serial]
+    faster = [c for c in candidates(given.config, V5E) if c.roofline.serial < found.candidate.roofline.serial]
     assert faster and all(c.memory.total > FREE for c in faster)
 
 
@@ -60,9 +60,9 @@ def test_the_search_stops_after_so_many_compilations():
 
 
 def test_candidates_change_how_a_run_is_computed_and_nothing_else():
-    found = candidates(given_of().parts.config, V5E)
+    found = candidates(given_of().config, V5E)
     assert {key for c in found for key in c.changes} == {"micro_batch", "model.remat", "mesh.fsdp"}
-    assert all(c.parts.config.batch_size % (c.parts.micro_batches * 16) == 0 for c in found)
+    assert all(c.config.batch_size % (c.learner.micro_batches * 16) == 0 for c in found)
     times = [c.roofline.serial for c in found]
     assert times == sorted(times)
 
@@ -74,6 +74,6 @@ def test_a_batch_that_does_not_divide_is_one_line():
 
 def test_gpus_are_searched_with_the_estimate():
     machines = gpu("h100:8")
-    given = reckon(configs.load(RECIPE, {"model.remat": "none"}), machines)
+    given = estimate(configs.load(RECIPE, {"model.remat": "none"}), machines)
     found = search(given, machines, lambda c: estimated(c, machines), compilations=2)
     assert not found.tried[0][1].fits and found.candidate.memory.total <= machines.chip.free_hbm

@@ -5,41 +5,33 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 
-from clip_jax import presets
-from clip_jax.hardware import Machines, tpu
-from clip_jax.models.clip import CLIP
+from clip_jax.devices.hardware import Machines, tpu
+from clip_jax.devices.sharding import make_mesh
+from clip_jax.objectives.cost import Transfer
 from clip_jax.planning import program
 from clip_jax.planning.memory import step_memory
 from clip_jax.planning.program import Collective
 from clip_jax.planning.roofline import roofline
-from clip_jax.planning.work import Transfer, Work, compiled_transfers, step_work
-from clip_jax.sharding import make_mesh
-from clip_jax.training.state import abstract_state
-from clip_jax.training.step import make_train_step
+from clip_jax.planning.work import Work, compiled_transfers, step_work
 from tests.models.test_clip import SMALL
-from tests.planning.plans import BIASED, clip, mesh_of, state_of
+from tests.planning.plans import clip, mesh_of, planned, state_of
 
 BATCH = 64
 
 
 def work_of(model, mesh, loss="softmax", micro_batches=1, slices=1):
-    state = state_of(model, mesh)
-    memory = step_memory(model, state, mesh, BATCH, micro_batches, tiled=False)
-    options = dict(batch_size=BATCH, micro_batches=micro_batches, loss_name=loss, slices=slices)
-    return step_work(model, state, mesh, memory, **options)
+    learner = planned(model, mesh, loss=loss, micro_batches=micro_batches)
+    state = learner.abstract_state()
+    memory = step_memory(learner, state, BATCH, tiled=False)
+    return step_work(learner, state, memory, batch_size=BATCH, slices=slices)
 
 
 def traced(model, mesh, **options):
     """(the training step, its arguments)"""
-    optimizer = optax.adamw(1e-3)
-    options = {"max_logit_scale": 100.0} | options
-    step = make_train_step(model, presets.HALF, optimizer, lambda _: 1e-3, mesh, **options)
-    batch = {"image": jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.uint8)}
-    batch["text"] = jax.ShapeDtypeStruct((BATCH, 12), jnp.int32)
-    return step, (abstract_state(model, optimizer, mesh), batch)
+    learner = planned(model, mesh, **options)
+    return learner.step(), (learner.abstract_state(), learner.batch_spec(BATCH), {})
 
 
 @pytest.mark.parametrize(
@@ -52,7 +44,7 @@ def traced(model, mesh, **options):
 )
 def test_flops_are_those_of_the_step_as_it_is_written(remat, micro_batches, loss):
     model, mesh = clip(remat), make_mesh()
-    step, arguments = traced(model, mesh, loss_name=loss, micro_batches=micro_batches)
+    step, arguments = traced(model, mesh, loss=loss, micro_batches=micro_batches)
     counted = program.matmul_flops(jax.make_jaxpr(step)(*arguments))
     # MFU counts three forward passes; nobody needs the gradient by the pixels.
     by_pixels = BATCH * 2 * SMALL.image.grid**2 * SMALL.image.patch_size**2 * 3 * SMALL.image.width
@@ -60,14 +52,14 @@ def test_flops_are_those_of_the_step_as_it_is_written(remat, micro_batches, loss
 
 
 def test_a_data_parallel_step_moves_its_gradients_twice():
-    model, mesh = CLIP(BIASED, jnp.float32), make_mesh()
+    model, mesh = clip(dtype=jnp.float32), make_mesh()
     step, arguments = traced(model, mesh)
     compiled = program.collectives(step.lower(*arguments).compile().as_text())
-    reckoned = {t.what: t.ici_bytes for t in work_of(model, mesh).transfers}
+    estimated = {t.what: t.ici_bytes for t in work_of(model, mesh).transfers}
     moved = sum(c.traffic for c in compiled if c.kind == "all-reduce")
-    assert moved == pytest.approx(reckoned["gradients summed over the batch"], rel=0.02)
+    assert moved == pytest.approx(estimated["gradients summed over the batch"], rel=0.02)
     embeddings = sum(c.traffic for c in compiled if c.kind in ("all-gather", "reduce-scatter", "collective-permute"))
-    assert embeddings == pytest.approx(reckoned["embeddings and their gradients"], rel=0.1)
+    assert embeddings == pytest.approx(estimated["embeddings and their gradients"], rel=0.1)
 
 
 def test_fsdp_gathers_weights_in_each_pass_and_scatters_gradients():
