@@ -1,22 +1,22 @@
-"""What training steps and losses need on NVIDIA H100s that are not there, as XLA's GPU compiler says it.
+"""Memory of training steps and losses on NVIDIA H100s, compiled ahead of time by XLA's GPU compiler without a GPU.
 
 pip install 'jax[cuda12]'  (5 GB)
-python benchmarks/gpu_memory.py [--only=NAME]
+python benchmarks/gpu_memory.py [--only=PREFIX]
 
-Compiles each on a CPU, 10 seconds to 2 minutes, and prints the peak of one GPU's memory beside the plan's estimate, and
-how often the program calls cuDNN's attention. Without a GPU nothing is timed and no kernel is chosen by trying: matrix
-products are cuBLAS's first choice.
+Each compilation takes 10 seconds to 2 minutes on a CPU. Prints the peak memory per GPU, the estimate of the plan, and
+the number of calls of cuDNN's attention. Without a GPU nothing is timed and no kernel is autotuned: matrix products use
+the first choice of cuBLAS.
 """
 
 import os
 
-from clip_jax import xla_flags
+from clip_jax.devices import xla_flags
 
 os.environ |= {
     "CUDA_VISIBLE_DEVICES": "-1",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it looks for the driver
-    # As main.py sets them; the other two would try kernels on a GPU.
-    "XLA_FLAGS": xla_flags.joined("gpu", "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"),
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # there is no driver to check
+    # The flags of main.py; the other two would autotune kernels on a GPU.
+    "XLA_FLAGS": xla_flags.merge("gpu", "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"),
 }
 
 import argparse
@@ -28,11 +28,12 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from clip_jax import config as configs
-from clip_jax.hardware import GIB, gpu
-from clip_jax.losses import grid
-from clip_jax.planning.parts import make_parts
-from clip_jax.planning.search import reckon
-from clip_jax.sharding import batch_sharding, make_mesh, replicated
+from clip_jax.devices.hardware import GIB, gpu
+from clip_jax.devices.sharding import batch_sharding, make_mesh, replicated
+from clip_jax.losses.sigmoid import sigmoid
+from clip_jax.losses.softmax import softmax
+from clip_jax.planning.search import estimate as estimate_plan
+from clip_jax.training.setup import make_learner
 
 DOTS = {"model.remat": "dots"}
 CUDNN = {"model.attention": "cudnn"}
@@ -52,7 +53,7 @@ STEPS = {
         {"batch_size": "2048", "mesh.fsdp": "8"} | DOTS | CUDNN,
     ),
 }
-LOSSES = {"softmax": (grid.softmax, 1), "sigmoid": (grid.sigmoid, 2)}
+LOSSES = {"softmax": (softmax, 1), "sigmoid": (sigmoid, 2)}
 BATCH, WIDTH = 65_536, 768
 
 H100 = """
@@ -70,10 +71,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def pretend() -> None:
-    """JAX asks for a GPU where it only needs its name (jax-ml/jax#23971), and the attention for what it can."""
-    asked = xla_bridge.canonicalize_platform
-    xla_bridge.canonicalize_platform = lambda name: "cuda" if name in ("gpu", "cuda") else asked(name)
+def pretend_gpu() -> None:
+    """Patches JAX, which requires a GPU to name its platform (jax-ml/jax#23971) and its compute capability."""
+    canonicalize = xla_bridge.canonicalize_platform
+    xla_bridge.canonicalize_platform = lambda name: "cuda" if name in ("gpu", "cuda") else canonicalize(name)
     fused_attention_stablehlo.check_compute_capability = lambda least: tuple(map(int, least.split("."))) <= (9, 0)
     fused_attention_stablehlo.is_cuda_compute_capability_equal = lambda one: one == "9.0"
 
@@ -86,7 +87,7 @@ def devices(count: int) -> list[jax.Device]:
 def step(recipe: str, count: int, overrides: dict[str, str]) -> jax.stages.Compiled:
     config = configs.load(f"configs/{recipe}.py", overrides)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, devices(count))
-    return make_parts(config, mesh).lower().compile()
+    return make_learner(config, mesh, steps=1, examples=1).lower(config.batch_size).compile()
 
 
 def loss(name: str) -> jax.stages.Compiled:
@@ -100,17 +101,17 @@ def loss(name: str) -> jax.stages.Compiled:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="what begins so")
+    parser.add_argument("--only", default="", help="cases whose name has this prefix")
     only = parser.parse_args().only
-    pretend()
+    pretend_gpu()
     for name, (recipe, count, overrides) in STEPS.items():
         if not name.startswith(only):
             continue
         compiled = step(recipe, count, overrides)
-        reckoned = reckon(configs.load(f"configs/{recipe}.py", overrides), gpu(f"h100:{count}")).memory.total
+        estimate = estimate_plan(configs.load(f"configs/{recipe}.py", overrides), gpu(f"h100:{count}")).memory.total
         calls = compiled.as_text().count('custom_call_target="__cudnn$fmhaSoftmax"')
         peak = compiled.memory_analysis().peak_memory_in_bytes
-        print(f"{name:40} {peak / GIB:7.2f} GiB  estimate {reckoned / GIB:7.2f} GiB  cuDNN calls {calls}", flush=True)
+        print(f"{name:40} {peak / GIB:7.2f} GiB  estimate {estimate / GIB:7.2f} GiB  cuDNN calls {calls}", flush=True)
     for name in LOSSES:
         if name.startswith(only):
             peak = loss(name).memory_analysis().peak_memory_in_bytes

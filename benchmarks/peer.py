@@ -1,6 +1,6 @@
-"""A peer library in a process of its own, which takes turns with us: both are slowed alike by a busy machine.
+"""Runs a peer library in a separate process, interleaved with ours, so that a busy machine slows both equally.
 
-Its environment is made by tests/peers/make_env.sh and found in CLIP_JAX_PEERS, or at .venv-peers.
+tests/peers/make_env.sh creates its environment, in CLIP_JAX_PEERS or in .venv-peers.
 """
 
 import contextlib
@@ -18,29 +18,32 @@ PEERS = Path(os.environ.get("CLIP_JAX_PEERS") or ROOT / ".venv-peers")
 
 PEAK = """
 def peak():
-    # Of this program alone: getrusage's figure is handed down by the process that started it.
+    # Not getrusage: its figure is inherited from the parent process.
     for line in open("/proc/self/status"):
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
 """
-"""For a script: ``peak()`` are the bytes that it has had in memory at most."""
+"""Source of ``peak()`` for a script: the peak memory of its process in bytes."""
 
 
 def peak() -> int:
-    """Bytes that this process has had in memory at most (Linux)."""
+    """The peak memory of this process in bytes (Linux)."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
 
 
-def is_there() -> bool:
+def is_installed() -> bool:
     return (PEERS / ".complete").exists()
 
 
 @contextlib.contextmanager
 def started(script: str, *arguments: object) -> Iterator[Callable[[str], Any]]:
-    """``ask(line) -> answer``: the script prints "ready", and then a line of JSON for each line that it reads."""
-    if not is_there():
-        sys.exit(f"no peers at {PEERS}: run tests/peers/make_env.sh DIR and set CLIP_JAX_PEERS=DIR")
+    """Starts a script and yields ``ask(line) -> answer``.
+
+    The script prints "ready", and then one line of JSON for each line that it reads.
+    """
+    if not is_installed():
+        sys.exit(f"{PEERS}: no peer environment; run tests/peers/make_env.sh DIR and set CLIP_JAX_PEERS=DIR")
     command = [PEERS / "bin" / "python", "-c", script, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         if peer.stdout.readline().strip() != "ready":
@@ -55,6 +58,6 @@ def started(script: str, *arguments: object) -> Iterator[Callable[[str], Any]]:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """How many times faster we are, of seconds taken in turns: the median, and the lowest and highest."""
+    """Our speedup from interleaved timings in seconds: the median, minimum and maximum."""
     ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -1,11 +1,11 @@
-"""Captions a second on one core: our CLIP tokenizer and OpenCLIP's, side by side on real captions.
+"""Captions per second on one core: our CLIP tokenizer and OpenCLIP's on real captions.
 
     python benchmarks/tokenization.py [--repeats=7]
 
 Needs ../shared/data and the environment of tests/peers/make_env.sh (CLIP_JAX_PEERS, or .venv-peers). Both processes are
-pinned to the same core and take turns, so that a busy machine slows both alike. "first pass" starts with a tokenizer
-that has seen no word; "later passes" with one that has seen these very captions: a real run lies in between, near the
-second for languages that write spaces.
+pinned to the same core and take turns, so that a busy machine slows both equally. The "first" pass starts with an empty
+cache of words, the "later" pass has all words of these captions cached. A real run is in between, and close to the
+later pass for languages that separate words by spaces.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from clip_jax.data import tokenizers
 DATA = peer.ROOT.parent / "shared" / "data"
 VOCAB = DATA / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
 
-# Answers each line on stdin, the name of a set of captions, with the seconds of a first and of a second pass over it.
+# For each line on stdin, the name of a set of captions, prints the seconds of a first and of a second pass over it.
 OPEN_CLIP = """
 import json, sys, time
 import torchvision_ops_stub  # before open_clip
@@ -66,7 +66,7 @@ def our_seconds(captions: list[str]) -> list[float]:
 
 
 def measure(captions: dict[str, list[str]], repeats: int) -> dict[str, list[tuple[list[float], list[float]]]]:
-    """For each set, ``repeats`` pairs of (ours, OpenCLIP's) seconds of a first and of a second pass."""
+    """``repeats`` timings of each set: (ours, OpenCLIP's), each the seconds of a first and of a second pass."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # inherited by the peer
     pairs = {name: [] for name in captions}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     if not VOCAB.exists():
-        sys.exit(f"no captions to measure with: {DATA} is missing")
+        sys.exit(f"{DATA}: no such folder; the captions to measure are there")
     captions = read_captions()
     pairs = measure(captions, repeats)
     print(f"{'captions':<16}{'pass':<8}{'ours /s':>12}{'OpenCLIP /s':>14}{'ratio':>8}{'lowest':>9}{'highest':>9}")

@@ -1,11 +1,11 @@
-"""Pairs/s, MFU and memory of a recipe's training step, on whatever is here: CPU, GPU or TPU; OpenCLIP's beside it.
+"""Pairs/s, MFU and memory of a recipe's training step on CPU, GPU or TPU, in comparison with OpenCLIP.
 
 python benchmarks/train_step.py --config=configs/emoji.py [--config.batch_size=64 ...] [--steps=2] [--repeats=7]
 
-Any model, batch, type and mesh by the recipe's settings: --config.model.name=ViT-B/32 --config.mesh.fsdp=2. The step is
-the one that main.py runs, on random pixels and tokens that lie on the devices already. With the peers' environment
-(CLIP_JAX_PEERS, or .venv-peers) OpenCLIP trains the same model, in turns with us: eager, or with --compile by
-torch.compile; bfloat16 as its amp_bf16.
+Model, batch size, dtype and mesh are settings of the recipe: --config.model.name=ViT-B/32 --config.mesh.fsdp=2. The
+step is the one of main.py, on random pixels and tokens already on the devices. If the peer environment exists
+(CLIP_JAX_PEERS, or .venv-peers), OpenCLIP trains the same model, interleaved with ours: eagerly, or with --compile by
+torch.compile; for bfloat16, with its amp_bf16.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import peer
+from ml_collections import ConfigDict
 
 from clip_jax import config as configs
-from clip_jax import hardware
 from clip_jax.command_line import split_overrides
+from clip_jax.devices import hardware
+from clip_jax.devices.sharding import make_mesh, to_devices
 from clip_jax.interop import open_clip_config
 from clip_jax.models import flops
-from clip_jax.sharding import make_mesh, to_devices
-from clip_jax.training import setup
-from clip_jax.training.state import create_state
+from clip_jax.training.setup import make_learner
 
 GIB = 2**30
 
@@ -82,33 +82,29 @@ for line in sys.stdin:
 )
 
 
-def prepare(config: configs.ConfigDict) -> tuple[Callable[[int], float], int, str]:
-    """(seconds of so many steps, how many devices, what their memory holds)."""
+def prepare(config: ConfigDict) -> tuple[Callable[[int], float], int, str]:
+    """(function that takes n steps and returns the seconds, number of devices, description of their memory)."""
     if config.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
-    setup.check_batch(config, mesh)
-    preset = configs.resolve_preset(config)
-    model = setup.make_model(config, preset)
-    rate = setup.make_schedule(config, 100_000, config.batch_size)
-    optimizer = setup.make_optimizer(config, rate)
-    step = setup.make_step(config, preset, model, optimizer, rate, mesh)
-    image, text, rng = preset.architecture.image, preset.architecture.text, np.random.default_rng(0)
+    learner = make_learner(config, mesh, steps=100_000, examples=config.batch_size)
+    text, rng = learner.model.architecture.text, np.random.default_rng(0)
+    spec = learner.batch_spec(config.batch_size)
     batch = {
-        "image": rng.integers(0, 256, (config.batch_size, image.image_size, image.image_size, 3), np.uint8),
-        "text": rng.integers(1, text.vocab_size, (config.batch_size, text.context_length)).astype(np.int32),
+        name: rng.integers(1, text.vocab_size if name == "text" else 256, array.shape).astype(array.dtype)
+        for name, array in spec.items()
     }
-    batch = to_devices(batch, mesh, config.batch_size)
-    state = create_state(model, optimizer, mesh, config.seed, average=config.ema_decay > 0)
+    batch, constants = to_devices(batch, mesh, config.batch_size), learner.load_constants()
+    state, step = learner.create_state(), learner.step()
     start = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
+    compiled = step.lower(state, batch, constants).compile()
     print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
     def run(steps: int) -> float:
         nonlocal state
         start = time.perf_counter()
         for _ in range(steps):
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, batch, constants)
         jax.block_until_ready(metrics)
         return time.perf_counter() - start
 
@@ -116,11 +112,11 @@ def prepare(config: configs.ConfigDict) -> tuple[Callable[[int], float], int, st
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use", peer.peak())
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    return run, mesh.size, f"{peak / GIB:.2f} GiB at most, temporary by the compiler {temporary / GIB:.2f} GiB a device"
+    return run, mesh.size, f"peak {peak / GIB:.2f} GiB, temporary by the compiler {temporary / GIB:.2f} GiB per device"
 
 
-def compare(config: configs.ConfigDict, run: Callable[[int], float], args: argparse.Namespace) -> tuple:
-    """(our seconds, OpenCLIP's, what its memory holds), of ``repeats`` turns."""
+def compare(config: ConfigDict, run: Callable[[int], float], args: argparse.Namespace) -> tuple:
+    """(our seconds, OpenCLIP's seconds, description of its memory), each for ``repeats`` turns."""
     preset = configs.resolve_preset(config)
     text = preset.architecture.text
     job = {
@@ -128,7 +124,7 @@ def compare(config: configs.ConfigDict, run: Callable[[int], float], args: argpa
         "batch": config.batch_size,
         "vocabulary": text.vocab_size,
         "length": text.context_length,
-        "loss": config.loss.name,
+        "loss": config.objectives.contrastive.loss,
         "dtype": config.model.dtype,
         "compile": args.compile,
     }
@@ -139,21 +135,21 @@ def compare(config: configs.ConfigDict, run: Callable[[int], float], args: argpa
             ask("1")
             turns = [(run(args.steps), *ask(str(args.steps))) for _ in range(args.repeats)]
     ours, theirs, memory = zip(*turns, strict=True)
-    return ours, theirs, f"{max(memory) / GIB:.2f} GiB at most"
+    return ours, theirs, f"peak {max(memory) / GIB:.2f} GiB"
 
 
 def main() -> None:
     arguments, overrides = split_overrides(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a recipe; --config.some.key=value overrides a setting")
-    parser.add_argument("--steps", type=int, default=2, help="of a turn")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="OpenCLIP by torch.compile")
+    parser.add_argument("--steps", type=int, default=2, help="steps per turn")
+    parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument("--compile", action="store_true", help="run OpenCLIP with torch.compile")
     args = parser.parse_args(arguments)
     config = configs.load(args.config, overrides)
     run, devices, memory = prepare(config)
     theirs, their_memory = (), ""
-    if peer.is_there():
+    if peer.is_installed():
         ours, theirs, their_memory = compare(config, run, args)
     else:
         ours = [run(args.steps) for _ in range(args.repeats)]
@@ -161,12 +157,12 @@ def main() -> None:
     kind = jax.devices()[0].device_kind
     print(f"{config.model.name}, batch {config.batch_size:,}, {config.model.dtype}, {devices} x {kind}")
     print(f"pairs/s   {speed:,.1f}")
-    needed = flops.training(configs.resolve_preset(config).architecture) * speed
+    achieved = flops.training(configs.resolve_preset(config).architecture) * speed
     peak = hardware.peak_flops(kind)
-    print(f"FLOP/s    {needed / 1e12:.3f} T" + (f", MFU {needed / peak / devices:.1%}" if peak else ""))
+    print(f"FLOP/s    {achieved / 1e12:.3f} T" + (f", MFU {achieved / peak / devices:.1%}" if peak else ""))
     print(f"memory    {memory}")
     if theirs:
-        print(f"OpenCLIP  {their_speed[0]:,.1f} pairs/s; ours divided by it {peer.ratio(ours, theirs)}")
+        print(f"OpenCLIP  {their_speed[0]:,.1f} pairs/s; speedup {peer.ratio(ours, theirs)}")
         print(f"          {their_memory}")
 
 

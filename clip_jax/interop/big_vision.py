@@ -1,7 +1,8 @@
-"""big_vision's npz checkpoints of SigLIP <-> OpenCLIP's names (of timm's image tower and its own text tower).
+"""big_vision's npz checkpoints of SigLIP <-> OpenCLIP's names (timm's image tower, OpenCLIP's text tower).
 
-SigLIP's have a group of arrays for each block, SigLIP 2's one array for all; both are read, the first is written.
-A file does not say which model it is, and big_vision computes every GELU by its tanh approximation (flax's default).
+SigLIP's checkpoints have one group of arrays per block, SigLIP 2's stack all blocks; both are read, the first is
+written. A file does not say which model it is, and big_vision computes every GELU by its tanh approximation (Flax's
+default).
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from clip_jax.errors import UserError
 from clip_jax.interop import rename
 from clip_jax.interop.huggingface import is_siglip
 from clip_jax.interop.rename import NO_LEADING_ONE, SAME, SCALAR, TRANSPOSED, Form, Rule, below, layers, same
-from clip_jax.interop.state import Entry, State
+from clip_jax.interop.tensors import Entry, Tensors
 from clip_jax.models.clip import Architecture
 
 ROOT = "params/"
@@ -28,33 +29,33 @@ def activations(architecture: Architecture) -> Architecture:
     return dataclasses.replace(architecture, image=image, text=text)
 
 
-def to_open_clip(state: State, architecture: Architecture) -> State:
-    """big_vision's arrays under OpenCLIP's names; an optimizer beside the parameters is left behind."""
-    entries = state.entries
+def to_open_clip(tensors: Tensors, architecture: Architecture) -> Tensors:
+    """big_vision's arrays under OpenCLIP's names, without the state of an optimizer."""
+    entries = tensors.entries
     if any(name.startswith(ROOT) for name in entries):
         entries = {name.removeprefix(ROOT): entry for name, entry in entries.items() if name.startswith(ROOT)}
-    return rename.to_open_clip(_unstacked(State(state.source, entries)), _rules(architecture))
+    return rename.to_open_clip(_unstacked(Tensors(tensors.source, entries)), _rules(architecture))
 
 
-def from_open_clip(state: State, architecture: Architecture) -> State:
+def from_open_clip(tensors: Tensors, architecture: Architecture) -> Tensors:
     """OpenCLIP's tensors under big_vision's names."""
-    renamed = rename.from_open_clip(state, _rules(architecture))
-    return State(state.source, {ROOT + name: entry for name, entry in renamed.entries.items()})
+    renamed = rename.from_open_clip(tensors, _rules(architecture))
+    return Tensors(tensors.source, {ROOT + name: entry for name, entry in renamed.entries.items()})
 
 
-def _unstacked(state: State) -> State:
-    """Arrays of all blocks as one array for each."""
+def _unstacked(tensors: Tensors) -> Tensors:
+    """Splits arrays that stack all blocks into one array per block."""
     entries = {}
-    for name, entry in state.entries.items():
+    for name, entry in tensors.entries.items():
         if STACKED not in name:
             entries[name] = entry
             continue
-        # The blocks' query, key and value are asked for in turn: without this each would read the whole again.
-        whole = lru_cache(1)(entry.read)
+        # Query, key and value of the blocks are read in turn: without the cache each would read the stack again.
+        read = lru_cache(1)(entry.read)
         for i in range(entry.shape[0]):
-            block = Entry(entry.shape[1:], entry.dtype, lambda whole=whole, i=i: whole()[i])
+            block = Entry(entry.shape[1:], entry.dtype, lambda read=read, i=i: read()[i])
             entries[name.replace(STACKED, BLOCK.format(i))] = block
-    return State(state.source, entries)
+    return Tensors(tensors.source, entries)
 
 
 def _pair(theirs: str, open_clip: str, form: Form = TRANSPOSED, scale: str = "kernel") -> tuple[Rule, Rule]:
@@ -66,7 +67,7 @@ def _norm(theirs: str, open_clip: str) -> tuple[Rule, Rule]:
 
 
 def _attention(heads: int, groups: dict[str, str], out: str) -> list[Rule]:
-    """``groups``: the names of the projections to query, key and value that one tensor of OpenCLIP's holds."""
+    """``groups``: for each tensor of OpenCLIP's, the names of the projections that it fuses."""
     kernel = Form(lambda x: x.reshape(len(x), -1).T, lambda x: x.T.reshape(x.shape[1], heads, -1))
     bias = Form(lambda x: x.reshape(-1), lambda x: x.reshape(heads, -1))
     back = Form(lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T.reshape(heads, -1, len(x)))
@@ -101,7 +102,7 @@ def _head(heads: int) -> list[Rule]:
 
 def _rules(architecture: Architecture) -> list[Rule]:
     if not is_siglip(architecture):
-        raise UserError("of big_vision's models only SigLIP's towers are known (no class token, attention pooling)")
+        raise UserError("of big_vision's models only SigLIP's towers are supported (no class token, attention pooling)")
     image, text = architecture.image, architecture.text
     image_block = _block(image.heads, "attn.qkv.{}", "attn.proj", ("norm1", "norm2"), ("mlp.fc1", "mlp.fc2"))
     text_block = _block(text.heads, "attn.in_proj_{}", "attn.out_proj", ("ln_1", "ln_2"), ("mlp.c_fc", "mlp.c_proj"))

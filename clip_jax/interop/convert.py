@@ -1,6 +1,6 @@
 """Files of torch -> safetensors with a config: what ``clip-jax import`` does, and the only use of ``torch_files``.
 
-Names, types and bits of the tensors stay as they are.
+Names, types and bits of the tensors do not change.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from clip_jax.interop import (
     openai,
     torch_files,
 )
-from clip_jax.interop.state import State
+from clip_jax.interop.tensors import Tensors
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.presets import Preset
 
@@ -26,32 +26,21 @@ WEIGHTS = {"openclip": "open_clip_model.safetensors", "huggingface": "model.safe
 
 
 def convert(source: Path, to: Path, model: str | None) -> list[str]:
-    """Writes the folder ``to``; lines for the user say what was found. Raises UserError."""
+    """Writes the folder ``to`` and returns lines for the user that describe what was found. Raises UserError."""
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to}: not empty; give a new folder")
     file = _pickle_in(source) if source.is_dir() else source
-    state = files.read_shards(file, torch_files.read) if file.name.endswith(files.INDEX) else torch_files.read(file)
-    layout = folders.layout_of(list(state), str(file))
-    state = State(state.source, {name: x for name, x in state.entries.items() if name not in open_clip.IGNORED})
-    beside = file.parent / folders.CONFIGS[layout]
-    lines = [f"{file}: {len(state)} tensors with {layout}'s names, read without running anything in the file"]
+    tensors = files.read_shards(file, torch_files.read) if file.name.endswith(files.INDEX) else torch_files.read(file)
+    layout = folders.layout_of(list(tensors), str(file))
+    tensors = Tensors(tensors.source, {name: x for name, x in tensors.entries.items() if name not in open_clip.IGNORED})
     to.mkdir(parents=True, exist_ok=True)
-    if model is not None:
-        lines.append(f"config: of {model}, as given")
-        _write_config(to, layout, presets.preset(model))
-    elif beside.is_file():
-        lines.append(f"config: copied from {beside}")
-        for path in sorted(file.parent.iterdir()):
-            if path.suffix in (".json", ".txt", ".model") and not path.name.endswith(files.INDEX):
-                shutil.copyfile(path, to / path.name)
-    elif torch_files.is_torchscript(file):
-        preset = openai.preset(state)
-        lines.append(f"config: an archive of OpenAI's; by its shapes {_name(preset)}")
-        _write_config(to, layout, preset)
-    else:
-        to.rmdir()
-        raise UserError(f"{file}: does not say which model it is, and {beside} is not there; add --model=NAME")
-    files.write_safetensors(to / WEIGHTS[layout], state)
+    try:
+        line = _write_config(to, layout, file, tensors, model)
+    except UserError:
+        to.rmdir()  # Nothing has been written.
+        raise
+    lines = [f"{file}: {len(tensors)} tensors with {layout}'s names, read without running anything in the file", line]
+    files.write_safetensors(to / WEIGHTS[layout], tensors)
     lines.append(f"{to / WEIGHTS[layout]}: clip_jax.load({str(to)!r}) reads it")
     return lines
 
@@ -64,7 +53,25 @@ def _pickle_in(folder: Path) -> Path:
     return present[0]
 
 
-def _write_config(to: Path, layout: str, preset: Preset) -> None:
+def _write_config(to: Path, layout: str, file: Path, tensors: Tensors, model: str | None) -> str:
+    """Writes the config and returns the line that says where it comes from. Raises UserError before it writes."""
+    config = file.parent / folders.CONFIGS[layout]
+    if model is not None:
+        _write_preset(to, layout, presets.preset(model))
+        return f"config: of {model}, as given"
+    if config.is_file():
+        for path in sorted(file.parent.iterdir()):
+            if path.suffix in (".json", ".txt", ".model") and not path.name.endswith(files.INDEX):
+                shutil.copyfile(path, to / path.name)
+        return f"config: copied from {config}"
+    if torch_files.is_torchscript(file):
+        preset = openai.preset(tensors)
+        _write_preset(to, layout, preset)
+        return f"config: an archive of OpenAI's; by its shapes {_name(preset)}"
+    raise UserError(f"{file}: does not say which model it is, and {config} does not exist; add --model=NAME")
+
+
+def _write_preset(to: Path, layout: str, preset: Preset) -> None:
     if layout == "openclip":
         export.write_json(to / "open_clip_config.json", open_clip_config.from_preset(preset))
         return

@@ -1,6 +1,6 @@
-"""Weights out: a model as a folder that OpenCLIP, Transformers or big_vision loads.
+"""Writes a model as a folder that OpenCLIP, Transformers or big_vision loads.
 
-``export`` returns lines for the user: what was written, and which part of the model the format has no place for.
+``export`` returns lines for the user: what was written, and which part of the model the format cannot hold.
 """
 
 import json
@@ -11,14 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from clip_jax import __version__, run_folder
+from clip_jax import __version__
 from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.data.tokenizers.files import FILES
 from clip_jax.errors import UserError
-from clip_jax.interop import big_vision, files, folders, huggingface, huggingface_config, open_clip, open_clip_config
-from clip_jax.interop.state import State, from_arrays
+from clip_jax.interop import big_vision, files, huggingface, huggingface_config, open_clip, open_clip_config
+from clip_jax.interop.tensors import Tensors, from_arrays
 from clip_jax.models.clip import Params, parameter_counts
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.presets import Preset
+from clip_jax.storage import run_folder
 
 FORMATS = ("openclip", "huggingface", "bigvision")
 
@@ -34,43 +36,44 @@ def export(
     tokenizer: Tokenizer | None,
     source: Path,
 ) -> list[str]:
-    """Writes the folder ``to``; ``source`` is the folder that the model came from. Raises UserError."""
+    """Writes the folder ``to``; ``source`` is the folder that the model was loaded from. Raises UserError."""
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to}: not empty; give a new folder")
-    state = from_arrays(name, open_clip.from_params(jax.tree.map(np.asarray, params), preset.architecture, batch_stats))
+    arrays = open_clip.from_params(jax.tree.map(np.asarray, params), preset.architecture, batch_stats)
+    tensors = from_arrays(name, arrays)
     write = {"openclip": _open_clip, "huggingface": _hugging_face, "bigvision": _big_vision}[layout]
     to.mkdir(parents=True, exist_ok=True)
     try:
-        lines = write(to, preset, state)
+        lines = write(to, preset, tensors)
     except UserError:
-        to.rmdir()  # Nothing was written: the formats refuse before they write.
+        to.rmdir()  # Nothing was written: each format refuses a model before it writes.
         raise
     lines += _tokenizer(to, layout, preset, tokenizer, source)
     (to / "README.md").write_text(model_card(name, layout, preset, params), encoding="utf-8")
     return lines
 
 
-def _open_clip(to: Path, preset: Preset, state: State) -> list[str]:
+def _open_clip(to: Path, preset: Preset, tensors: Tensors) -> list[str]:
     config = open_clip_config.from_preset(preset)
-    files.write_safetensors(to / "open_clip_model.safetensors", state)
+    files.write_safetensors(to / "open_clip_model.safetensors", tensors)
     write_json(to / "open_clip_config.json", config)
     return [f"open_clip.create_model_from_pretrained('local-dir:{to.resolve()}') loads it"]
 
 
-def _hugging_face(to: Path, preset: Preset, state: State) -> list[str]:
+def _hugging_face(to: Path, preset: Preset, tensors: Tensors) -> list[str]:
     config, preprocessor = huggingface_config.from_preset(preset)
-    renamed = huggingface.from_open_clip(state, preset.architecture)
+    renamed = huggingface.from_open_clip(tensors, preset.architecture)
     files.write_safetensors(to / "model.safetensors", renamed)
     write_json(to / "config.json", config)
     write_json(to / "preprocessor_config.json", preprocessor)
     return [f"transformers.AutoModel.from_pretrained('{to.resolve()}') loads it"]
 
 
-def _big_vision(to: Path, preset: Preset, state: State) -> list[str]:
-    files.write_npz(to / "model.npz", big_vision.from_open_clip(state, preset.architecture))
-    lines = ["config: left out, the format has no place for it; big_vision's has to say the sizes"]
+def _big_vision(to: Path, preset: Preset, tensors: Tensors) -> list[str]:
+    files.write_npz(to / "model.npz", big_vision.from_open_clip(tensors, preset.architecture))
+    lines = ["config: left out, the format has none; the sizes must be in big_vision's own config"]
     if big_vision.activations(preset.architecture) != preset.architecture:
-        lines.append("activation: big_vision computes GELU by its tanh approximation, this model does not everywhere")
+        lines.append("activation: big_vision computes GELU by its tanh approximation, unlike this model")
     return lines
 
 
@@ -78,18 +81,17 @@ def _tokenizer(to: Path, layout: str, preset: Preset, tokenizer: Tokenizer | Non
     kind = preset.tokenizer
     if kind == "sentencepiece":
         return [
-            f"tokenizer: left out, {layout} has no place for one trained by clip_jax; its texts need the tokenizer/ "
-            f"of {source}"
+            f"tokenizer: left out, {layout} cannot hold one trained by clip_jax; texts need the tokenizer/ of {source}"
         ]
     if layout == "bigvision":
-        return ["tokenizer: left out, big_vision reads its tokenizers from places of its own"]
+        return ["tokenizer: left out, big_vision finds its tokenizers itself"]
     if kind == "clip":
         if tokenizer is None:
-            return ["tokenizer: CLIP's, which was not found here; OpenCLIP brings its own"]
+            return ["tokenizer: CLIP's, which was not found on this machine; OpenCLIP includes its own"]
         _write_clip_tokenizer(to, tokenizer)
         return ["tokenizer: CLIP's (vocab.json, merges.txt)"]
-    place = source / "tokenizer" if run_folder.is_run(source) else source
-    copied = [path for path in place.iterdir() if path.name in _COPIED | set(folders.TOKENIZERS.get(kind, ()))]
+    folder = source / "tokenizer" if run_folder.is_run(source) else source
+    copied = [path for path in folder.iterdir() if path.name in _COPIED | set(FILES.get(kind, ()))]
     for path in copied:
         shutil.copyfile(path, to / path.name)
     names = ", ".join(sorted(path.name for path in copied))
@@ -100,7 +102,7 @@ _COPIED = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 def _write_clip_tokenizer(to: Path, tokenizer: Tokenizer) -> None:
-    """As Transformers keeps it; its special tokens have other spellings than OpenCLIP's, and the same ids."""
+    """Transformers' files. Its special tokens are spelled differently from OpenCLIP's, but have the same ids."""
     codec, start, end = tokenizer.codec, "<|startoftext|>", "<|endoftext|>"
     symbols = [*codec.symbols[:-2], start, end]
     write_json(to / "vocab.json", {symbol: i for i, symbol in enumerate(symbols)}, indent=None)
@@ -119,12 +121,12 @@ def _write_clip_tokenizer(to: Path, tokenizer: Tokenizer) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """UTF-8, with a line's end at the end."""
+    """Writes JSON as UTF-8 with a final newline."""
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(name: str, layout: str, preset: Preset, params: Params) -> str:
-    """README.md: what the model is and how it wants its input; what only its maker knows is left to fill in."""
+    """README.md: the model and its preprocessing, with blank sections for what only its authors know."""
     image, text, pixels = preset.architecture.image, preset.architecture.text, preset.preprocess
     if isinstance(image, ResNetTower):
         shape, activation = f"{image.width}, {list(image.stages)}, {image.heads}", "relu"
@@ -154,6 +156,6 @@ divided by 255, mean {list(pixels.mean)}, standard deviation {list(pixels.std)}.
 
 ## Training data, evaluation, intended use
 
-To be filled in by whoever publishes the model. A CLIP model repeats the associations of the pairs it was trained on,
-stereotypes among them: evaluate it on the task and the people it is meant for.
+To be completed by the publisher of the model. A CLIP model reproduces the associations of its training pairs,
+including stereotypes: evaluate it on the task and the people it is meant for.
 """

@@ -1,17 +1,17 @@
-"""Files of tensors that hold nothing but tensors: safetensors and npz, in and out.
+"""Reads and writes files that hold nothing but tensors: safetensors and npz.
 
-Neither torch nor pickle is involved; a file that would need them (``.pt``, ``.bin``) is named as such, and
-``clip-jax import`` turns it into one that does not (``torch_files.py``).
+Neither torch nor pickle is involved; a file that needs them (``.pt``, ``.bin``) is refused with the advice to convert
+it by ``clip-jax import`` (``torch_files.py``).
 
-The header of a safetensors file is checked here, not by the library: its reader maps the file, so that every page it
-touches counts as this process's memory, and it takes the last of two tensors with one name. Formats:
+The header of a safetensors file is parsed here and not by the library, whose reader maps the file into memory, so that
+every page it touches counts as this process's memory, and which silently takes the last of two tensors with one name.
+Formats:
 https://huggingface.co/docs/safetensors and https://numpy.org/neps/nep-0001-npy-format.html
 """
 
 import itertools
 import json
 import math
-import os
 import tokenize
 import zipfile
 import zlib
@@ -24,7 +24,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from clip_jax.errors import UserError
-from clip_jax.interop.state import Entry, State
+from clip_jax.interop.tensors import Entry, Tensors
+from clip_jax.storage import atomic
 
 MAX_HEADER_BYTES = 100 << 20  # The limit of the safetensors library; the header of the largest CLIP has 0.2 MB.
 
@@ -46,11 +47,11 @@ INDEX = ".index.json"
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether it is, or names, what only ``clip-jax import`` opens."""
+    """Whether a file is a pickle, or an index of pickles, which only ``clip-jax import`` opens."""
     return path.name.removesuffix(INDEX).endswith(PICKLED)
 
 
-def read(path: str | Path) -> State:
+def read(path: str | Path) -> Tensors:
     """The tensors of a ``.safetensors``, ``.safetensors.index.json`` or ``.npz`` file. Raises UserError."""
     path = Path(path)
     if is_pickled(path):
@@ -61,31 +62,23 @@ def read(path: str | Path) -> State:
         return _read_safetensors(path)
     if path.suffix == ".npz":
         return _read_npz(path)
-    raise UserError(f"{path}: not a file of weights that is known (.safetensors, .safetensors.index.json, .npz)")
+    raise UserError(f"{path}: not a file of weights (.safetensors, .safetensors.index.json, .npz)")
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes the file in one go: it appears whole or not at all. ``format: pt`` is what Transformers insists on."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes the file atomically. Transformers requires ``format: pt`` in its metadata."""
     contiguous = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
-    try:
+    with atomic.replacing(path) as temporary:
         save_file(contiguous, temporary, {"format": "pt", **(metadata or {})})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """An uncompressed npz, in one go."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    try:
+    """Writes an uncompressed npz atomically."""
+    with atomic.replacing(path) as temporary:
         np.savez(temporary, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _read_safetensors(path: Path) -> State:
+def _read_safetensors(path: Path) -> Tensors:
     header, data_start, data_bytes = _header(path)
     header.pop("__metadata__", None)
     entries, spans = {}, []
@@ -93,7 +86,7 @@ def _read_safetensors(path: Path) -> State:
         dtype, shape, start, stop = _described(path, name, described)
         if stop > data_bytes:
             raise UserError(
-                f"{path}: {name} ends {stop - data_bytes} bytes behind the end of the file: it is truncated; copy or "
+                f"{path}: {name} ends {stop - data_bytes} bytes after the end of the file: it is truncated; copy or "
                 "download it again"
             )
         spans.append((start, stop, name))
@@ -104,12 +97,12 @@ def _read_safetensors(path: Path) -> State:
             raise UserError(f"{path}: {one} and {other} overlap: not a valid safetensors file")
     used = max((stop for _, stop, _ in spans), default=0)
     if used != data_bytes:
-        raise UserError(f"{path}: {data_bytes - used} bytes behind the last tensor: not a valid safetensors file")
-    return State(str(path), entries)
+        raise UserError(f"{path}: {data_bytes - used} bytes after the last tensor: not a valid safetensors file")
+    return Tensors(str(path), entries)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header of a safetensors file, where its data starts, and how many bytes of data the file has."""
+    """The header of a safetensors file, the offset of its data, and the number of bytes of data."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -133,20 +126,20 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} comes twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} appears twice")
     return values
 
 
 def _described(path: Path, name: str, described: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """One tensor's dtype, shape, start and stop, or a UserError that says what is wrong with them."""
+    """Dtype, shape, start and stop of one tensor. Raises UserError for an invalid description."""
     try:
         kind, shape, (start, stop) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise UserError(f"{path}: {name} is not described as safetensors does it: {described!r:.100}") from None
+        raise UserError(f"{path}: {name} has no valid description: {described!r:.100}") from None
     if kind not in DTYPES:
-        raise UserError(f"{path}: {name} has the type {kind!r:.30}; known are {', '.join(DTYPES)}")
+        raise UserError(f"{path}: {name} has the type {kind!r:.30}; supported are {', '.join(DTYPES)}")
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise UserError(f"{path}: {name} has no valid shape and place: {described!r:.100}")
+        raise UserError(f"{path}: {name} has no valid shape and offsets: {described!r:.100}")
     if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
         raise UserError(f"{path}: {name} of shape {shape} in {kind} does not fill its {stop - start} bytes")
     return DTYPES[kind], shape, start, stop
@@ -156,31 +149,31 @@ def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int):
     def read() -> np.ndarray:
         array = np.fromfile(path, dtype.newbyteorder("<"), math.prod(shape), offset=offset)
         if array.size != math.prod(shape):
-            raise UserError(f"{path}: became shorter while it was read")
+            raise UserError(f"{path}: shrank while it was read")
         return array.reshape(shape)
 
     return read
 
 
-def read_shards(index: Path, read_one: Callable[[Path], State]) -> State:
-    """The files that an index (``model.safetensors.index.json``) names, as one. Raises UserError."""
+def read_shards(index: Path, read_one: Callable[[Path], Tensors]) -> Tensors:
+    """The tensors of all files in an index (``model.safetensors.index.json``). Raises UserError."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(places.values()))
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(file_of.values()))
     except OSError as error:
         raise UserError(f"{index}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of files of weights ({error})") from error
     if outside := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{index}: names {outside[0]}, which is not a file beside it")
+        raise UserError(f"{index}: names {outside[0]}, which is not a file in the same folder")
     shards = {name: read_one(index.parent / name) for name in names}
-    for tensor, name in places.items():
+    for tensor, name in file_of.items():
         if tensor not in shards[name]:
-            raise UserError(f"{index}: {tensor} should be in {name} and is not there")
-    return State(str(index), {tensor: shards[name].entries[tensor] for tensor, name in places.items()})
+            raise UserError(f"{index}: {tensor} is missing from {name}")
+    return Tensors(str(index), {tensor: shards[name].entries[tensor] for tensor, name in file_of.items()})
 
 
-def _read_npz(path: Path) -> State:
+def _read_npz(path: Path) -> Tensors:
     entries = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -193,15 +186,17 @@ def _read_npz(path: Path) -> State:
                     if dtype.hasobject:
                         raise UserError(f"{path}: {name} holds Python objects, a pickle, which is never opened here")
                     if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
-                        raise UserError(f"{path}: {name} of shape {shape} does not fill its place; the file is damaged")
-                # NumPy writes bfloat16 as two bytes of no type; big_vision stores some of its checkpoints so.
+                        raise UserError(
+                            f"{path}: {name} of shape {shape} does not have that many bytes; the file is damaged"
+                        )
+                # NumPy writes bfloat16 as two bytes without a type, as in some of big_vision's checkpoints.
                 dtype = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
                 entries[name] = Entry(shape, dtype, _npz_reader(path, member, dtype))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"{path}: not an npz file, or a truncated one ({error})") from error
-    return State(str(path), entries)
+    return Tensors(str(path), entries)
 
 
 def _npz_reader(path: Path, member: zipfile.ZipInfo, dtype: np.dtype):

@@ -1,13 +1,13 @@
-"""What a folder or a file of weights holds: which layout, which files, which model.
+"""Finds the layout and the files of the weights in a folder.
 
 run          run.json                                                 clip_jax's own; ``model.py`` reads it
 openclip     open_clip_config.json, open_clip_model.safetensors       OpenCLIP; also OpenAI's weights under its names
 huggingface  config.json, model.safetensors (or an index of shards)   Transformers' CLIPModel, SiglipModel
 bigvision    *.npz                                                    big_vision
 
-Several may lie in one folder (LAION publishes the first two of the foreign ones together): the order above decides,
-and a line says so. OpenCLIP's wins over Transformers' because its files are the ones that were trained, and its
-config alone says how images were resized.
+A folder may have several (LAION publishes OpenCLIP's and Transformers' together): the first in the order above is read,
+and the choice is logged. OpenCLIP's takes precedence over Transformers' because its files are the original ones, and
+only its config says how images were resized.
 """
 
 import json
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_jax import buckets, run_folder
 from clip_jax.errors import UserError
 from clip_jax.interop import files
+from clip_jax.storage import buckets, run_folder
 
 log = logging.getLogger("clip_jax")
 
@@ -35,13 +35,6 @@ WEIGHTS = {
     "bigvision": (),
 }
 CONFIGS = {"openclip": "open_clip_config.json", "huggingface": "config.json"}
-TOKENIZERS = {
-    "clip": ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz"),
-    "siglip": ("tokenizer.json", "spiece.model"),
-    "siglip2": ("tokenizer.json", "tokenizer.model"),
-    "clipa": ("vocab.txt", "tokenizer.json"),
-}
-"""By kind, the files that its tokenizer can be built from, the surest first."""
 
 
 class Found(NamedTuple):
@@ -58,20 +51,23 @@ class Found(NamedTuple):
 
 SMALL = ("*.json", "*.txt", "*.model")
 OPEN_CLIPS = ("open_clip*.safetensors",)
-"""Enough where its config is there: LAION's repositories have the same weights a second time, for Transformers."""
+"""Sufficient next to OpenCLIP's config: LAION's repositories hold the same weights a second time, for Transformers."""
 TENSORS, PICKLES = ("*.safetensors", "*.npz"), ("*.bin", "*.pt")
 
 
 def local(source: str | Path, *, pickles: bool = False) -> Path:
-    """A path as it is; ``hf://org/name`` downloaded (or found in the cache) by huggingface_hub, with its pickles only
-    where they are asked for; a folder in a bucket copied, without its checkpoints."""
+    """The local folder (or file) of a source.
+
+    A path is returned unchanged; ``hf://org/name`` is downloaded, or found in the cache, by huggingface_hub, with its
+    pickles only if ``pickles``; a folder in a bucket is copied, without its checkpoints. Raises UserError.
+    """
     text = str(source)
     if not text.startswith(HUB):
         folder = run_folder.Folder(source).path
         if buckets.is_bucket(source) and not any(folder.iterdir()):
-            raise UserError(f"{source}: nothing is there; give the --workdir of a run, or a folder of weights")
+            raise UserError(f"{source}: empty or missing; give the --workdir of a run, or a folder of weights")
         return folder
-    # Imported here: half a second that a local path saves.
+    # Imported here: the import takes half a second, which a local path does not need.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -88,25 +84,25 @@ def local(source: str | Path, *, pickles: bool = False) -> Path:
             folder = download(PICKLES if pickles else TENSORS)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"{text}: no such repository on the Hugging Face hub, or it is not public to you") from error
-    except Exception as error:  # The hub's client has a dozen ways to say that there is no network.
+    except Exception as error:  # Without a network, the hub's client raises a dozen kinds of errors.
         raise UserError(
             f"{text}: not in the Hugging Face cache, and cannot be downloaded ({type(error).__name__}); copy the "
-            "folder here and give its path, or try again with a network"
+            "folder to this machine and give its path, or try again with a network connection"
         ) from error
     if not pickles and not any(path for pattern in TENSORS for path in folder.glob(pattern)):
         raise UserError(
-            f"{text}: has neither safetensors nor npz, and its pickles are not downloaded; "
-            f"`clip-jax import {text} --to=DIR` reads those"
+            f"{text}: has neither safetensors nor npz, and pickles are not downloaded; "
+            f"`clip-jax import {text} --to=DIR` converts those"
         )
     return folder
 
 
 def find(folder: Path) -> Found:
-    """The layout of a folder that wins. UserError where there is none, or where its weights are a pickle."""
+    """The layout of a folder that is read. Raises UserError where there is none, or where its weights are a pickle."""
     every = _layouts(folder)
     if not every:
         raise UserError(
-            f"{folder}: not a run folder, nor one of weights: it has neither {run_folder.RUN_FILE}, nor "
+            f"{folder}: neither a run folder nor one of weights: it has no {run_folder.RUN_FILE}, nor "
             f"{' or '.join(CONFIGS.values())} with its weights, nor one .npz"
         )
     first = every[0]
@@ -129,12 +125,12 @@ def _layouts(folder: Path) -> list[Found]:
     arrays = sorted(folder.glob("*.npz"))
     if len(arrays) == 1:
         found.append(Found("bigvision", arrays[0], None))
-    # A pickle is only what is read where nothing else is there.
+    # A pickle comes last: it is chosen only where there is nothing else.
     return sorted(found, key=lambda each: files.is_pickled(each.weights))
 
 
-def layout_of(names: Sequence[str], place: str) -> str:
-    """Whose names the tensors of a bare file have."""
+def layout_of(names: Sequence[str], origin: str) -> str:
+    """The layout of a file without a config, by the names of its tensors; ``origin`` is its name in errors."""
     names = set(names)
     if any(name.startswith(("vision_model.", "text_model.")) for name in names):
         return "huggingface"
@@ -142,11 +138,11 @@ def layout_of(names: Sequence[str], place: str) -> str:
         return "openclip"
     if any(name.removeprefix("params/").startswith(("img/", "txt/")) for name in names):
         return "bigvision"
-    raise UserError(f"{place}: its tensors have neither OpenCLIP's nor Transformers' nor big_vision's names")
+    raise UserError(f"{origin}: its tensors have neither OpenCLIP's nor Transformers' nor big_vision's names")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError where it is none."""
+    """The JSON object in a file. Raises UserError for any other content."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -156,8 +152,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")
     return values
-
-
-def tokenizer_file(folder: Path, kind: str) -> Path | None:
-    """The file of a folder that a tokenizer of this kind is built from."""
-    return next((folder / name for name in TOKENIZERS[kind] if (folder / name).is_file()), None)

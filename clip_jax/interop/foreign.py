@@ -1,6 +1,6 @@
 """A foreign checkpoint -> a preset and parameters: finds the layout, reads its config, translates its names.
 
-The one place that knows all layouts; each has a module of its own for its names and its config.
+Only this module knows all layouts; each layout has modules of its own for its names and its config.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from clip_jax import sharding
 from clip_jax.data import tokenizers
 from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.devices import sharding
 from clip_jax.errors import UserError
 from clip_jax.interop import (
     big_vision,
@@ -28,9 +28,9 @@ from clip_jax.interop import (
     open_clip_config,
     table,
 )
-from clip_jax.interop.merge import resize_positions
-from clip_jax.interop.state import State
+from clip_jax.interop.tensors import Tensors
 from clip_jax.models.clip import CLIP, Architecture, Params
+from clip_jax.models.resize import resize_positions
 from clip_jax.presets import Preset
 
 
@@ -39,10 +39,10 @@ class Foreign(NamedTuple):
 
     name: str
     preset: Preset
-    state: State
+    tensors: Tensors
     layout: str
     folder: Path
-    """Where the tokenizer's files may be."""
+    """The folder that may hold the files of the tokenizer."""
 
 
 def open_folder(folder: Path) -> Foreign:
@@ -50,7 +50,7 @@ def open_folder(folder: Path) -> Foreign:
     found = folders.find(folder)
     if found.config is None:
         raise UserError(
-            f"{found.weights}: does not say which model it is; give its name too: "
+            f"{found.weights}: does not say which model it is; give the name as well: "
             f'clip_jax.load("ViT-B/16-SigLIP", weights="{found.weights}")'
         )
     config = folders.read_json(found.config)
@@ -64,59 +64,59 @@ def open_folder(folder: Path) -> Foreign:
 
 
 def open_weights(path: Path, name: str, preset: Preset) -> Foreign:
-    """A file or folder of weights for a model that is known by name; a config beside them is not asked."""
+    """A file or folder of weights for a model that is known by name; a config next to them is not read."""
     weights = folders.find(path).weights if path.is_dir() else path
-    state = files.read(weights)
-    layout = folders.layout_of(list(state), str(weights))
+    tensors = files.read(weights)
+    layout = folders.layout_of(list(tensors), str(weights))
     if layout == "bigvision":
         preset = preset._replace(architecture=big_vision.activations(preset.architecture))
-    return Foreign(name, preset, state, layout, weights.parent)
+    return Foreign(name, preset, tensors, layout, weights.parent)
 
 
 def read_params(
-    foreign: Foreign, place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf
+    foreign: Foreign, put: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf
 ) -> tuple[Params, Params]:
     """(params, batch_stats) in our tree, in float32; each tensor is read from the file once.
 
-    ``place`` takes each NumPy leaf to where it shall be, before the next is read.
+    ``put(path, leaf)`` moves each NumPy leaf, for example to the devices, before the next is read.
     """
     try:
-        state, architecture = as_open_clip(foreign), foreign.preset.architecture
-        return open_clip.to_params(state, architecture, place), open_clip.to_batch_stats(state, architecture)
+        tensors, architecture = as_open_clip(foreign), foreign.preset.architecture
+        return open_clip.to_params(tensors, architecture, put), open_clip.to_batch_stats(tensors, architecture)
     except UserError as error:
-        place = foreign.state.source
-        raise error if str(error).startswith(place) else UserError(f"{place}: {error}") from error
+        source = foreign.tensors.source
+        raise error if str(error).startswith(source) else UserError(f"{source}: {error}") from error
 
 
-def as_open_clip(foreign: Foreign) -> State:
-    """The state under OpenCLIP's names."""
+def as_open_clip(foreign: Foreign) -> Tensors:
+    """The tensors under OpenCLIP's names."""
     if foreign.layout == "huggingface":
-        return huggingface.to_open_clip(foreign.state, foreign.preset.architecture)
+        return huggingface.to_open_clip(foreign.tensors, foreign.preset.architecture)
     if foreign.layout == "bigvision":
-        return big_vision.to_open_clip(foreign.state, foreign.preset.architecture)
-    return foreign.state
+        return big_vision.to_open_clip(foreign.tensors, foreign.preset.architecture)
+    return foreign.tensors
 
 
 def onto_devices(architecture: Architecture, mesh: Mesh | None = None) -> Callable[[str, np.ndarray], jax.Array]:
-    """What takes a leaf by its path to the devices: each shard where it belongs on the mesh, or all on the first.
+    """A function that puts a leaf, given its path, onto the devices of the mesh (without a mesh, the first device).
 
-    Position embeddings of another length than the architecture's are resized on the way, and a line says so.
+    It resizes position embeddings of another length than the architecture's, and logs that.
     """
-    where = flatten_dict(shardings(architecture, mesh), sep="/")
+    target = flatten_dict(shardings(architecture, mesh), sep="/")
     shapes = table.parameter_shapes(architecture)
 
-    def place(path: str, leaf: np.ndarray) -> jax.Array:
+    def put(path: str, leaf: np.ndarray) -> jax.Array:
         if leaf.shape != shapes[path]:
             folders.log.warning("%s: resized from %d to %d positions", path, len(leaf), shapes[path][0])
             leaf = resize_positions(leaf, shapes[path][0], image=path.startswith("image/"))
-        # Waited for: the host's copy can go before the next leaf is read.
-        return jax.block_until_ready(jax.device_put(leaf, where[path]))
+        # Waits, so that the copy on the host is freed before the next leaf is read.
+        return jax.block_until_ready(jax.device_put(leaf, target[path]))
 
-    return place
+    return put
 
 
 def resized(preset: Preset, image_size: int | None, context_length: int | None) -> Preset:
-    """The preset for images and texts of other sizes. Raises UserError for a size that is not whole patches."""
+    """The preset for images and texts of other sizes. Raises UserError for a size that no patches fill."""
     image, text = preset.architecture.image, preset.architecture.text
     size, length = image_size or image.image_size, context_length or text.context_length
     if size < image.patch_size or (image_size and size % image.patch_size):
@@ -128,7 +128,7 @@ def resized(preset: Preset, image_size: int | None, context_length: int | None) 
 
 
 def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
-    """Where each leaf of the tree belongs."""
+    """The sharding of each leaf of the tree."""
     boxed = jax.eval_shape(CLIP(architecture).init, jax.random.key(0))
     if mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -137,20 +137,20 @@ def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
 
 
 def open_tokenizer(foreign: Foreign) -> Tokenizer:
-    """The tokenizer of the folder, or of the model's kind where the folder has none."""
+    """The tokenizer in the folder, or a downloaded one of the same kind where the folder has none."""
     kind, length = foreign.preset.tokenizer, foreign.preset.architecture.text.context_length
     if kind not in tokenizers.KINDS:
         raise UserError(
-            f"{foreign.folder}: its texts need the tokenizer of {kind}, which clip_jax does not have; give its token "
-            "ids to encode_tokens (images need none)"
+            f"{foreign.folder}: its texts need the tokenizer of {kind}, which clip_jax does not implement; pass its "
+            "token ids to encode_tokens (images need no tokenizer)"
         )
-    file = folders.tokenizer_file(foreign.folder, kind)
+    file = tokenizers.files.find(foreign.folder, kind)
     if file is None:
         try:
             file = tokenizers.hub.download(kind, foreign.preset.architecture.text.vocab_size)
         except UserError as error:
             raise UserError(
-                f"{foreign.folder}: has none of {', '.join(folders.TOKENIZERS[kind])}, which the texts of this model "
-                f"need (images need none); {error}"
+                f"{foreign.folder}: has none of {', '.join(tokenizers.files.FILES[kind])}, which the texts of this "
+                f"model need (images do not); {error}"
             ) from error
     return tokenizers.KINDS[kind](file, length)

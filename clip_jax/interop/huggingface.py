@@ -1,4 +1,4 @@
-"""The names of Transformers' ``CLIPModel`` and ``SiglipModel`` <-> OpenCLIP's; ``huggingface_config.py`` has the rest.
+"""Tensors of Transformers' ``CLIPModel`` and ``SiglipModel`` <-> OpenCLIP's; ``huggingface_config.py`` has the rest.
 
 SigLIP 2's checkpoints of a fixed resolution are ``SiglipModel`` too.
 """
@@ -6,34 +6,35 @@ SigLIP 2's checkpoints of a fixed resolution are ``SiglipModel`` too.
 from clip_jax.errors import UserError
 from clip_jax.interop import rename
 from clip_jax.interop.rename import LEADING_ONE, SCALAR, TRANSPOSED, Rule, below, both, layers, same
-from clip_jax.interop.state import State
+from clip_jax.interop.tensors import Tensors
 from clip_jax.models.clip import Architecture
+from clip_jax.models.vit import ImageTower
 
 
 def ignored(name: str) -> bool:
-    """Old versions saved the positions 0, 1, 2, ... beside the weights."""
+    """Old versions of Transformers saved the positions 0, 1, 2, ... with the weights."""
     return name.endswith("embeddings.position_ids")
 
 
-def to_open_clip(state: State, architecture: Architecture) -> State:
+def to_open_clip(tensors: Tensors, architecture: Architecture) -> Tensors:
     """Transformers' tensors under OpenCLIP's names."""
-    return rename.to_open_clip(state, _rules(architecture), ignored)
+    return rename.to_open_clip(tensors, _rules(architecture), ignored)
 
 
-def from_open_clip(state: State, architecture: Architecture) -> State:
+def from_open_clip(tensors: Tensors, architecture: Architecture) -> Tensors:
     """OpenCLIP's tensors under Transformers' names."""
-    return rename.from_open_clip(state, _rules(architecture))
+    return rename.from_open_clip(tensors, _rules(architecture))
 
 
 def is_siglip(architecture: Architecture) -> bool:
-    """Whether this is a ``SiglipModel`` (True) or a ``CLIPModel`` (False). UserError where it is neither."""
+    """Whether Transformers has this as its SiglipModel (True) or its CLIPModel (False). UserError for neither."""
     image, text = architecture.image, architecture.text
-    pooling = getattr(image, "pooling", "none")  # A ResNet has none to choose.
-    if pooling == "attention" and not image.class_token and text.pooling == "last" and text.projection_bias:
-        return True
-    plain = pooling == "class" and image.norm_pre and not image.patch_bias and image.layer_scale is None
-    if plain and text.pooling == "argmax":
-        return False
+    if isinstance(image, ImageTower):
+        if image.pooling == "attention" and not image.class_token and text.pooling == "last" and text.projection_bias:
+            return True
+        plain = image.pooling == "class" and image.norm_pre and not image.patch_bias and image.layer_scale is None
+        if plain and text.pooling == "argmax":
+            return False
     raise UserError("this architecture is neither Transformers' CLIPModel nor its SiglipModel; use --format=openclip")
 
 
@@ -58,7 +59,7 @@ CLIP_IMAGE = (
     same("embeddings.class_embedding", "class_embedding"),
     same("embeddings.patch_embedding.weight", "conv1.weight"),
     same("embeddings.position_embedding.weight", "positional_embedding"),
-    *both("pre_layrnorm", "ln_pre"),  # their spelling
+    *both("pre_layrnorm", "ln_pre"),  # Transformers' spelling
     *both("post_layernorm", "ln_post"),
 )
 

@@ -11,11 +11,11 @@ from clip_jax.presets import OPENAI, Preprocess, Preset, siglip_image
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers."""
+"""Pillow's constants."""
 GEMMA_VOCABULARY = 256_000
-"""SigLIP 2's; its folders have the same ``model_type`` as SigLIP's."""
+"""The vocabulary size of SigLIP 2, whose folders have the same ``model_type`` as SigLIP's."""
 
-# Transformers' defaults (CLIPTextConfig, ...): published configs often leave out what equals them.
+# Transformers' defaults (CLIPTextConfig, ...): published configs often omit values that equal them.
 _TOWER = {"num_hidden_layers": 12}
 _CLIP = {**_TOWER, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _SIGLIP = {
@@ -36,14 +36,14 @@ DEFAULTS = {
 }
 
 
-def to_preset(config: dict[str, Any], preprocessor: dict[str, Any] | None, place: str) -> Preset:
-    """The preset of a ``config.json`` and a ``preprocessor_config.json``; ``place`` is the former's name in errors."""
+def to_preset(config: dict[str, Any], preprocessor: dict[str, Any] | None, origin: str) -> Preset:
+    """The preset of a ``config.json`` and a ``preprocessor_config.json``; ``origin`` names the former in errors."""
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         raise UserError(
-            f"{place}: model_type {kind!r}: CLIPModel (clip) and SiglipModel (siglip) are what is supported"
+            f"{origin}: model_type {kind!r} is not supported; CLIPModel (clip) and SiglipModel (siglip) are"
         )
-    # Old configs keep a second, complete dict, which wins in Transformers too.
+    # Old configs have a second, complete dict, which takes precedence in Transformers too.
     text, image = (
         {**DEFAULTS[kind, tower], **(config.get(f"{tower}_config") or {}), **(config.get(f"{tower}_config_dict") or {})}
         for tower in ("text", "vision")
@@ -51,11 +51,11 @@ def to_preset(config: dict[str, Any], preprocessor: dict[str, Any] | None, place
     for name, tower in (("text", text), ("vision", image)):
         if tower["hidden_act"] not in ACTIVATIONS:
             raise UserError(
-                f"{place}: {name}_config.hidden_act {tower['hidden_act']!r} is none of {', '.join(ACTIVATIONS)}"
+                f"{origin}: {name}_config.hidden_act {tower['hidden_act']!r} is none of {', '.join(ACTIVATIONS)}"
             )
         if tower["layer_norm_eps"] != DEFAULTS[kind, name]["layer_norm_eps"]:
-            raise UserError(f"{place}: {name}_config.layer_norm_eps {tower['layer_norm_eps']} is not supported")
-    preprocess = _preprocess(preprocessor or {}, place)
+            raise UserError(f"{origin}: {name}_config.layer_norm_eps {tower['layer_norm_eps']} is not supported")
+    preprocess = _preprocess(preprocessor or {}, origin)
     return (_siglip if kind == "siglip" else _clip)(config, text, image, preprocess)
 
 
@@ -83,38 +83,38 @@ def _siglip(config: dict[str, Any], text: dict[str, Any], image: dict[str, Any],
 
 
 def from_preset(preset: Preset) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``config.json`` and ``preprocessor_config.json`` of a preset. UserError for what Transformers does not build."""
+    """``config.json`` and ``preprocessor_config.json`` of a preset.
+
+    Raises UserError for a model that Transformers does not implement.
+    """
     architecture = preset.architecture
-    text, embed_dim = architecture.text, architecture.embed_dim
-    siglip = is_siglip(architecture)
-    kind = "siglip" if siglip else "clip"
-    text_config = {
-        "model_type": f"{kind}_text_model",
-        "vocab_size": text.vocab_size,
-        "max_position_embeddings": text.context_length,
-        **_config(text),
-    }
-    vision_config = {
-        "model_type": f"{kind}_vision_model",
-        "image_size": architecture.image.image_size,
-        "patch_size": architecture.image.patch_size,
-        **_config(architecture.image),
-    }
-    config = {
-        "architectures": ["SiglipModel" if siglip else "CLIPModel"],
-        "model_type": kind,
-        "text_config": text_config,
-        "vision_config": vision_config,
-    }
-    if siglip:
-        text_config["projection_size"] = embed_dim
-    else:
-        config |= {"projection_dim": embed_dim, "logit_scale_init_value": architecture.init_logit_scale}
-        vision_config["projection_dim"] = embed_dim
-        # The two highest ids; Transformers pools the first end token, we the first highest id.
-        end = {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.vocab_size - 1}
-        text_config |= {"projection_dim": embed_dim, **end, "pad_token_id": text.vocab_size - 1}
+    config = _siglip_config(architecture) if is_siglip(architecture) else _clip_config(architecture)
     return config, _preprocessor(preset)
+
+
+def _clip_config(architecture: Architecture) -> dict[str, Any]:
+    last, projection = architecture.text.vocab_size - 1, {"projection_dim": architecture.embed_dim}
+    # The two highest ids are the start and the end token: Transformers pools the first end token, clip_jax the first
+    # highest id.
+    ids = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "text_config": {"model_type": "clip_text_model", **_text_config(architecture.text), **projection, **ids},
+        "vision_config": {"model_type": "clip_vision_model", **_image_config(architecture.image), **projection},
+        **projection,
+        "logit_scale_init_value": architecture.init_logit_scale,
+    }
+
+
+def _siglip_config(architecture: Architecture) -> dict[str, Any]:
+    projection = {"projection_size": architecture.embed_dim}
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": {"model_type": "siglip_text_model", **_text_config(architecture.text), **projection},
+        "vision_config": {"model_type": "siglip_vision_model", **_image_config(architecture.image)},
+    }
 
 
 def _preprocessor(preset: Preset) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _preprocessor(preset: Preset) -> dict[str, Any]:
 
 
 def _sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """What both towers have."""
+    """The fields that both towers have."""
     return {
         "width": config["hidden_size"],
         "layers": config["num_hidden_layers"],
@@ -146,7 +146,15 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _config(tower: ImageTower | TextTower) -> dict[str, Any]:
+def _text_config(tower: TextTower) -> dict[str, Any]:
+    return {"vocab_size": tower.vocab_size, "max_position_embeddings": tower.context_length, **_tower_config(tower)}
+
+
+def _image_config(tower: ImageTower) -> dict[str, Any]:
+    return {"image_size": tower.image_size, "patch_size": tower.patch_size, **_tower_config(tower)}
+
+
+def _tower_config(tower: ImageTower | TextTower) -> dict[str, Any]:
     return {
         "hidden_size": tower.width,
         "num_hidden_layers": tower.layers,
@@ -157,11 +165,11 @@ def _config(tower: ImageTower | TextTower) -> dict[str, Any]:
     }
 
 
-def _preprocess(config: dict[str, Any], place: str) -> Preprocess:
+def _preprocess(config: dict[str, Any], origin: str) -> Preprocess:
     size = config.get("size", {"shortest_edge": 224})
     resample = config.get("resample", 3)
     if resample not in RESAMPLE:
-        raise UserError(f"{place}: preprocessor_config.json: resample {resample} is none of {RESAMPLE}")
+        raise UserError(f"{origin}: preprocessor_config.json: resample {resample} is none of {RESAMPLE}")
     return Preprocess(
         mean=tuple(config.get("image_mean", OPENAI.mean)),
         std=tuple(config.get("image_std", OPENAI.std)),

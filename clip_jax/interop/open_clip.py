@@ -1,6 +1,6 @@
 """OpenCLIP's state dicts (and OpenAI's, which have the same names) <-> our parameter tree: pure functions of arrays.
 
-Nothing is read from disk here. The tables below are the whole mapping; ``table.py`` runs them in both directions.
+Nothing is read from disk here. The tables below are the complete mapping; ``table.py`` applies them in both directions.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
 
-# Buffers and sizes that older files carry beside the weights; OpenCLIP drops them too.
+# Buffers and sizes that older files store with the weights; OpenCLIP drops them too.
 IGNORED = ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size")
 
 STATISTICS = ("running_mean", "running_var")
@@ -24,54 +24,54 @@ COUNT = "num_batches_tracked"
 
 
 def to_params(
-    state: Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray],
     architecture: Architecture,
-    place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
+    put: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
 ) -> Params:
-    """OpenCLIP's tensors by name -> our tree, in float32; ``place`` takes each leaf to where it shall be.
+    """OpenCLIP's tensors by name -> our tree, in float32; ``put`` as in ``table.read``.
 
-    The text tower's names may begin with ``text.``, as OpenCLIP's CustomTextCLIP has them, or not. Raises UserError
-    for a tensor that is missing, unknown or of a wrong shape.
+    The names of the text tower may begin with ``text.``, as in OpenCLIP's CustomTextCLIP, or not. Raises UserError for
+    a tensor that is missing, unknown or of a wrong shape.
     """
-    names = [name for name in state if name not in IGNORED and not name.endswith((*STATISTICS, COUNT))]
-    tensors = _Renamed(state, {_canonical(name, architecture): name for name in names})
+    names = [name for name in tensors if name not in IGNORED and not name.endswith((*STATISTICS, COUNT))]
+    renamed = _Renamed(tensors, {_canonical(name, architecture): name for name in names})
     shapes = table.parameter_shapes(architecture)
-    return table.read(tensors, _table(architecture), shapes, _sizes(architecture), place)
+    return table.read(renamed, _table(architecture), shapes, _sizes(architecture), put)
 
 
-def to_batch_stats(state: Mapping[str, np.ndarray], architecture: Architecture) -> Params:
-    """The running statistics of batch norm among OpenCLIP's tensors; ``{}`` for a model without."""
+def to_batch_stats(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> Params:
+    """The running statistics of batch norm among OpenCLIP's tensors; ``{}`` for a model without batch norm."""
     statistics = _statistics(architecture)
     if not statistics:
         return {}
     shapes = table.shapes_of(CLIP(architecture).init_batch_stats)
-    tensors = _Renamed(state, {name: name for name in state if name.endswith(STATISTICS)})
-    return table.read(tensors, statistics, shapes, {})
+    renamed = _Renamed(tensors, {name: name for name in tensors if name.endswith(STATISTICS)})
+    return table.read(renamed, statistics, shapes, {})
 
 
 def from_params(params: Params, architecture: Architecture, batch_stats: Params | None = None) -> dict[str, np.ndarray]:
     """Our tree -> OpenCLIP's tensors by name, the exact inverse of ``to_params`` and ``to_batch_stats``.
 
-    PyTorch's count of batches, which nothing reads while the momentum is a constant, is written as zero.
+    PyTorch's count of batches is written as zero: with a constant momentum nothing reads it.
     """
-    state = table.write(params, _table(architecture), _sizes(architecture))
+    tensors = table.write(params, _table(architecture), _sizes(architecture))
     if statistics := _statistics(architecture):
         if not batch_stats:
-            raise UserError("a model with batch norm needs its batch_stats beside its parameters")
-        state |= table.write(batch_stats, statistics, {})
-        norms = [name for name in state if name.endswith("running_mean")]
-        state |= {name.replace("running_mean", COUNT): np.zeros((), np.int64) for name in norms}
-    return state
+            raise UserError("a model with batch norm needs its batch_stats as well as its parameters")
+        tensors |= table.write(batch_stats, statistics, {})
+        norms = [name for name in tensors if name.endswith("running_mean")]
+        tensors |= {name.replace("running_mean", COUNT): np.zeros((), np.int64) for name in norms}
+    return tensors
 
 
 class _Renamed(Mapping):
-    """A mapping under other names; nothing is read before it is asked for, so that a file may stay on disk."""
+    """A mapping under other names; each tensor is read only when it is used."""
 
-    def __init__(self, state: Mapping[str, Any], names: Mapping[str, str]):
-        self._state, self._names = state, names
+    def __init__(self, tensors: Mapping[str, Any], names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
 
     def __getitem__(self, name: str) -> Any:
-        return self._state[self._names[name]]
+        return self._tensors[self._names[name]]
 
     def __iter__(self):
         return iter(self._names)
@@ -81,22 +81,22 @@ class _Renamed(Mapping):
 
 
 def _sizes(architecture: Architecture) -> dict[str, int]:
-    patch = architecture.image.patch_size  # of a ResNet's nothing is asked
+    patch = architecture.image.patch_size  # not used by the table of a ResNet
     return {"rgb": 3, "down": patch, "across": patch}
 
 
-def _custom_text(architecture: Architecture) -> bool:
-    """Whether OpenCLIP builds this model as CustomTextCLIP, whose text tensors are named below ``text.``."""
-    return _from_timm(architecture.image)
+def is_timm(tower: ImageTower | ResNetTower) -> bool:
+    """Whether OpenCLIP takes this tower from timm (SigLIP, EVA-02), where its tensors have timm's names.
 
-
-def _from_timm(tower: ImageTower | ResNetTower) -> bool:
-    return isinstance(tower, ImageTower) and tower.from_timm
+    OpenCLIP's own ViT always has a class token, biased keys and patches without bias. Such a model is a CustomTextCLIP,
+    whose text tensors have the prefix ``text.``.
+    """
+    return isinstance(tower, ImageTower) and (not tower.class_token or not tower.key_bias or tower.patch_bias)
 
 
 def _canonical(name: str, architecture: Architecture) -> str:
-    """The name that ``_table`` knows for one in a file."""
-    if not _custom_text(architecture):
+    """The name in ``_table`` of a tensor in a file."""
+    if not is_timm(architecture.image):
         return name.removeprefix("text.")
     text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
     return f"text.{name}" if name.startswith(text) else name
@@ -146,7 +146,7 @@ def _table(architecture: Architecture) -> list[Row]:
     """Every tensor of an architecture."""
     return [
         *_image(architecture.image),
-        *_text(architecture.text, "text." if _custom_text(architecture) else ""),
+        *_text(architecture.text, "text." if is_timm(architecture.image) else ""),
         Row("logit_scale", "logit_scale", SCALAR),
         *([] if architecture.init_logit_bias is None else [Row("logit_bias", "logit_bias", SCALAR)]),
     ]
@@ -155,7 +155,7 @@ def _table(architecture: Architecture) -> list[Row]:
 def _image(tower: ImageTower | ResNetTower) -> list[Row]:
     if isinstance(tower, ResNetTower):
         return _resnet(tower)
-    if tower.from_timm:
+    if is_timm(tower):
         return _timm(tower)
     block = BLOCK if tower.layer_scale is None else (*BLOCK, *LAYER_SCALE)
     return [
@@ -202,7 +202,7 @@ TIMM_SWIGLU = (
 )
 FUSED = (("attn.qkv.weight", "attention/qkv", "(three heads dim) width -> width three heads dim"),)
 FUSED_BIAS = (("attn.qkv.bias", "attention/qkv_bias", "(three heads dim) -> three heads dim"),)
-FUSED_BIASES = (  # no bias on the keys
+FUSED_BIASES = (  # the keys have no bias
     ("attn.q_bias", "attention/qkv_bias", "(heads dim) -> part heads dim", 0),
     ("attn.v_bias", "attention/qkv_bias", "(heads dim) -> part heads dim", 1),
 )
@@ -260,7 +260,7 @@ RESNET_POOLING = (
 
 
 def _convolutions(tower: ResNetTower) -> list[tuple[str, str, str, str]]:
-    """Every convolution with the batch norm behind it: (their convolution, their norm, our convolution, our norm)."""
+    """Every convolution and the batch norm after it: (their convolution, their norm, our convolution, our norm)."""
     found = [(f"visual.conv{n}", f"visual.bn{n}", f"image/conv_{n}", f"image/norm_{n}") for n in (1, 2, 3)]
     for stage, blocks in enumerate(tower.stages, start=1):
         first, rest = (f"visual.layer{stage}.0.", f"image/stage_{stage}_first/"), []
@@ -274,10 +274,10 @@ def _convolutions(tower: ResNetTower) -> list[tuple[str, str, str, str]]:
 
 
 def _resnet(tower: ResNetTower) -> list[Row]:
-    table = rows("visual.attnpool.", "image/attention_pooling/", *RESNET_POOLING)
+    found = rows("visual.attnpool.", "image/attention_pooling/", *RESNET_POOLING)
     for conv, norm, our_conv, our_norm in _convolutions(tower):
-        table += [Row(f"{conv}.weight", f"{our_conv}/kernel", CONV), *rows("", "", *_norm(norm, our_norm))]
-    return table
+        found += [Row(f"{conv}.weight", f"{our_conv}/kernel", CONV), *rows("", "", *_norm(norm, our_norm))]
+    return found
 
 
 def _statistics(architecture: Architecture) -> list[Row]:
@@ -285,5 +285,5 @@ def _statistics(architecture: Architecture) -> list[Row]:
     if not isinstance(tower, ResNetTower):
         return []
     norms = [(norm, our_norm) for _, norm, _, our_norm in _convolutions(tower)]
-    table = [Row(f"{norm}.running_mean", f"{our_norm}/mean", VECTOR) for norm, our_norm in norms]
-    return table + [Row(f"{norm}.running_var", f"{our_norm}/variance", VECTOR) for norm, our_norm in norms]
+    means = [Row(f"{norm}.running_mean", f"{our_norm}/mean", VECTOR) for norm, our_norm in norms]
+    return means + [Row(f"{norm}.running_var", f"{our_norm}/variance", VECTOR) for norm, our_norm in norms]

@@ -1,6 +1,6 @@
 """``open_clip_config.json`` <-> a preset: OpenCLIP's ``model_cfg`` and ``preprocess_cfg``.
 
-A setting that we do not build is refused by name, unless it has the value that means "off".
+A setting that clip_jax does not implement is refused by name, unless its value turns it off.
 """
 
 import dataclasses
@@ -8,13 +8,14 @@ import math
 from typing import Any
 
 from clip_jax.errors import UserError
+from clip_jax.interop.open_clip import is_timm
 from clip_jax.models.clip import Architecture
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
 from clip_jax.presets import OPENAI, PRESETS, Preprocess, Preset
 
-# OpenCLIP's defaults (open_clip/model.py: CLIPVisionCfg, CLIPTextCfg) of what we build.
+# OpenCLIP's defaults (open_clip/model.py: CLIPVisionCfg, CLIPTextCfg) of the settings that clip_jax implements.
 VISION = {
     "layers": 12,
     "width": 768,
@@ -50,7 +51,7 @@ TEXT = {
 POOLING = {"tok": "class", "avg": "average"}
 
 ANY = None
-# What may be there without changing the model: training settings, and settings at their "off".
+# Settings that do not change the model: those of training, and those that are turned off.
 NEUTRAL = {
     "patch_dropout": ANY,
     "output_tokens": ANY,
@@ -60,9 +61,9 @@ NEUTRAL = {
     "timm_drop_path": ANY,
     "timm_model_pretrained": ANY,
     "timm_proj_bias": ANY,
-    "timm_pool": ("map", "token"),  # what the towers below are
+    "timm_pool": ("map", "token"),  # decided by the names below
     "timm_proj": ("none", "", None),
-    "final_ln_after_pool": ANY,  # of a text: one token is pooled, and the norm works on one token
+    "final_ln_after_pool": ANY,  # of a text: pooling selects one token, and the norm applies to each alone
     "pos_embed_type": ("learnable",),
     "attentional_pool": (False,),
     "ls_init_value": (None,),
@@ -78,31 +79,27 @@ def _timm_name(tower: ImageTower) -> str:
     return f"{start}_{sizes.get(tower.width)}_patch{tower.patch_size}_{family}_{tower.image_size}"
 
 
-def _is_timm(tower: ImageTower | ResNetTower) -> bool:
-    return isinstance(tower, ImageTower) and tower.from_timm
-
-
 TIMM = {
     _timm_name(preset.architecture.image): preset.architecture.image
     for preset in PRESETS.values()
-    if _is_timm(preset.architecture.image)
+    if is_timm(preset.architecture.image)
 }
-"""timm's towers that OpenCLIP uses for SigLIP and EVA-02; their names alone say what they are."""
+"""The towers of timm that OpenCLIP uses for SigLIP and EVA-02, fully described by their names."""
 
 
-def to_preset(config: dict[str, Any], place: str) -> Preset:
-    """The preset of an ``open_clip_config.json``; ``place`` is its name in errors."""
+def to_preset(config: dict[str, Any], origin: str) -> Preset:
+    """The preset of an ``open_clip_config.json``; ``origin`` is its name in error messages."""
     try:
         model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-        vision = _settings(model["vision_cfg"], VISION, f"{place}: model_cfg.vision_cfg")
-        text = _settings(model["text_cfg"], TEXT, f"{place}: model_cfg.text_cfg")
+        vision = _settings(model["vision_cfg"], VISION, f"{origin}: model_cfg.vision_cfg")
+        text = _settings(model["text_cfg"], TEXT, f"{origin}: model_cfg.text_cfg")
         embed_dim = model["embed_dim"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place}: not a configuration of OpenCLIP ({error!r} is missing)") from error
+        raise UserError(f"{origin}: not a configuration of OpenCLIP ({error!r} is missing)") from error
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     architecture = Architecture(
-        _image(vision, activation, f"{place}: model_cfg.vision_cfg"),
-        _text(text, activation, f"{place}: model_cfg.text_cfg"),
+        _image(vision, activation, f"{origin}: model_cfg.vision_cfg"),
+        _text(text, activation, f"{origin}: model_cfg.text_cfg"),
         embed_dim,
         model.get("init_logit_scale", math.log(1 / 0.07)),
         model.get("init_logit_bias"),
@@ -116,16 +113,16 @@ def to_preset(config: dict[str, Any], place: str) -> Preset:
     return Preset(architecture, preprocess, _tokenizer(text))
 
 
-def _image(vision: dict[str, Any], activation: str, place: str) -> ImageTower | ResNetTower:
+def _image(vision: dict[str, Any], activation: str, origin: str) -> ImageTower | ResNetTower:
     if name := vision["timm_model_name"]:
         if name not in TIMM:
-            raise UserError(f"{place}.timm_model_name={name!r} is not supported")
+            raise UserError(f"{origin}.timm_model_name={name!r} is not supported")
         return dataclasses.replace(TIMM[name], image_size=vision["image_size"])
     width = vision["width"]
     if isinstance(vision["layers"], list):
         return ResNetTower(vision["image_size"], tuple(vision["layers"]), width, 32 * width // vision["head_width"])
     if vision["pool_type"] not in POOLING:
-        raise UserError(f"{place}.pool_type={vision['pool_type']!r} is not supported")
+        raise UserError(f"{origin}.pool_type={vision['pool_type']!r} is not supported")
     pooling = POOLING[vision["pool_type"]]
     return ImageTower(
         image_size=vision["image_size"],
@@ -134,18 +131,18 @@ def _image(vision: dict[str, Any], activation: str, place: str) -> ImageTower | 
         layers=vision["layers"],
         heads=width // vision["head_width"],
         mlp_width=int(width * vision["mlp_ratio"]),
-        activation=_activation(vision, activation, place),
+        activation=_activation(vision, activation, origin),
         norm_pre=not vision["no_ln_pre"],
-        norm_epsilon=_epsilon(vision, place),
+        norm_epsilon=_epsilon(vision, origin),
         pooling=pooling,
         norm_before_pooling=pooling == "average" and not vision["final_ln_after_pool"],
         layer_scale=vision["ls_init_value"],
     )
 
 
-def _text(text: dict[str, Any], activation: str, place: str) -> TextTower:
+def _text(text: dict[str, Any], activation: str, origin: str) -> TextTower:
     if text["pool_type"] not in ("argmax", "eos", "first", "last") or text["proj_type"] not in ("linear", "none"):
-        raise UserError(f"{place}: pool_type={text['pool_type']!r}, proj_type={text['proj_type']!r} is not supported")
+        raise UserError(f"{origin}: pool_type={text['pool_type']!r}, proj_type={text['proj_type']!r} is not supported")
     projection = text["proj_type"] == "linear"
     return TextTower(
         context_length=text["context_length"],
@@ -154,57 +151,57 @@ def _text(text: dict[str, Any], activation: str, place: str) -> TextTower:
         layers=text["layers"],
         heads=text["heads"],
         mlp_width=int(text["width"] * text["mlp_ratio"]),
-        activation=_activation(text, activation, place),
+        activation=_activation(text, activation, origin),
         causal=not text["no_causal_mask"],
         pooling=text["pool_type"],
         eos_id=text["eos_id"] if text["pool_type"] == "eos" else None,
-        norm_epsilon=_epsilon(text, place),
+        norm_epsilon=_epsilon(text, origin),
         projection=projection,
         projection_bias=projection and text["proj_bias"],
     )
 
 
 def _tokenizer(text: dict[str, Any]) -> str:
-    """The kind. OpenCLIP names a repository on the hub, which is returned where its tokenizer is none of ours."""
+    """The kind of tokenizer, or for a kind that clip_jax does not implement, the repository that OpenCLIP names."""
     name = text["hf_tokenizer_name"]
     if not name:
         return "clip"
     if (text["tokenizer_kwargs"] or {}).get("strip_sep_token"):
         return "clipa"
-    if "SigLIP" not in name and name != "google/mt5-base":  # whose pieces the multilingual SigLIP has
+    if "SigLIP" not in name and name != "google/mt5-base":  # the vocabulary of the multilingual SigLIP
         return name
     return "siglip2" if text["vocab_size"] == 256_000 else "siglip"
 
 
-def _activation(settings: dict[str, Any], activation: str, place: str) -> str:
+def _activation(settings: dict[str, Any], activation: str, origin: str) -> str:
     arguments = settings["act_kwargs"]
     if arguments not in (None, {}, {"approximate": "none"}, {"approximate": "tanh"}):
-        raise UserError(f"{place}.act_kwargs={arguments!r} is not supported")
+        raise UserError(f"{origin}.act_kwargs={arguments!r} is not supported")
     return "gelu_tanh" if arguments == {"approximate": "tanh"} else activation
 
 
-def _epsilon(settings: dict[str, Any], place: str) -> float:
+def _epsilon(settings: dict[str, Any], origin: str) -> float:
     arguments = dict(settings["norm_kwargs"] or {})
     epsilon = arguments.pop("eps", 1e-5)
     if arguments:
-        raise UserError(f"{place}.norm_kwargs={settings['norm_kwargs']!r} is not supported")
+        raise UserError(f"{origin}.norm_kwargs={settings['norm_kwargs']!r} is not supported")
     return epsilon
 
 
-def _settings(given: dict[str, Any], defaults: dict[str, Any], place: str) -> dict[str, Any]:
+def _settings(given: dict[str, Any], defaults: dict[str, Any], origin: str) -> dict[str, Any]:
     for name, value in given.items():
         if name not in defaults and not (name in NEUTRAL and (NEUTRAL[name] is ANY or value in NEUTRAL[name])):
-            raise UserError(f"{place}.{name}={value!r} is not supported")
+            raise UserError(f"{origin}.{name}={value!r} is not supported")
     return {**defaults, **{name: value for name, value in given.items() if name in defaults}}
 
 
 def from_preset(preset: Preset) -> dict[str, Any]:
-    """``open_clip_config.json`` of a preset. Raises UserError for what OpenCLIP does not build."""
+    """The ``open_clip_config.json`` of a preset. Raises UserError for a model that OpenCLIP does not implement."""
     architecture = preset.architecture
     image, text = architecture.image, architecture.text
     activations = {text.activation} | ({image.activation} if _has_gelu(image) else set())
     if "quick_gelu" in activations and len(activations) > 1:
-        raise UserError("OpenCLIP has QuickGELU in both towers or in none; this model has it in one")
+        raise UserError("OpenCLIP has QuickGELU in both towers or in neither; this model has it in one")
     model = {
         "embed_dim": architecture.embed_dim,
         "quick_gelu": "quick_gelu" in activations,
@@ -213,7 +210,7 @@ def from_preset(preset: Preset) -> dict[str, Any]:
     }
     if architecture.init_logit_bias is not None:
         model["init_logit_bias"] = architecture.init_logit_bias
-    if _is_timm(image):
+    if is_timm(image):
         model["custom_text"] = True
     preprocess = {
         "mean": list(preset.preprocess.mean),
@@ -225,7 +222,8 @@ def from_preset(preset: Preset) -> dict[str, Any]:
 
 
 def _has_gelu(image: ImageTower | ResNetTower) -> bool:
-    return isinstance(image, ImageTower) and not image.from_timm
+    """Whether the image tower takes its activation from ``quick_gelu``: ResNets have ReLU, timm's towers their own."""
+    return isinstance(image, ImageTower) and not is_timm(image)
 
 
 def _vision_config(image: ImageTower | ResNetTower) -> dict[str, Any]:
@@ -234,10 +232,10 @@ def _vision_config(image: ImageTower | ResNetTower) -> dict[str, Any]:
         return {
             "image_size": image.image_size, "layers": list(image.stages), "width": image.width, "head_width": head_width
         }  # fmt: skip
-    if image.from_timm:
+    if is_timm(image):
         name = _timm_name(image)
         if TIMM.get(name) != image:
-            known = f"its {name} differs" if name in TIMM else "it takes them from timm, by name"
+            known = f"its {name} differs" if name in TIMM else "it takes such towers from timm, by name"
             raise UserError(f"OpenCLIP has no image tower of these sizes and activation ({known})")
         pool = "map" if image.pooling == "attention" else "token"
         projection = "none" if image.pooling == "attention" else None
@@ -303,6 +301,6 @@ def _act_and_norm(tower: ImageTower | TextTower) -> dict[str, Any]:
 
 
 def _ratio(mlp_width: int, width: int) -> float:
-    """What OpenCLIP multiplies the width with, and cuts off to whole numbers."""
+    """The factor by which OpenCLIP multiplies the width before it rounds down to an integer."""
     ratio = mlp_width / width
     return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)

@@ -1,13 +1,13 @@
-"""OpenAI's archives: which model a state dict is, by its shapes, as OpenAI's own ``build_model`` finds it.
+"""OpenAI's archives: infers the model from the shapes of its tensors, as OpenAI's own ``build_model`` does.
 
-Their names are OpenCLIP's (``open_clip.py``), all their models use QuickGELU, and a head has 64 features.
+The tensors have OpenCLIP's names (``open_clip.py``), all models use QuickGELU, and every head has 64 features.
 """
 
 import dataclasses
 import re
 
 from clip_jax.errors import UserError
-from clip_jax.interop.state import State
+from clip_jax.interop.tensors import Tensors
 from clip_jax.models.clip import Architecture
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
@@ -17,49 +17,51 @@ from clip_jax.presets import OPENAI, Preset
 HEAD_DIM = 64
 
 
-def preset(state: State) -> Preset:
-    """The preset of OpenAI's weights. Raises UserError where they are not CLIP's."""
+def preset(tensors: Tensors) -> Preset:
+    """The preset of OpenAI's weights. Raises UserError for any others."""
     try:
-        context_length, text_width = state.shape("positional_embedding")
-        vocab_size, _ = state.shape("token_embedding.weight")
-        _, embed_dim = state.shape("text_projection")
+        context_length, text_width = tensors.shape("positional_embedding")
+        vocab_size, _ = tensors.shape("token_embedding.weight")
+        _, embed_dim = tensors.shape("text_projection")
         text = TextTower(
             context_length,
             vocab_size,
             text_width,
-            _layers(state, "transformer.resblocks"),
+            _layers(tensors, "transformer.resblocks"),
             text_width // HEAD_DIM,
-            state.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
+            tensors.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
             activation="quick_gelu",
         )
-        image = (_resnet if "visual.layer1.0.conv1.weight" in state else _vit)(state)
+        image = (_resnet if "visual.layer1.0.conv1.weight" in tensors else _vit)(tensors)
     except (KeyError, ValueError) as error:
-        raise UserError(f"{state.source}: not one of OpenAI's CLIP models ({error}); say which with --model") from error
+        raise UserError(
+            f"{tensors.source}: not one of OpenAI's CLIP models ({error}); name the model with --model"
+        ) from error
     return Preset(Architecture(image, text, embed_dim), OPENAI, "clip")
 
 
-def _vit(state: State) -> ImageTower:
-    width, _, patch, _ = state.shape("visual.conv1.weight")
-    tokens, _ = state.shape("visual.positional_embedding")
+def _vit(tensors: Tensors) -> ImageTower:
+    width, _, patch, _ = tensors.shape("visual.conv1.weight")
+    tokens, _ = tensors.shape("visual.positional_embedding")
     return ImageTower(
         round((tokens - 1) ** 0.5) * patch,
         patch,
         width,
-        _layers(state, "visual.transformer.resblocks"),
+        _layers(tensors, "visual.transformer.resblocks"),
         width // HEAD_DIM,
-        state.shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0],
+        tensors.shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0],
         activation="quick_gelu",
     )
 
 
-def _resnet(state: State) -> ResNetTower:
-    width = state.shape("visual.layer1.0.conv1.weight")[0]
-    tokens, features = state.shape("visual.attnpool.positional_embedding")
-    stages = tuple(_layers(state, f"visual.layer{stage}") for stage in (1, 2, 3, 4))
+def _resnet(tensors: Tensors) -> ResNetTower:
+    width = tensors.shape("visual.layer1.0.conv1.weight")[0]
+    tokens, features = tensors.shape("visual.attnpool.positional_embedding")
+    stages = tuple(_layers(tensors, f"visual.layer{stage}") for stage in (1, 2, 3, 4))
     tower = ResNetTower(0, stages, width, features // HEAD_DIM)
     return dataclasses.replace(tower, image_size=round((tokens - 1) ** 0.5) * tower.patch_size)
 
 
-def _layers(state: State, prefix: str) -> int:
+def _layers(tensors: Tensors, prefix: str) -> int:
     blocks = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(found[1]) for found in map(blocks.match, state) if found), default=-1)
+    return 1 + max((int(found[1]) for found in map(blocks.match, tensors) if found), default=-1)

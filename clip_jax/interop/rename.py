@@ -1,7 +1,7 @@
-"""One layout's tensors under another's names, by a table of rules that is read in both directions.
+"""Translates the names of one layout into those of another, by a table of rules that works in both directions.
 
-OpenCLIP's names are the middle: every other layout has rules between its names and OpenCLIP's, and ``open_clip.py``
-alone knows our tree. Tensors stay in their file until they are asked for.
+OpenCLIP's names are the common form: every other layout has rules to and from OpenCLIP's names, and only
+``open_clip.py`` knows our parameter tree. Tensors stay in their file until they are used.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_jax.errors import UserError, nearest
-from clip_jax.interop.state import Entry, State
+from clip_jax.interop.tensors import Entry, Tensors, check_names
 
 
 class Form(NamedTuple):
-    """How the axes of one tensor change on the way to OpenCLIP, and on the way back."""
+    """How the axes of one tensor change in the translation to OpenCLIP, and back."""
 
     to_open_clip: Callable[[np.ndarray], np.ndarray]
     back: Callable[[np.ndarray], np.ndarray]
@@ -28,7 +27,7 @@ SCALAR = Form(lambda x: x.reshape(()), lambda x: x.reshape(1))
 
 
 class Rule(NamedTuple):
-    """``theirs``, each in its form and joined along the first axis, are ``open_clip``, joined likewise.
+    """The tensors ``theirs``, each in its form, concatenated on the first axis, equal ``open_clip``, concatenated.
 
     Where ``open_clip`` names several tensors, ``parts`` are their shares of the first axis.
     """
@@ -40,12 +39,12 @@ class Rule(NamedTuple):
 
 
 def same(theirs: str, open_clip: str, form: Form = SAME) -> Rule:
-    """One tensor for one."""
+    """One tensor to one tensor."""
     return Rule((theirs,), (open_clip,), form)
 
 
 def both(theirs: str, open_clip: str, form: Form = SAME) -> tuple[Rule, Rule]:
-    """The weight, in a form, and the bias, as it is."""
+    """A weight, in a form, and its bias, unchanged."""
     return same(f"{theirs}.weight", f"{open_clip}.weight", form), same(f"{theirs}.bias", f"{open_clip}.bias")
 
 
@@ -61,40 +60,31 @@ def below(theirs: str, open_clip: str, rules: Iterable[Rule]) -> list[Rule]:
 
 
 def layers(count: int, theirs: str, open_clip: str, rules: Sequence[Rule]) -> list[Rule]:
-    """The rules for each of ``count`` blocks, whose prefixes have ``{}`` for the number."""
+    """The rules for each of ``count`` blocks; ``{}`` in a prefix is the index of the block."""
     return [rule for i in range(count) for rule in below(theirs.format(i), open_clip.format(i), rules)]
 
 
-def to_open_clip(state: State, rules: Sequence[Rule], ignored: Callable[[str], bool] = lambda name: False) -> State:
-    """A foreign state under OpenCLIP's names. UserError for a tensor that is missing or not known."""
-    _check_names(state, {name for rule in rules for name in rule.theirs}, ignored)
+def to_open_clip(
+    tensors: Tensors, rules: Sequence[Rule], ignored: Callable[[str], bool] = lambda name: False
+) -> Tensors:
+    """Foreign tensors under OpenCLIP's names. Raises UserError for a missing or an unknown tensor."""
+    check_names((name for name in tensors if not ignored(name)), {name for rule in rules for name in rule.theirs})
     entries = {}
     for rule in rules:
-        sources = [_changed(state.entries[name], rule.form.to_open_clip) for name in rule.theirs]
-        entries |= zip(rule.open_clip, _split(_joined(sources), rule.parts), strict=True)
-    return State(state.source, entries)
+        sources = [_changed(tensors.entries[name], rule.form.to_open_clip) for name in rule.theirs]
+        entries |= zip(rule.open_clip, _split(_concatenated(sources), rule.parts), strict=True)
+    return Tensors(tensors.source, entries)
 
 
-def from_open_clip(state: State, rules: Sequence[Rule]) -> State:
-    """An OpenCLIP state under foreign names, the inverse of ``to_open_clip``."""
-    _check_names(state, {name for rule in rules for name in rule.open_clip}, lambda name: False)
+def from_open_clip(tensors: Tensors, rules: Sequence[Rule]) -> Tensors:
+    """OpenCLIP's tensors under foreign names, the inverse of ``to_open_clip``."""
+    check_names(tensors, {name for rule in rules for name in rule.open_clip})
     entries = {}
     for rule in rules:
-        whole = _joined([state.entries[name] for name in rule.open_clip])
-        pieces = _split(whole, (1,) * len(rule.theirs))
+        fused = _concatenated([tensors.entries[name] for name in rule.open_clip])
+        pieces = _split(fused, (1,) * len(rule.theirs))
         entries |= {name: _changed(piece, rule.form.back) for name, piece in zip(rule.theirs, pieces, strict=True)}
-    return State(state.source, entries)
-
-
-def _check_names(state: State, expected: set[str], ignored: Callable[[str], bool]) -> None:
-    missing = sorted(expected - set(state))
-    extra = sorted(name for name in set(state) - expected if not ignored(name))
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{state.source}: {missing[0]}{more}: missing{nearest(missing[0], extra)}")
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise UserError(f"{state.source}: {extra[0]}{more}: there, but not a tensor of the model that its config says")
+    return Tensors(tensors.source, entries)
 
 
 def _changed(entry: Entry, change: Callable[[np.ndarray], np.ndarray]) -> Entry:
@@ -103,7 +93,7 @@ def _changed(entry: Entry, change: Callable[[np.ndarray], np.ndarray]) -> Entry:
     return Entry(shape, entry.dtype, lambda: change(entry.read()))
 
 
-def _joined(entries: list[Entry]) -> Entry:
+def _concatenated(entries: list[Entry]) -> Entry:
     if len(entries) == 1:
         return entries[0]
     shape = (sum(entry.shape[0] for entry in entries), *entries[0].shape[1:])

@@ -1,9 +1,8 @@
 """Foreign tensors <-> our tree, by a table: each row names a tensor on both sides and says how its axes are arranged.
 
-One table serves both directions. A layout is written as in einops: ``(three heads dim) width -> width three heads
-dim`` reads a fused matrix of theirs (left) as our four axes (right), and backwards the other way round; ``()`` is an
-axis of size one. ``{layer}`` in a foreign name counts blocks, which our tree keeps stacked along its first axis;
-``{layer+1}`` counts them from one.
+One table works in both directions. A layout is written as in einops: ``(three heads dim) width -> width three heads
+dim`` turns their fused matrix (left) into our four axes (right), or back; ``()`` is an axis of size one. ``{layer}`` in
+a foreign name is the index of a block, which is the first axis of our stacked leaf; ``{layer+1}`` starts at one.
 """
 
 import math
@@ -15,9 +14,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float, Num
 
-from clip_jax.errors import UserError, nearest
-from clip_jax.models.clip import CLIP, Architecture
+from clip_jax.errors import UserError
+from clip_jax.interop.tensors import check_names
+from clip_jax.models.clip import CLIP, Architecture, Params
 
 VECTOR = "features -> features"
 SCALAR = " -> "
@@ -26,35 +27,35 @@ MATRIX = "out in -> in out"
 
 
 class Row(NamedTuple):
-    """One tensor of theirs, or one of each block, and the leaf of our tree that it is."""
+    """One of their tensors, or one per block, and the leaf of our tree that holds it."""
 
     theirs: str
     ours: str
     layout: str
     part: int | None = None
-    """Where several tensors of theirs make up one leaf: the index of this one on the axis that is called ``part``."""
+    """Where several of their tensors make up one leaf: the index of this one on the axis named ``part``."""
 
 
 def rows(theirs: str, ours: str, *table: tuple) -> list[Row]:
-    """Rows below a prefix on each side."""
+    """Rows with a prefix on each side."""
     return [Row(theirs + their_name, ours + our_name, *layout) for their_name, our_name, *layout in table]
 
 
 def read(
-    state: Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray],
     table: Sequence[Row],
     shapes: Mapping[str, tuple],
     sizes: Mapping[str, int],
-    place: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
-):
-    """Their tensors -> our tree, in float32; each is read once. UserError: one missing, one too many, a wrong shape.
+    put: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
+) -> Params:
+    """Their tensors -> our tree, in float32; each is read once.
 
-    ``shapes`` are those of our leaves, ``sizes`` those of axes that ours do not show (the two of a patch). ``place``
-    takes each leaf when it is whole, by its path, to where it shall be. The largest come first: then at no moment
-    is there a large leaf twice beside all others.
+    ``shapes`` are those of our leaves, ``sizes`` those of axes that our leaves do not show (height and width of a
+    patch). ``put(path, leaf)`` moves each complete leaf, for example to the devices; the largest leaves come first, so
+    that no large leaf is ever in memory twice next to all others. Raises UserError for a tensor that is missing,
+    unknown or of a wrong shape.
     """
-    expected = {name for row in table for name in _names(row, shapes)}
-    _check_names(state.keys(), expected)
+    check_names(tensors, {name for row in table for name in _names(row, shapes)})
     by_leaf: dict[str, list[Row]] = {}
     for row in table:
         by_leaf.setdefault(row.ours, []).append(row)
@@ -62,53 +63,50 @@ def read(
     for path in sorted(by_leaf, key=lambda path: -math.prod(shapes[path])):
         leaf = np.empty(shapes[path], np.float32)
         for row in by_leaf[path]:
-            _read_row(state, row, leaf, shapes, sizes)
-        params[path] = place(path, leaf)
+            _read_row(tensors, row, leaf, shapes, sizes)
+        params[path] = put(path, leaf)
     return unflatten_dict(params, sep="/")
 
 
-def _read_row(state: Mapping, row: Row, leaf: np.ndarray, shapes: Mapping[str, tuple], sizes: Mapping[str, int]):
+def _read_row(
+    tensors: Mapping[str, np.ndarray],
+    row: Row,
+    leaf: Float[np.ndarray, "..."],
+    shapes: Mapping[str, tuple],
+    sizes: Mapping[str, int],
+) -> None:
     source, target, axes = _layout(row, shapes, sizes)
-    wanted = _shape(source, axes)
-    for name, where in _places(row, shapes):
-        tensor = np.asarray(state[name])
-        if tensor.shape != wanted:
-            raise UserError(f"{name}: has the shape {list(tensor.shape)}, this model's is {list(wanted)}")
-        leaf[where] = _rearrange(tensor, source, target, axes)
+    expected = _shape(source, axes)
+    for name, index in _indices(row, shapes):
+        tensor = np.asarray(tensors[name])
+        if tensor.shape != expected:
+            raise UserError(f"{name}: has the shape {list(tensor.shape)}, this model's is {list(expected)}")
+        leaf[index] = _rearrange(tensor, source, target, axes)
 
 
-def write(params: Any, table: Sequence[Row], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+def write(params: Params, table: Sequence[Row], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Our tree -> their tensors, the inverse of ``read``."""
     leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    state = {}
+    tensors = {}
     for row in table:
         source, target, axes = _layout(row, shapes, sizes)
-        for name, place in _places(row, shapes):
-            tensor = _rearrange(leaves[row.ours][place], target, source, axes)
-            state[name] = np.ascontiguousarray(tensor).reshape(_shape(source, axes))  # a scalar must stay one
-    return state
+        for name, index in _indices(row, shapes):
+            tensor = _rearrange(leaves[row.ours][index], target, source, axes)
+            # ascontiguousarray turns a scalar into a vector: reshape it back.
+            tensors[name] = np.ascontiguousarray(tensor).reshape(_shape(source, axes))
+    return tensors
 
 
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf of an architecture's tree by its path, ``image/transformer/blocks/mlp/up``."""
+    """The shape of every leaf of an architecture's tree, by path (``image/transformer/blocks/mlp/up``)."""
     return shapes_of(CLIP(architecture).init, jax.random.key(0))
 
 
 def shapes_of(function: Callable[..., Any], *arguments: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tree that a function would return, by path; nothing is computed."""
+    """The shapes of the tree that a function would return, by path, without computing it."""
     tree = nn.meta.unbox(jax.eval_shape(function, *arguments))
     return {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
-
-
-def _check_names(given, expected: set[str]) -> None:
-    missing, extra = sorted(expected - set(given)), sorted(set(given) - expected)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}{more}: missing from the weights{nearest(missing[0], extra)}")
-    if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise UserError(f"{extra[0]}{more}: in the weights, but not a tensor of this model")
 
 
 LAYER = re.compile(r"\{layer(?:\+(\d+))?\}")
@@ -122,8 +120,8 @@ def _names(row: Row, shapes: Mapping[str, tuple]) -> list[str]:
     return [LAYER.sub(str(first + layer), row.theirs) for layer in range(shapes[row.ours][0])]
 
 
-def _places(row: Row, shapes: Mapping[str, tuple]) -> list[tuple[str, tuple]]:
-    """Each tensor's name, and the index of what it is in our leaf."""
+def _indices(row: Row, shapes: Mapping[str, tuple]) -> list[tuple[str, tuple]]:
+    """The name of each tensor of a row, and the index of its values in our leaf."""
     inside = ()
     if row.part is not None:
         before = next(i for i, names in enumerate(_sides(row.layout)[1]) if names == ["part"])
@@ -137,13 +135,13 @@ Side = list[list[str]]
 
 
 def _sides(layout: str) -> tuple[Side, Side]:
-    """Per axis of each side, the names of what it is made of."""
+    """For each side, the names of the factors of every axis."""
     left, right = ([(a or b).split() for a, b in re.findall(r"\(([^)]*)\)|(\S+)", s)] for s in layout.split("->"))
     return left, right
 
 
 def _layout(row: Row, shapes: Mapping[str, tuple], sizes: Mapping[str, int]) -> tuple[Side, Side, dict[str, int]]:
-    """Both sides of one tensor, without our axes of blocks and parts, and the size of every named axis."""
+    """Both sides of one tensor, without our axes for blocks and parts, and the size of every named axis."""
     source, target = _sides(row.layout)
     shape = shapes[row.ours][1:] if LAYER.search(row.theirs) else shapes[row.ours]
     known = {names[0]: size for names, size in zip(target, shape, strict=True) if len(names) == 1}
@@ -154,7 +152,9 @@ def _shape(side: Side, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[name] for name in names) for names in side)
 
 
-def _rearrange(array: np.ndarray, source: Side, target: Side, sizes: Mapping[str, int]) -> np.ndarray:
+def _rearrange(
+    array: Num[np.ndarray, "..."], source: Side, target: Side, sizes: Mapping[str, int]
+) -> Num[np.ndarray, "..."]:
     before, after = ([name for names in side for name in names] for side in (source, target))
     array = array.reshape([sizes[name] for name in before]).transpose([before.index(name) for name in after])
     return array.reshape(_shape(target, sizes))

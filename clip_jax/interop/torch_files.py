@@ -1,9 +1,8 @@
-"""``.pt``, ``.bin`` and TorchScript archives: tensors only, without torch.
+"""Reads the tensors of ``.pt``, ``.bin`` and TorchScript archives without torch.
 
 Only ``clip-jax import`` uses this. Such a file is a zip of a pickle and the bytes of its tensors, and a pickle is a
-program. This one is run by an unpickler that knows a handful of harmless names (``ALLOWED``); the first other name ends
-it, before anything is called. The classes of a TorchScript archive (``__torch__...``) become bags of attributes
-without any behaviour.
+program. This unpickler accepts only a few harmless names (``ALLOWED``) and stops at any other, before anything is
+called. The classes of a TorchScript archive (``__torch__...``) become bags of attributes without any behavior.
 """
 
 import io
@@ -18,9 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from clip_jax.errors import UserError
-from clip_jax.interop.state import Entry, State
+from clip_jax.interop.tensors import Entry, Tensors
 
-MAX_PICKLE_BYTES = 64 << 20  # The pickle holds names and shapes; that of the largest CLIP has 0.3 MB.
+MAX_PICKLE_BYTES = 64 << 20  # The pickle holds names and shapes: 0.3 MB for the largest CLIP.
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -36,10 +35,10 @@ STORAGES = {
 }
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Under which of its names a training checkpoint keeps the model; the rest (optimizer, epoch) is left behind."""
+"""The keys under which training checkpoints store the model; the rest (optimizer, epoch) is not read."""
 
 PREFIXES = ("module.", "_orig_mod.")
-"""What data-parallel and compiled modules of PyTorch put before every name."""
+"""The prefixes that data-parallel and compiled modules of PyTorch add to every name."""
 
 
 class _Storage(NamedTuple):
@@ -56,7 +55,7 @@ class _Tensor(NamedTuple):
 
 
 class _Bag:
-    """An object of a TorchScript archive: attributes, and nothing that could be called."""
+    """An object of a TorchScript archive: attributes without methods."""
 
 
 def _tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None) -> _Tensor:
@@ -66,10 +65,10 @@ def _tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, me
     if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
         raise pickle.UnpicklingError("a tensor without a valid shape")
     if len(tensor.shape) != len(tensor.strides):
-        raise pickle.UnpicklingError("a tensor with more strides than dimensions, or fewer")
+        raise pickle.UnpicklingError("a tensor whose strides do not match its dimensions")
     last = offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if math.prod(tensor.shape) and last >= storage.size:
-        raise pickle.UnpicklingError("a tensor that reaches beyond its storage")
+        raise pickle.UnpicklingError("a tensor that exceeds its storage")
     return tensor
 
 
@@ -108,8 +107,8 @@ class _Refused(Exception):
     pass
 
 
-def read(path: str | Path) -> State:
-    """The tensors of a file that torch wrote. UserError names what was refused where it holds anything but tensors."""
+def read(path: str | Path) -> Tensors:
+    """The tensors of a file written by torch. Raises UserError, naming the reason, if it holds anything else."""
     path = Path(path)
     found = _unpickle(path)
     tensors = _strip(_flatten(_model(found.root)))
@@ -121,16 +120,16 @@ def read(path: str | Path) -> State:
         if member is None:
             raise UserError(f"{path}: the data of {name} is missing; the file is damaged")
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != _storage_bytes(tensor.storage):
-            raise UserError(f"{path}: the data of {name} does not have the size it should; the file is damaged")
+            raise UserError(f"{path}: the data of {name} has the wrong size; the file is damaged")
         entries[name] = Entry(tensor.shape, tensor.storage.dtype, _reader(path, member.filename, tensor))
-    return State(str(path), entries)
+    return Tensors(str(path), entries)
 
 
 class _Archive(NamedTuple):
     root: Any
     members: dict[str, zipfile.ZipInfo]
     folder: str
-    """What stands before the name of every member."""
+    """The prefix of the name of every member."""
 
 
 def is_torchscript(path: str | Path) -> bool:
@@ -154,16 +153,16 @@ def _unpickle(path: Path) -> _Archive:
             if order is not None and archive.read(order).strip() != b"little":
                 raise UserError(f"{path}: was written on a big-endian machine, which is not supported")
             if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
-                raise UserError(f"{path}: its pickle is larger than any model's; not opened")
+                raise UserError(f"{path}: its pickle is larger than that of any model, and was not opened")
             return _Archive(_Unpickler(io.BytesIO(archive.read(pickles[0]))).load(), members, folder)
     except _Refused as refused:
         raise UserError(
-            f"{path}: refused, because its pickle asks for {refused}, which is not a tensor; nothing of it was run. "
-            "Save the state_dict alone, as safetensors, where the file was made"
+            f"{path}: refused, because its pickle needs {refused}, which is not a tensor; none of it was run. "
+            "Save only the state_dict, as safetensors, where the file was made"
         ) from None
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"{path}: not a zip of torch.save (truncated, or older than PyTorch 1.6: save it anew): {error}"
+            f"{path}: not a zip of torch.save (truncated, or older than PyTorch 1.6: save it again): {error}"
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -182,7 +181,7 @@ def _model(root: Any) -> Any:
 
 
 def _flatten(value: Any) -> dict[str, _Tensor]:
-    """Tensors under dotted names, out of nested dicts and bags; whatever else is there is no weight."""
+    """The tensors of nested dicts and bags under dotted names; other values are not weights and are skipped."""
     tensors, stack, seen = {}, [("", value)], set()
     while stack:
         prefix, value = stack.pop()
@@ -190,7 +189,7 @@ def _flatten(value: Any) -> dict[str, _Tensor]:
             tensors[prefix.removesuffix(".")] = value
             continue
         children = value if isinstance(value, dict) else vars(value) if isinstance(value, _Bag) else {}
-        if children and id(value) not in seen:  # A pickle can hold itself.
+        if children and id(value) not in seen:  # A pickle can contain itself.
             seen.add(id(value))
             stack += [(f"{prefix}{name}.", child) for name, child in reversed(list(children.items()))]
     return tensors

@@ -1,1 +1,1 @@
-"""What people look at: the page of a run (``page``), its figures (``plots``) and the terminal (``terminal``)."""
+"""What users look at: the report of a run (``page``), notebook cells (``notebook``) and the terminal (``terminal``)."""

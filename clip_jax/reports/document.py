@@ -1,4 +1,4 @@
-"""The page's HTML pieces and its one style sheet. Whatever comes in as text is escaped here."""
+"""The HTML building blocks of a page and its only style sheet. All text is escaped here."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -82,12 +82,12 @@ font-variant-numeric:tabular-nums}
 summary{cursor:pointer;font-weight:600}
 section>details>summary{font-size:18px;margin-bottom:4px}
 """
-# name: (light, dark), beside those of the figures; "heat" is the full colour of the similarity matrix.
+# name: (light, dark), in addition to the colors of the figures; "heat" is the full color of the similarity matrix.
 SURFACES = {"paper": ("#f7f8f9", "#14181c"), "card": ("#ffffff", "#1b2026"), "heat": ("37 99 201", "37 99 201")}
 
 
 def page(title: str, body: str, styles: str = "") -> str:
-    """The whole document."""
+    """A complete HTML document."""
     colors = PALETTE | SURFACES
     light = "".join(f"--{name}:{light};" for name, (light, _) in colors.items())
     dark = "".join(f"--{name}:{dark};" for name, (_, dark) in colors.items())
@@ -114,13 +114,13 @@ def cards(items: Sequence[Result]) -> str:
 
 
 def panels(figures: Sequence[tuple[str, str]], size: str) -> str:
-    """Titled figures beside each other; ``size`` is ``large`` or ``small``."""
+    """A grid of titled figures; ``size`` is ``large`` or ``small``."""
     body = "".join(f'<div class="panel"><h3>{escape(title)}</h3>{svg}</div>' for title, svg in figures)
     return f'<div class="panels {size}">{body}</div>' if figures else ""
 
 
 def results(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table of numbers, a named row each."""
+    """A table of numbers with named rows; ``corner`` is the heading of the names."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
@@ -131,7 +131,7 @@ def results(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str
 
 
 def tree(title: str, values: Mapping[str, Any]) -> str:
-    """Nested keys and values; every level folds."""
+    """Nested keys and values; every level can be collapsed."""
     return (
         f"<section><details open><summary>{escape(title)}</summary>"
         f'<div class="tree">{_level(values)}</div></details></section>\n'

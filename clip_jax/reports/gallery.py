@@ -1,4 +1,4 @@
-"""Held-out pairs to look at: the similarity matrix with its images and captions, and what each caption retrieves."""
+"""Galleries of held-out pairs: the similarity matrix of images and captions, and the images that captions retrieve."""
 
 import base64
 import io
@@ -7,60 +7,99 @@ from html import escape
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 from PIL import Image
 
+from clip_jax.data import images as image_files
+from clip_jax.data.sources import Source
+from clip_jax.presets import Preprocess
+
+GALLERY_PAIRS = 16
 MATRIX_PAIRS = 16
 RETRIEVED_IMAGES = 6
 FIRST_CAPTIONS = 6
 HARDEST_CAPTIONS = 4
 
-# Twice the size shown, for screens of high density.
+# Twice the size shown, for high-density screens.
 THUMBNAIL_PIXELS = 160
-# Drawings of this size or less are kept exactly; JPEG would smear them, and they are small anyway.
+# Images up to this size are embedded as PNG: JPEG artifacts would be visible, and they are small anyway.
 LOSSLESS_PIXELS = 72
-# Colour grows faster than similarity, so that the best stand out of the many middling ones.
+# The shade grows faster than the similarity, so that the best matches stand out from the average ones.
 SHADE_POWER = 1.5
-# From this shade on, white is easier to read on the cell than the page's ink (equal contrast, WCAG 2).
+# Above this shade, white text is easier to read than the page's text color (equal contrast, WCAG 2).
 DARK_CELL = 0.8
 
 
 class Gallery(NamedTuple):
-    """Held-out pairs: image i belongs to caption i; ``similarity[i, j]`` is the cosine of image i with caption j."""
+    """Held-out pairs: image i and caption i match; ``similarity[i, j]`` is the cosine of image i and caption j."""
 
     images: UInt8[np.ndarray, "n height width 3"]
     captions: tuple[str, ...]
     similarity: Float32[np.ndarray, "n n"]
-    dataset: str
+    evaluation: str
+    """Its name in the metrics, ``eval/<name>/...``: the page begins with it."""
+
+
+def make_gallery(
+    name: str,
+    source: Source,
+    preprocess: Preprocess,
+    image_size: int,
+    *,
+    images: Float[np.ndarray, "images dim"],
+    texts: Float[np.ndarray, "texts dim"],
+    owner: Int[np.ndarray, " texts"],
+    captions: Sequence[str],
+    indices: Int[np.ndarray, " images"],
+) -> Gallery:
+    """The gallery of the evaluation ``name``: evenly spaced images of a source, each with its first caption.
+
+    ``images`` and ``texts`` are unit embeddings; text t is ``captions[t]`` and describes image ``owner[t]``, which is
+    ``source[indices[owner[t]]]``.
+    """
+    chosen = np.unique(np.linspace(0, len(images) - 1, GALLERY_PAIRS).astype(int))
+    _, first = np.unique(owner, return_index=True)
+    pixels = [
+        image_files.resize_and_crop(
+            source[int(index)].image, image_size, resize=preprocess.resize, interpolation=preprocess.interpolation
+        )
+        for index in indices[chosen]
+    ]
+    return Gallery(
+        images=np.stack(pixels),
+        captions=tuple(captions[text] for text in first[chosen]),
+        similarity=(images[chosen] @ texts[first[chosen]].T).astype(np.float32),
+        evaluation=name,
+    )
 
 
 def caption_ranks(similarity: Float32[np.ndarray, "n n"]) -> Int[np.ndarray, " n"]:
-    """For each caption, the rank of its own image, from 1; an image as similar as the right one ranks before it.
+    """The rank of the matching image for each caption, from 1. Ties count against the matching image.
 
-    That keeps a model that gives every pair the same similarity from looking perfect.
+    Otherwise a model that gives every pair the same similarity would look perfect.
     """
     return (_finite(similarity) >= np.diagonal(_finite(similarity))).sum(axis=0)
 
 
 def matrix(gallery: Gallery) -> str:
-    """The similarity of the first pairs as a heat map: a row for each caption, a column for each image."""
+    """A heat map of the similarities of the first pairs: one row per caption, one column per image."""
     n = min(len(gallery.captions), MATRIX_PAIRS)
     similarity = gallery.similarity[:n, :n]
     low, high = _range(similarity)
     captions_right = int((caption_ranks(similarity) == 1).sum())
     images_right = int((caption_ranks(similarity.T) == 1).sum())
     note = (
-        f"Cosine of every image (columns) with every caption (rows), {_cosine(low)} to {_cosine(high)}; "
-        "pairs that belong together are framed. "
-        f"{captions_right} of {n} captions find their image first, {images_right} of {n} images their caption."
+        f"Cosine similarity of every image (columns) and every caption (rows), {_cosine(low)} to {_cosine(high)}; "
+        "matching pairs are framed. "
+        f"{captions_right} of {n} captions rank their image first, {images_right} of {n} images their caption."
     )
     return f'<p class="note">{note}</p>{heat_map(similarity, gallery.captions[:n], framed=range(n))}'
 
 
 def heat_map(similarity: Float32[np.ndarray, "n m"], captions: Sequence[str], framed: Sequence[int]) -> str:
-    """A table of cosines: a column for each of n images, a row for each of m captions; ``framed[i]`` of column i.
+    """A table of cosine similarities: one column per image, one row per caption.
 
-    The images are those of ``picture_styles``.
+    In column i, the cell of row ``framed[i]`` is framed. The images come from ``picture_styles``.
     """
     low, high = _range(similarity)
     head = "".join(f'<th scope="col">{_picture(i, f"image {i + 1}")}</th>' for i in range(len(similarity)))
@@ -79,21 +118,21 @@ def _range(similarity: np.ndarray) -> tuple[float, float]:
 
 
 def retrieval(gallery: Gallery) -> str:
-    """The most similar images of some captions: the first ones, and those the model is most wrong about."""
+    """The most similar images for the first captions, and for those whose matching image ranks lowest."""
     ranks = caption_ranks(gallery.similarity)
     first, hardest = _shown_captions(ranks)
     total = len(ranks)
-    note = f"The most similar of {total} images, best first; the caption's own is framed."
+    note = f"The most similar of {total} images, best first; the matching image is framed."
     parts = [f'<p class="note">{note}</p>']
     parts.append(f'<div class="captions">{"".join(_retrieved(gallery, j, int(ranks[j])) for j in first)}</div>')
     if hardest:
-        parts.append("<h3>Where a caption's own image ranks lowest</h3>")
+        parts.append("<h3>Captions whose matching image ranks lowest</h3>")
         parts.append(f'<div class="captions">{"".join(_retrieved(gallery, j, int(ranks[j])) for j in hardest)}</div>')
     return "".join(parts)
 
 
 def image_styles(gallery: Gallery) -> str:
-    """The images that ``matrix`` and ``retrieval`` show, as CSS: each is in the page once, however often it is seen."""
+    """CSS with the images that ``matrix`` and ``retrieval`` show, each embedded once however often it is shown."""
     shown = set(range(min(len(gallery.captions), MATRIX_PAIRS)))
     first, hardest = _shown_captions(caption_ranks(gallery.similarity))
     for j in (*first, *hardest):
@@ -102,7 +141,7 @@ def image_styles(gallery: Gallery) -> str:
 
 
 def picture_styles(images: UInt8[np.ndarray, "n height width 3"], shown: Iterable[int]) -> str:
-    """CSS that gives the class ``i0`` the first image, and so on."""
+    """CSS that makes image i the background of the class ``i<i>``."""
     height, width = images.shape[1:3]
     rules = [f".picture{{aspect-ratio:{width}/{height}}}"]
     rules += [f".i{i}{{background-image:url({_data_uri(images[i])})}}" for i in shown]
@@ -110,7 +149,7 @@ def picture_styles(images: UInt8[np.ndarray, "n height width 3"], shown: Iterabl
 
 
 def _shown_captions(ranks: np.ndarray) -> tuple[Sequence[int], Sequence[int]]:
-    """The first captions of the set, not chosen by anybody; and of the others the ones that rank worst."""
+    """The first captions, as an unselected sample; and the worst-ranked among the others."""
     first = range(min(len(ranks), FIRST_CAPTIONS))
     others: Iterable[int] = np.argsort(-ranks, kind="stable").tolist()
     hardest = [j for j in others if j not in first and ranks[j] > 1]
@@ -119,9 +158,9 @@ def _shown_captions(ranks: np.ndarray) -> tuple[Sequence[int], Sequence[int]]:
 
 def _best_images(similarity: np.ndarray, j: int) -> list[int]:
     column = _finite(similarity)[:, j]
-    is_right = np.arange(len(column)) == j
-    # Among equals the right image comes last, as in caption_ranks.
-    return np.lexsort((is_right, -column))[:RETRIEVED_IMAGES].tolist()
+    is_match = np.arange(len(column)) == j
+    # Ties count against the matching image, as in caption_ranks.
+    return np.lexsort((is_match, -column))[:RETRIEVED_IMAGES].tolist()
 
 
 def _retrieved(gallery: Gallery, j: int, rank: int) -> str:
@@ -129,7 +168,7 @@ def _retrieved(gallery: Gallery, j: int, rank: int) -> str:
     found = "".join(_figure(gallery, i, j) for i in best)
     if j not in best:
         found += f'<span class="gap">…</span>{_figure(gallery, j, j)}'
-    verdict = "found first" if rank == 1 else f"its image ranks {rank}"
+    verdict = "ranked first" if rank == 1 else f"its image ranks {rank}"
     good = ' class="good"' if rank == 1 else ""
     caption = f"<figcaption>{_caption(gallery.captions[j])}<small{good}>{verdict}</small></figcaption>"
     return f'<figure class="retrieved">{caption}<div class="strip">{found}</div></figure>'
@@ -144,7 +183,7 @@ def _cell(value: float, low: float, high: float, *, right: bool) -> str:
     shade = ((value - low) / (high - low)) ** SHADE_POWER if high > low and np.isfinite(value) else 0.0
     classes = f"{'right' if right else ''} {'dark' if shade > DARK_CELL else ''}".strip()
     text = _cosine(value)
-    text = text.replace("0.", ".", 1) if abs(value) < 1 else text  # Sixteen columns have little room.
+    text = text.replace("0.", ".", 1) if abs(value) < 1 else text  # Sixteen columns are narrow.
     return f'<td class="{classes}" style="--v:{shade:.2f}">{text}</td>'
 
 
@@ -153,7 +192,7 @@ def _cosine(value: float) -> str:
 
 
 def _caption(caption: str) -> str:
-    # Captions of the web run to paragraphs: the style sheet shows three lines, the tooltip all.
+    # Captions from the web can be paragraphs: the style sheet shows three lines, the tooltip everything.
     return f'<span class="caption" dir="auto" title="{escape(caption)}">{escape(caption)}</span>'
 
 
@@ -175,5 +214,5 @@ def _data_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
 
 
 def _finite(similarity: np.ndarray) -> np.ndarray:
-    """NaN, which compares with nothing, as the lowest similarity there is."""
+    """Replaces NaN, which does not compare, by the lowest possible similarity."""
     return np.where(np.isnan(similarity), -np.inf, similarity)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` as curves: reading, and thinning to what a figure can show."""
+"""Reads ``metrics.jsonl`` into curves, and downsamples them to what a figure can show."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 
 class Curve(NamedTuple):
-    """One metric over a run, in order of steps; a value may be NaN or infinite where the run logged that."""
+    """One metric over a run, sorted by step; values may be NaN or infinite."""
 
     steps: Float[np.ndarray, " points"]
     values: Float[np.ndarray, " points"]
@@ -23,7 +23,7 @@ class Curve(NamedTuple):
 
 
 class Thinned(NamedTuple):
-    """A curve of few points, each the mean of a stretch of the run, with the stretch's extremes."""
+    """A downsampled curve: the mean, minimum and maximum of each bucket of consecutive points."""
 
     steps: Float[np.ndarray, " buckets"]
     mean: Float[np.ndarray, " buckets"]
@@ -31,19 +31,17 @@ class Thinned(NamedTuple):
     high: Float[np.ndarray, " buckets"]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` that are whole; ``[]`` where there is no file yet."""
-    return list(iterate_metrics(path))
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of ``metrics.jsonl``, none if the file does not exist yet.
 
-
-def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """As ``read_metrics``, a line at a time: a million lines of dicts would take a gigabyte."""
+    One at a time: a million lines as dicts would take a gigabyte.
+    """
     if not path.exists():
         return
     with path.open("rb") as lines:
         for line in lines:
-            # A killed run leaves half a line at the end, and its successor may append to that very line:
-            # neither is a reason to lose the report of everything else.
+            # A killed run leaves an incomplete last line, and the resumed run may append to it. The other lines are
+            # still worth a report.
             try:
                 row = json.loads(line)
             except ValueError:
@@ -53,7 +51,7 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def curves(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
-    """Every numeric metric of ``rows`` by name, in order of appearance."""
+    """The curve of every numeric metric in ``rows``, by name, in order of first appearance."""
     columns: dict[str, tuple[array, array]] = {}
     for row in rows:
         for name, value in row.items():
@@ -65,9 +63,9 @@ def curves(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
 
 
 def thin(curve: Curve, points: int) -> Thinned:
-    """``curve`` in at most ``points`` stretches of equally many values.
+    """Downsamples ``curve`` to at most ``points`` buckets with equal numbers of values.
 
-    A value that is not finite counts for nothing in its stretch; a stretch of nothing else is NaN, a gap in the line.
+    Values that are not finite are ignored; a bucket without a finite value is NaN, which leaves a gap in the line.
     """
     size = len(curve.steps)
     starts = np.linspace(0, size, min(points, size), endpoint=False).astype(int)
@@ -77,13 +75,13 @@ def thin(curve: Curve, points: int) -> Thinned:
     steps = np.add.reduceat(curve.steps, starts) / np.diff(starts, append=size)
     mean = np.divide(total, finite, out=np.full_like(total, np.nan), where=finite > 0)
     thinned = Thinned(steps, mean, np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts))
-    # The ends of a line are read as the run's first and last step.
+    # A reader takes the ends of a line for the first and last step of the run.
     thinned.steps[0], thinned.steps[-1] = curve.steps[0], curve.steps[-1]
     return thinned
 
 
 def _in_order(steps: np.ndarray, values: np.ndarray) -> Curve:
-    """Sorted by step; of a step logged twice, as after a restart, the later line counts."""
+    """Sorts by step; where a step was logged twice, as after a restart, the later line wins."""
     order = np.argsort(steps, kind="stable")
     steps, values = steps[order], values[order]
     last_of_step = np.append(steps[1:] != steps[:-1], True)

@@ -1,7 +1,7 @@
-"""What a notebook's cell shows: the report's figures and galleries, of a run or of any images, texts and cosines.
+"""The report's figures and galleries in a notebook cell, for a run or for any images, texts and cosine similarities.
 
-Each function gives a ``Shown`` as the cell's last line. It is a frame of its own in the output, for the report's style
-sheet is not the notebook's. IPython is not imported.
+Each function returns a ``Shown``, to be the last expression of the cell. It is displayed in an iframe, because the
+style sheet of the report would change the notebook's own. IPython is not imported.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-from clip_jax import run_folder
 from clip_jax.data import images as image_files
 from clip_jax.reports import document, gallery, history, page, summary
+from clip_jax.storage import run_folder
 
 Images = Sequence[str | Path | Image.Image | np.ndarray]
 
 PICTURE_PIXELS = 160
-"""Side of the largest pictures; a page is to stay small with hundreds of them."""
+"""Largest side of a picture, so that a page with hundreds of them stays small."""
 
 STYLES = (
     "main{padding:4px}section{margin:0}.cards{margin:0}.cards+section{margin-top:20px}body{background:var(--card)}"
@@ -30,7 +30,7 @@ STYLES = (
 
 
 class Shown(NamedTuple):
-    """HTML that Jupyter, Colab and Kaggle show, as tall as it is."""
+    """HTML that Jupyter, Colab and Kaggle display at its full height."""
 
     html: str
 
@@ -40,16 +40,16 @@ class Shown(NamedTuple):
 
 
 def curves(workdir: str | Path) -> Shown:
-    """Loss and accuracy of a run, in training and held out, with its numbers in a line above."""
+    """Training and held-out loss and accuracy of a run, below its headline numbers."""
     folder = run_folder.Folder(workdir).path
     config = run_folder.read(folder)["config"]
-    logged = history.curves(history.iterate_metrics(folder / "metrics.jsonl"))
-    datasets = summary.evaluations(logged)
-    return _shown(document.cards(summary.headline(logged, datasets)) + page.learning(logged, datasets, config))
+    logged = history.curves(history.read_metrics(folder / "metrics.jsonl"))
+    evaluations = summary.by_evaluation(logged)
+    return _shown(document.cards(summary.headline(logged, evaluations)) + page.learning(logged, evaluations, config))
 
 
 def pictures(images: Images, texts: Sequence[str]) -> Shown:
-    """Images beside each other, each with its text below it; a text may have several lines."""
+    """Images side by side, each above its text, which may have several lines."""
     pixels = _pixels(images)
     figures = "".join(
         f'<figure><span class="picture i{i}" role="img"></span><figcaption>{escape(text)}</figcaption></figure>'
@@ -59,19 +59,19 @@ def pictures(images: Images, texts: Sequence[str]) -> Shown:
 
 
 def matrix(images: Images, texts: Sequence[str], similarity: Float[np.ndarray, "n m"]) -> Shown:
-    """Cosines of n images (columns) with m texts (rows); each image's best text is framed."""
+    """Cosine similarities of n images (columns) and m texts (rows); the best text of each image is framed."""
     cosines = np.asarray(similarity, np.float32)
     return _shown(gallery.heat_map(cosines, texts, framed=cosines.argmax(axis=1)), _pixels(images))
 
 
 def pairs(images: Images, captions: Sequence[str], similarity: Float[np.ndarray, "n n"]) -> Shown:
-    """Cosines of images and captions that belong together (those are framed), as in the report."""
+    """Cosine similarities of n pairs, as in the report; matching images and captions are framed."""
     shown = _gallery(images, captions, similarity)
     return _shown(gallery.matrix(shown), shown.images)
 
 
 def retrieval(images: Images, captions: Sequence[str], similarity: Float[np.ndarray, "n n"]) -> Shown:
-    """What some captions find among all the images, and which captions are the hardest, as in the report."""
+    """The images that captions retrieve, first and hardest captions, as in the report."""
     shown = _gallery(images, captions, similarity)
     return _shown(gallery.retrieval(shown), shown.images)
 
@@ -86,7 +86,7 @@ def _shown(body: str, pixels: UInt8[np.ndarray, "n side side 3"] | None = None) 
 
 
 def _pixels(images: Images) -> UInt8[np.ndarray, "n side side 3"]:
-    """The middle square of each, all of one size."""
+    """The central square of each image, all resized to one size."""
     opened = [_opened(image) for image in images]
     side = min(PICTURE_PIXELS, max((min(image.size) for image in opened), default=1))
     return np.stack([np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)) for image in opened])

@@ -1,7 +1,6 @@
-"""``report.html``: one self-contained page about a run, written from its folder and a few held-out pairs."""
+"""Writes ``report.html``, a self-contained page about a run, from the run folder and a gallery of held-out pairs."""
 
 import json
-import math
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -11,20 +10,17 @@ import numpy as np
 
 from clip_jax.reports import document, formats, summary
 from clip_jax.reports.gallery import Gallery, image_styles, matrix, retrieval
-from clip_jax.reports.history import Curve, curves, iterate_metrics, read_metrics
+from clip_jax.reports.history import Curve, curves, read_metrics
 from clip_jax.reports.plots import HELD_OUT_COLORS, SMALL, TRAIN_COLOR, Line, figure
+from clip_jax.storage import atomic
 
-__all__ = ["Gallery", "read_metrics", "write"]
-
-Datasets = Mapping[str, Mapping[str, Curve]]
-
-# The shares beside the in-batch accuracy in one large figure: color and label.
+# metric -> color and label, drawn in one large figure with the in-batch accuracy.
 ACCURACIES = {
     "zero_shot_top1": ("orange", "zero-shot"),
     "i2t_R@1": ("teal", "i2t R@1"),
     "t2i_R@1": ("purple", "t2i R@1"),
 }
-# One small figure each for every dataset: color, then the label of each metric.
+# title -> color and metrics with their labels: one small figure each per evaluation.
 EVALUATION_FIGURES = {
     "zero-shot": ("orange", {"zero_shot_top1": "top-1", "zero_shot_top5": "top-5"}),
     "image → text": ("teal", {"i2t_R@1": "R@1", "i2t_R@5": "R@5", "i2t_R@10": "R@10"}),
@@ -38,40 +34,39 @@ SMALL_FIGURES = {
     "train/param_norm": "parameter norm",
     "train/pairs_per_second": "pairs per second",
     "train/data_wait_share": "time waiting for data",
-    "train/mfu": "model FLOP/s, share of the peak",
+    "train/mfu": "model FLOPs utilization",
+    "eval/time_seconds": "seconds per round of evaluations",
 }
 SHARES = {"train/data_wait_share", "train/mfu"}
 LARGE_FIGURES = {"train/loss", "train/accuracy"}
-# Sums over the run: they grow in straight lines and are told in words instead.
+# Sums over the run are straight lines; the header states them in words.
 CUMULATIVE = {"train/pairs", "train/flops"}
 
 
 def write(workdir: Path, gallery: Gallery | None = None) -> Path:
-    """Writes ``workdir/report.html`` and returns its path; what the folder lacks, the page goes without."""
-    history = curves(iterate_metrics(workdir / "metrics.jsonl"))
+    """Writes ``workdir/report.html`` and returns its path. Sections whose data are missing are left out."""
+    history = curves(read_metrics(workdir / "metrics.jsonl"))
     html = render(workdir.name, _read_run(workdir / "run.json"), history, gallery)
-    path, unfinished = workdir / "report.html", workdir / "report.html.tmp"
-    # Whoever reloads the page during a run sees the old one or the new one, never half of one.
-    unfinished.write_text(html, encoding="utf-8")
-    unfinished.replace(path)
+    path = workdir / "report.html"
+    atomic.write_text(path, html)  # a browser may load the page during a run
     return path
 
 
 def render(name: str, run: Mapping[str, Any], history: Mapping[str, Curve], gallery: Gallery | None) -> str:
-    """The page of the run ``name``, as text."""
-    config = _mapping(run.get("config"))
-    datasets = summary.evaluations(history, first=gallery.dataset if gallery is not None else "")
+    """The HTML of the report of the run ``name``."""
+    config = summary.mapping(run.get("config"))
+    evaluations = summary.by_evaluation(history, first=gallery.evaluation if gallery is not None else "")
     body = _header(name, run, config, history)
-    body += document.cards(summary.headline(history, datasets))
-    body += learning(history, datasets, config)
+    body += document.cards(summary.headline(history, evaluations))
+    body += learning(history, evaluations, config)
     body += _optimization(history)
-    body += _evaluation(datasets)
+    body += _evaluation(evaluations)
     styles = ""
     if gallery is not None and gallery.captions:
         styles = image_styles(gallery)
-        body += document.section(f"Similarity of held-out pairs: {gallery.dataset}", matrix(gallery))
-        body += document.section(f"Images found by caption: {gallery.dataset}", retrieval(gallery))
-    body += _other(history, datasets)
+        body += document.section(f"Similarity of held-out pairs: {gallery.evaluation}", matrix(gallery))
+        body += document.section(f"Images retrieved by caption: {gallery.evaluation}", retrieval(gallery))
+    body += _other(history, evaluations)
     if config:
         body += document.tree("Config", config)
     environment = {key: value for key, value in run.items() if key not in ("config", "model")}
@@ -81,9 +76,9 @@ def render(name: str, run: Mapping[str, Any], history: Mapping[str, Curve], gall
 
 
 def _header(name: str, run: Mapping[str, Any], config: Mapping[str, Any], history: Mapping[str, Curve]) -> str:
-    model = _mapping(run.get("model"))
+    model = summary.mapping(run.get("model"))
     described = [str(model["name"])] if "name" in model else []
-    parameters = {key: n for key, n in _mapping(model.get("parameters")).items() if isinstance(n, int)}
+    parameters = {key: n for key, n in summary.mapping(model.get("parameters")).items() if isinstance(n, int)}
     if "total" in parameters:
         towers = ", ".join(f"{key} {formats.count(n)}" for key, n in parameters.items() if key != "total")
         described.append(f"{formats.count(parameters['total'])} parameters" + (f" ({towers})" if towers else ""))
@@ -107,33 +102,30 @@ def _header(name: str, run: Mapping[str, Any], config: Mapping[str, Any], histor
     for metric, curve in history.items():
         broken = ~np.isfinite(curve.values)
         if broken.any():
-            places = f"{broken.sum():,} of {broken.size:,} logged steps, first at step {curve.steps[broken][0]:,.0f}"
-            warnings.append(f"{metric} is not finite at {places}.")
+            extent = f"{broken.sum():,} of {broken.size:,} logged steps, first at step {curve.steps[broken][0]:,.0f}"
+            warnings.append(f"{metric} is not finite at {extent}.")
     return html + "".join(f'<p class="warning">{escape(warning)}</p>\n' for warning in warnings)
 
 
-def learning(history: Mapping[str, Curve], datasets: Datasets, config: Mapping[str, Any]) -> str:
-    """Loss and accuracy, in training and on held-out data."""
+def learning(history: Mapping[str, Curve], evaluations: summary.Evaluations, config: Mapping[str, Any]) -> str:
+    """The section on loss and accuracy, in training and on held-out data."""
     pairs = history.get("train/pairs")
-    batch_size = config.get("batch_size")
     losses = [Line(history["train/loss"], TRAIN_COLOR, "train")] if "train/loss" in history else []
-    held_out = {dataset: metrics["loss"] for dataset, metrics in datasets.items() if "loss" in metrics}
-    for i, (dataset, curve) in enumerate(held_out.items()):
-        label = dataset if len(held_out) > 1 else "held out"
+    held_out = {name: metrics["loss"] for name, metrics in evaluations.items() if "loss" in metrics}
+    for i, (name, curve) in enumerate(held_out.items()):
+        label = name if len(held_out) > 1 else "held out"
         losses.append(Line(curve, HELD_OUT_COLORS[i % len(HELD_OUT_COLORS)], label))
     accuracies = [Line(history["train/accuracy"], TRAIN_COLOR, "in batch")] if "train/accuracy" in history else []
     for metric, (color, label) in ACCURACIES.items():
-        dataset = summary.leading(datasets, metric)
-        if dataset is not None:
-            accuracies.append(Line(datasets[dataset][metric], color, label))
+        evaluation = summary.leading(evaluations, metric)
+        if evaluation is not None:
+            accuracies.append(Line(evaluations[evaluation][metric], color, label))
 
-    guessing = None
-    # Only the softmax loss of a model that knows nothing is the logarithm of the batch.
-    if isinstance(batch_size, int) and batch_size > 1 and "softmax" in _mapping(config.get("loss")).values():
-        guessing = (math.log(batch_size), f"guessing: ln {batch_size:,} = {formats.fixed(math.log(batch_size))}")
+    chance = summary.chance_loss(config)
+    reference = None if chance is None else (chance[0], f"chance: {chance[1]} = {formats.fixed(chance[0])}")
     figures = []
     if losses:
-        figures.append(("loss", figure(losses, description="loss", pairs=pairs, reference=guessing)))
+        figures.append(("loss", figure(losses, description="loss", pairs=pairs, reference=reference)))
     if accuracies:
         figures.append(("accuracy", figure(accuracies, description="accuracy", percent=True, pairs=pairs)))
     return document.section("Learning", document.panels(figures, "large")) if figures else ""
@@ -150,25 +142,25 @@ def _optimization(history: Mapping[str, Curve]) -> str:
     return document.section("Optimization and throughput", document.panels(figures, "small")) if figures else ""
 
 
-def _evaluation(datasets: Datasets) -> str:
-    columns, rows = summary.results_table(datasets)
+def _evaluation(evaluations: summary.Evaluations) -> str:
+    columns, rows = summary.results_table(evaluations)
     figures = []
-    for dataset, metrics in datasets.items():
+    for name, metrics in evaluations.items():
         for title, (color, labels) in EVALUATION_FIGURES.items():
             lines = [Line(metrics[metric], color, label) for metric, label in labels.items() if metric in metrics]
-            told = [m for m in labels if m in ACCURACIES and summary.leading(datasets, m) == dataset]
-            if len(lines) > len(told):  # Else the figure of accuracies has it all.
-                title = f"{title}, {dataset}"
+            drawn = [m for m in labels if m in ACCURACIES and summary.leading(evaluations, m) == name]
+            if len(lines) > len(drawn):  # Otherwise the figure of accuracies has all of them.
+                title = f"{title}, {name}"
                 figures.append((title, figure(lines, description=title, size=SMALL, percent=True)))
-    content = document.results("dataset", columns, rows) + document.panels(figures, "small")
+    content = document.results("evaluation", columns, rows) + document.panels(figures, "small")
     return document.section("Evaluation", content) if rows else ""
 
 
-def _other(history: Mapping[str, Curve], datasets: Datasets) -> str:
-    """A plain curve for every metric that no other section knows."""
+def _other(history: Mapping[str, Curve], evaluations: summary.Evaluations) -> str:
+    """A plain curve for every metric that no other section shows."""
     shown = {*LARGE_FIGURES, *SMALL_FIGURES, *CUMULATIVE}
-    told = {*summary.EVALUATION_NAMES, *summary.EVALUATION_COUNTS}
-    shown.update(f"eval/{dataset}/{metric}" for dataset in datasets for metric in told)
+    known = {*summary.EVALUATION_NAMES, *summary.EVALUATION_COUNTS}
+    shown.update(f"eval/{name}/{metric}" for name in evaluations for metric in known)
     figures = [
         (name, figure([Line(curve, TRAIN_COLOR)], description=name, size=SMALL))
         for name, curve in history.items()
@@ -178,12 +170,8 @@ def _other(history: Mapping[str, Curve], datasets: Datasets) -> str:
 
 
 def _read_run(path: Path) -> Mapping[str, Any]:
-    """``run.json``; empty where it is missing or broken, for the curves are worth a page without it."""
+    """``run.json``; empty if it is missing or damaged, because the curves are worth a page without it."""
     try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+        return summary.mapping(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

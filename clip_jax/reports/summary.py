@@ -1,14 +1,18 @@
-"""What a run came to, in a few numbers: the page's headline row, and the table at the end on the terminal."""
+"""The results of a run in a few numbers: the headline of the page and its table of evaluations.
 
+Evaluations are inferred from the names of the metrics, ``eval/<evaluation>/<metric>``.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from clip_jax.reports import formats
 from clip_jax.reports.history import Curve
 
-# metric of ``eval/<dataset>/``: its name for readers, in the order of tables.
+# metric -> its displayed name, in the order of the table's columns.
 EVALUATION_NAMES = {
     "loss": "loss",
     "zero_shot_top1": "zero-shot top-1",
@@ -20,43 +24,71 @@ EVALUATION_NAMES = {
     "t2i_R@5": "R@5",
     "t2i_R@10": "R@10",
 }
-# What an evaluation counts besides: told once, in the table, for the curves are flat.
+# Counts of an evaluation appear only in the table: their curves are flat.
 EVALUATION_COUNTS = {"images": "images", "skipped": "skipped", "time_seconds": "seconds"}
-# The evaluations of the headline, each with the looser measure that stands below it.
+# Accuracies and recalls of the headline, each with a more lenient metric for its note.
 HEADLINE_SHARES = {"zero_shot_top1": "zero_shot_top5", "i2t_R@1": "i2t_R@5", "t2i_R@1": "t2i_R@5"}
 
 
+Evaluations = Mapping[str, Mapping[str, Curve]]
+"""evaluation -> metric -> curve."""
+
+
 class Result(NamedTuple):
-    """A number, ready to read; ``note`` is what one would ask next."""
+    """A formatted number with its label; ``note`` adds context."""
 
     label: str
     value: str
     note: str = ""
 
 
-def evaluations(history: Mapping[str, Curve], first: str = "") -> dict[str, dict[str, Curve]]:
-    """The curves of every dataset by metric, in order of appearance, but the dataset ``first`` before the others."""
-    datasets: dict[str, dict[str, Curve]] = {first: {}}
+def by_evaluation(history: Mapping[str, Curve], first: str = "") -> dict[str, dict[str, Curve]]:
+    """The metrics of every evaluation, in order of appearance; the evaluation ``first``, if any, comes first."""
+    evaluations: dict[str, dict[str, Curve]] = {first: {}}
     for name, curve in history.items():
-        dataset, _, metric = name.removeprefix("eval/").rpartition("/")
-        if name.startswith("eval/") and dataset:
-            datasets.setdefault(dataset, {})[metric] = curve
-    return {dataset: metrics for dataset, metrics in datasets.items() if metrics}
+        evaluation, _, metric = name.removeprefix("eval/").rpartition("/")
+        if name.startswith("eval/") and evaluation:
+            evaluations.setdefault(evaluation, {})[metric] = curve
+    return {evaluation: metrics for evaluation, metrics in evaluations.items() if metrics}
 
 
-def leading(datasets: Mapping[str, Mapping[str, Curve]], metric: str) -> str | None:
-    """The dataset whose ``metric`` stands for the run: the first that has it."""
-    return next((dataset for dataset, metrics in datasets.items() if metric in metrics), None)
+def leading(evaluations: Evaluations, metric: str) -> str | None:
+    """The evaluation whose ``metric`` represents the run: the first that has it."""
+    return next((evaluation for evaluation, metrics in evaluations.items() if metric in metrics), None)
 
 
-def headline(history: Mapping[str, Curve], datasets: Mapping[str, Mapping[str, Curve]]) -> list[Result]:
-    """The last value of what matters, as far as it was logged."""
+def chance_loss(config: Mapping[str, Any]) -> tuple[float, str] | None:
+    """The training loss of a random model, with its formula: ln(batch size) for the softmax loss alone.
+
+    None for other losses and for sums of several objectives. ``config`` is that of ``run.json``, with either a
+    ``loss`` section or one section per objective, ``objectives.<name>``; whatever it lacks gives None, too.
+    """
+    objectives = {name: mapping(section) for name, section in mapping(config.get("objectives")).items()}
+    objectives = {name: section for name, section in objectives.items() if section.get("weight", 1.0)}
+    if objectives:
+        contrastive = objectives.get("contrastive", {})
+        name, weight = contrastive.get("loss") if len(objectives) == 1 else None, contrastive.get("weight", 1.0)
+    else:
+        name, weight = mapping(config.get("loss")).get("name"), 1.0
+    batch_size = config.get("batch_size")
+    if name != "softmax" or not isinstance(weight, int | float) or not isinstance(batch_size, int) or batch_size < 2:
+        return None
+    return weight * math.log(batch_size), f"ln {batch_size:,}" if weight == 1 else f"{weight:g} ln {batch_size:,}"
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """``value``, or an empty mapping where a damaged or foreign ``run.json`` has something else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def headline(history: Mapping[str, Curve], evaluations: Evaluations) -> list[Result]:
+    """The last value of each main metric that was logged."""
     results = []
     if "train/loss" in history:
         accuracy = history.get("train/accuracy")
         note = f"in-batch accuracy {formats.percent(accuracy.last)}" if accuracy else ""
         results.append(Result("train loss", formats.fixed(history["train/loss"].last), note))
-    results += _held_out(datasets)
+    results += _held_out(evaluations)
     if "train/pairs_per_second" in history:
         wait = history.get("train/data_wait_share")
         note = f"median; {formats.percent(_median(wait))} waiting for data" if wait else "median"
@@ -67,41 +99,42 @@ def headline(history: Mapping[str, Curve], datasets: Mapping[str, Mapping[str, C
     return results
 
 
-def _held_out(datasets: Mapping[str, Mapping[str, Curve]]) -> list[Result]:
+def _held_out(evaluations: Evaluations) -> list[Result]:
     results = []
     for metric in ("loss", *HEADLINE_SHARES):
-        dataset = leading(datasets, metric)
-        if dataset is None:
+        evaluation = leading(evaluations, metric)
+        if evaluation is None:
             continue
-        curve, of = datasets[dataset][metric], [dataset] if metric == "loss" or len(datasets) > 1 else []
+        curve = evaluations[evaluation][metric]
+        notes = [evaluation] if metric == "loss" or len(evaluations) > 1 else []
         if metric == "loss":
             best = int(np.argmin(np.where(np.isfinite(curve.values), curve.values, np.inf)))
             if best < len(curve.values) - 1:
-                of.append(f"lowest {formats.fixed(curve.values[best])} at step {curve.steps[best]:,.0f}")
-            results.append(Result("held-out loss", formats.fixed(curve.last), ", ".join(of)))
+                notes.append(f"lowest {formats.fixed(curve.values[best])} at step {curve.steps[best]:,.0f}")
+            results.append(Result("held-out loss", formats.fixed(curve.last), ", ".join(notes)))
             continue
-        looser = HEADLINE_SHARES[metric]
-        if looser in datasets[dataset]:
-            of.append(f"{EVALUATION_NAMES[looser]} {formats.percent(datasets[dataset][looser].last)}")
-        results.append(Result(EVALUATION_NAMES[metric], formats.percent(curve.last), ", ".join(of)))
+        lenient = HEADLINE_SHARES[metric]
+        if lenient in evaluations[evaluation]:
+            notes.append(f"{EVALUATION_NAMES[lenient]} {formats.percent(evaluations[evaluation][lenient].last)}")
+        results.append(Result(EVALUATION_NAMES[metric], formats.percent(curve.last), ", ".join(notes)))
     return results
 
 
-def results_table(datasets: Mapping[str, Mapping[str, Curve]]) -> tuple[Sequence[str], dict[str, list[str]]]:
-    """The last value of every known evaluation: column names, and a row for each dataset."""
+def results_table(evaluations: Evaluations) -> tuple[Sequence[str], dict[str, list[str]]]:
+    """The last value of every known metric: the names of the columns, and one row per evaluation."""
     names = EVALUATION_NAMES | EVALUATION_COUNTS
-    known = [metric for metric in names if any(metric in metrics for metrics in datasets.values())]
+    known = [metric for metric in names if any(metric in metrics for metrics in evaluations.values())]
     rows = {
-        dataset: [_cell(metric, metrics[metric].last) if metric in metrics else "" for metric in known]
-        for dataset, metrics in datasets.items()
+        evaluation: [_cell(metric, metrics[metric].last) if metric in metrics else "" for metric in known]
+        for evaluation, metrics in evaluations.items()
     }
     return [names[metric] for metric in known], {name: row for name, row in rows.items() if any(row)}
 
 
 def training_seconds(history: Mapping[str, Curve]) -> float | None:
-    """The time spent in training steps: pairs over pairs per second, summed over the logged stretches.
+    """The time spent in training steps: pairs divided by pairs per second, summed over the log lines.
 
-    Evaluation, checkpoints and the hours between a kill and its restart are not in it; None where not logged.
+    It excludes evaluations, checkpoints and the time between a kill and a restart. None if not logged.
     """
     if "train/pairs" not in history or "train/pairs_per_second" not in history:
         return None

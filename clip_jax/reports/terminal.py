@@ -1,7 +1,7 @@
-"""What a run prints: a header, progress, results. A live bar on a terminal; plain lines in a file or a pipe.
+"""What a run prints: a header, its progress and results. A live progress bar on a terminal, plain lines elsewhere.
 
-Everything goes to standard output, so that ``python main.py ... > log`` holds all of it in order; absl's log lines go
-to standard error.
+Everything goes to standard output, so that ``python main.py ... > log`` captures all of it in order; absl logs to
+standard error.
 """
 
 import math
@@ -18,22 +18,22 @@ from rich.text import Text
 
 from clip_jax.reports import formats
 
-# Updates that the remaining time is reckoned from: enough to smooth over an evaluation, few enough to notice a change.
+# The remaining time is estimated from this many updates: enough to average over an evaluation, few enough to adapt.
 ETA_UPDATES = 20
-# The bar's own redraws between updates, which only turn the spinner; a training host has better things to do.
+# Redraws between updates only turn the spinner; the host's CPU is needed for the data.
 REDRAWS_PER_SECOND = 2
 BAR_COLUMNS = 28
 
 
 def header(rows: Sequence[tuple[str, str]], *, console: Console | None = None) -> None:
-    """Names and values, one a line, aligned: what a run is, before it starts."""
+    """Prints what is about to run: aligned names and values, one per line."""
     console = _console(console)
     _aligned(rows, console)
     _print(console, Text())
 
 
 def results(title: str, rows: Sequence[tuple[str, str]], *, console: Console | None = None) -> None:
-    """A titled table of names and values: what a run came to."""
+    """Prints a titled table of names and values."""
     console = _console(console)
     _print(console, Text())
     _print(console, Text(title, "bold"))
@@ -41,7 +41,7 @@ def results(title: str, rows: Sequence[tuple[str, str]], *, console: Console | N
 
 
 def next_commands(commands: Sequence[str], *, console: Console | None = None) -> None:
-    """The commands a user would type next, each whole on a line of its own, to copy."""
+    """Prints the commands a user would run next, each on one line, to copy."""
     console = _console(console)
     _print(console, Text())
     _print(console, Text("Next:", "bold"))
@@ -52,7 +52,7 @@ def next_commands(commands: Sequence[str], *, console: Console | None = None) ->
 class Progress:
     """The progress of a run from ``start_step`` to ``total_steps``: ``with Progress(2400) as progress: ...``.
 
-    With ``enabled=False``, as on all processes but the first, it prints nothing.
+    With ``enabled=False``, as on every process except the first, it prints nothing.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Progress:
         if enabled and self._console.is_terminal:
             self._bar = _bar(self._console)
             self._task = self._bar.add_task(
-                "", total=total_steps, completed=start_step, place=self._place(start_step), told="starting"
+                "", total=total_steps, completed=start_step, step=self._step(start_step), status="starting"
             )
 
     def __enter__(self) -> Self:
@@ -88,46 +88,46 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, *, loss: float | None = None, pairs_per_second: float | None = None) -> None:
-        """Tells that ``step`` steps are done; without a terminal, prints a line for each call."""
+        """Reports that ``step`` steps are done; without a terminal, each call prints one line."""
         if not self._enabled:
             return
         self._updates.append((step, self._clock()))
-        told = "  ".join(self._told(step, loss, pairs_per_second))
+        status = "  ".join(self._status(step, loss, pairs_per_second))
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, place=self._place(step), told=told, refresh=True)
+            self._bar.update(self._task, completed=step, step=self._step(step), status=status, refresh=True)
         else:
-            self.line(f"step {step}/{self._total_steps}  {told}".rstrip())
+            self.line(f"step {step}/{self._total_steps}  {status}".rstrip())
 
     def line(self, text: str) -> None:
         """Prints ``text`` above the bar."""
         if self._enabled:
             _print(self._console, Text(text))
 
-    def _place(self, step: int) -> str:
-        # As wide at the first step as at the last, so that nothing to its right moves.
+    def _step(self, step: int) -> str:
+        # Equally wide at every step, so that nothing to its right moves.
         return f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
 
-    def _told(self, step: int, loss: float | None, pairs_per_second: float | None) -> list[str]:
-        told = [] if loss is None else [f"loss {formats.fixed(loss)}"]
-        # NaN: the first step of a run, which compiles, has no speed worth telling.
+    def _status(self, step: int, loss: float | None, pairs_per_second: float | None) -> list[str]:
+        status = [] if loss is None else [f"loss {formats.fixed(loss)}"]
+        # NaN at the first step, which compiles.
         known = pairs_per_second is not None and math.isfinite(pairs_per_second)
-        told += [f"{formats.number(pairs_per_second)} pairs/s"] if known else []
+        status += [f"{formats.number(pairs_per_second)} pairs/s"] if known else []
         (first_step, first_time), (last_step, last_time) = self._updates[0], self._updates[-1]
-        # From the first update on, not from the start: compiling the first step says nothing about the others.
+        # Measured from the first update, not from the start: the first step includes compilation.
         if first_step < last_step < self._total_steps:
             seconds_per_step = (last_time - first_time) / (last_step - first_step)
-            told.append(f"ETA {formats.duration(seconds_per_step * (self._total_steps - step))}")
-        return told
+            status.append(f"ETA {formats.duration(seconds_per_step * (self._total_steps - step))}")
+        return status
 
 
 def _bar(console: Console) -> rich_progress.Progress:
     return rich_progress.Progress(
-        rich_progress.SpinnerColumn(style="cyan", finished_text=" "),  # Alive, also while the first step compiles.
-        rich_progress.TextColumn("{task.fields[place]}", markup=False),
+        rich_progress.SpinnerColumn(style="cyan", finished_text=" "),  # Turns while the first step compiles.
+        rich_progress.TextColumn("{task.fields[step]}", markup=False),
         rich_progress.BarColumn(BAR_COLUMNS, complete_style="cyan", finished_style="cyan"),
         rich_progress.TextColumn("{task.percentage:>3.0f}%", style="dim"),
-        # Not markup: a value in brackets would be taken for a style.
-        rich_progress.TextColumn("{task.fields[told]}", markup=False),
+        # No markup: a value in brackets would be parsed as a style.
+        rich_progress.TextColumn("{task.fields[status]}", markup=False),
         console=console,
         refresh_per_second=REDRAWS_PER_SECOND,
     )
@@ -148,10 +148,10 @@ def _aligned(rows: Sequence[tuple[str, str]], console: Console, value_style: str
 
 
 def _print(console: Console, text: Text) -> None:
-    """One line however long: a log is searched by line, a command is copied whole."""
+    """Prints one line, however long: logs are searched by line, and commands are copied by line."""
     if console.is_terminal:
         console.print(text, soft_wrap=True)
-    else:  # Flushed, for a pipe is buffered by the block, and a log is read while the run goes on.
+    else:  # Flushed, because pipes are buffered in blocks and a log is read while the run continues.
         print(text.plain, file=console.file, flush=True)
 
 

@@ -1,6 +1,7 @@
 """Folders of weights as OpenCLIP and Transformers publish them, of a small model with random weights."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import flax.linen as nn
@@ -8,8 +9,8 @@ import jax
 import numpy as np
 
 from clip_jax.interop import files, huggingface, huggingface_config, open_clip, open_clip_config
-from clip_jax.interop.state import from_arrays
-from clip_jax.models.clip import CLIP, Architecture
+from clip_jax.interop.tensors import from_arrays
+from clip_jax.models.clip import CLIP, Architecture, Params
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
 from clip_jax.presets import OPENAI, Preset
@@ -25,8 +26,13 @@ PRESET = Preset(
 )
 
 
-def parameters(preset: Preset = PRESET, seed: int = 0):
-    """Our tree as NumPy arrays; norms and biases are random too, so that none is taken for another."""
+def parameters(preset: Preset = PRESET, seed: int = 0) -> Params:
+    """Our tree as NumPy arrays; norms and biases are random too, so that no two leaves can be confused."""
+    return jax.tree.map(lambda leaf: leaf, _parameters(preset, seed))  # a tree of its own for every test
+
+
+@cache
+def _parameters(preset: Preset, seed: int) -> Params:
     shapes = nn.meta.unbox(jax.eval_shape(CLIP(preset.architecture).init, jax.random.key(0)))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), shapes)

@@ -1,4 +1,4 @@
-"""big_vision's npz of SigLIP: one array a block, or one for all blocks; out and in again without a changed bit."""
+"""big_vision's npz of SigLIP, with one array per block or one for all: export and import change no bit."""
 
 import dataclasses
 
@@ -42,13 +42,13 @@ def test_names_and_shapes_are_big_visions(folder):
     assert state.shape("params/img/MAPHead_0/probe") == (1, 1, 64) and state.shape("params/t") == (1,)
 
 
-def test_out_and_in_again_is_the_same_with_big_visions_activation(folder):
+def test_export_and_import_change_nothing_with_big_visions_activation(folder):
     model = clip_jax.load("SigLIP-Test", weights=folder)
     assert model.preset.architecture == PRESET.architecture
     jax.tree.map(np.testing.assert_array_equal, model.params, folders_of.parameters(PRESET))
 
 
-def test_blocks_may_be_stacked_and_an_optimizer_beside_them(folder, tmp_path):
+def test_blocks_may_be_stacked_next_to_the_state_of_an_optimizer(folder, tmp_path):
     state, stacked = dict(files.read(folder / "model.npz")), {"opt/0": np.zeros(3)}
     for name in state:
         if "encoderblock_0/" in name:

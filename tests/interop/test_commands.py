@@ -11,7 +11,7 @@ import pytest
 import clip_jax
 from clip_jax import commands, presets
 from clip_jax.interop import files, open_clip, openai
-from clip_jax.interop.state import Entry, State
+from clip_jax.interop.tensors import Entry, Tensors
 from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
@@ -103,7 +103,7 @@ def test_openais_models_are_known_by_their_shapes(name):
         shapes = {key: x.shape for key, x in open_clip.from_params(params, preset.architecture, statistics).items()}
     else:
         shapes = test_memory.tensors(preset)
-    state = State("here", {key: Entry(shape, np.dtype(np.float32), None) for key, shape in shapes.items()})
+    state = Tensors("here", {key: Entry(shape, np.dtype(np.float32), None) for key, shape in shapes.items()})
     assert openai.preset(state) == preset
 
 

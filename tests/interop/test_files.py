@@ -61,14 +61,14 @@ def one(**changes):
         (raw(b"[" * 100_000), "header"),
         (raw([1, 2]), "not an object"),
         (raw(one(), b"1234567"), "truncated"),
-        (raw(one(), b"123456789"), "behind the last tensor"),
+        (raw(one(), b"123456789"), "after the last tensor"),
         (raw(one(dtype="O"), b"12345678"), "type 'O'"),
         (raw(one(shape=[3]), b"12345678"), "does not fill"),
         (raw(one(shape=[-2]), b"12345678"), "valid shape"),
         (raw(one(shape=[2.0]), b"12345678"), "valid shape"),
         (raw(one(data_offsets=[-8, 0]), b"12345678"), "valid shape"),
-        (raw(one(data_offsets=[0]), b"12345678"), "described"),
-        (raw({"a": 3}), "described"),
+        (raw(one(data_offsets=[0]), b"12345678"), "valid description"),
+        (raw({"a": 3}), "valid description"),
         (raw({**one(), "b": one()["a"]}, b"12345678"), "overlap"),
         (raw(json.dumps(one()).encode()[:-1] + b"," + json.dumps(one()).encode()[1:], b"12345678"), "twice"),
     ],
@@ -94,16 +94,16 @@ def test_shards_are_read_as_one(tmp_path):
     first, second = {"weight": ARRAYS["weight"]}, {k: v for k, v in ARRAYS.items() if k != "weight"}
     files.write_safetensors(tmp_path / "model-1.safetensors", first)
     files.write_safetensors(tmp_path / "model-2.safetensors", second)
-    places = dict.fromkeys(first, "model-1.safetensors") | dict.fromkeys(second, "model-2.safetensors")
+    file_of = dict.fromkeys(first, "model-1.safetensors") | dict.fromkeys(second, "model-2.safetensors")
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
+    index.write_text(json.dumps({"weight_map": file_of}))
     equal(files.read(index), ARRAYS)
 
-    index.write_text(json.dumps({"weight_map": places | {"weight": "model-2.safetensors"}}))
-    with pytest.raises(UserError, match="weight should be in model-2"):
+    index.write_text(json.dumps({"weight_map": file_of | {"weight": "model-2.safetensors"}}))
+    with pytest.raises(UserError, match="weight is missing from model-2"):
         files.read(index)
     index.write_text(json.dumps({"weight_map": {"weight": "../model-1.safetensors"}}))
-    with pytest.raises(UserError, match="not a file beside it"):
+    with pytest.raises(UserError, match="not a file in the same folder"):
         files.read(index)
 
 

@@ -118,9 +118,9 @@ def test_shards_of_pickles_are_imported_into_one_file(tmp_path):
 
 def write_shards(folder, state, pattern, write):
     """Two files and their index."""
-    names, places = sorted(state), {}
+    names, file_of = sorted(state), {}
     for number, part in ((1, names[::2]), (2, names[1::2])):
         write(folder / pattern.format(number), {name: state[name] for name in part})
-        places |= dict.fromkeys(part, pattern.format(number))
+        file_of |= dict.fromkeys(part, pattern.format(number))
     index = pattern.replace("-{}", "") + files.INDEX
-    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": file_of}))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import clip_jax
-from clip_jax import presets, sharding
+from clip_jax import presets
+from clip_jax.devices import sharding
 from clip_jax.errors import UserError
 from clip_jax.interop import files
 from tests.interop import folders_of, pickles

@@ -1,4 +1,4 @@
-"""A checkpoint is never in memory twice: loading one peaks little above the size of its file."""
+"""A checkpoint is never in memory twice: loading it peaks slightly above the size of its file."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ print(json.dumps([before, memory("VmHWM")]))
 """
 
 
-def test_leaves_are_placed_one_at_a_time_the_largest_first(tmp_path):
+def test_leaves_are_put_one_at_a_time_the_largest_first(tmp_path):
     sizes = []
     found = foreign.open_folder(folders_of.open_clip_folder(tmp_path))
     foreign.read_params(found, lambda path, leaf: sizes.append(leaf.size))
@@ -48,7 +48,7 @@ def _paths(found):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_loading_an_h14_peaks_below_1_3_times_its_file(tmp_path):
-    """3.9 GB of zeros in a file that takes no place on the disk: what is read counts as any other memory."""
+    """A sparse file of 3.9 GB of zeros: no space on the disk, but memory once it is read."""
     preset = presets.preset("ViT-H/14")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(open_clip_config.from_preset(preset)))
     file = tmp_path / "open_clip_model.safetensors"

@@ -1,4 +1,4 @@
-"""Weights into another model's tree: every tensor is loaded, resized, initialised or ignored, and none in silence."""
+"""Weights into another model's tree: every tensor is loaded, resized, initialized or ignored, and reported."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clip_jax.errors import UserError
-from clip_jax.interop.merge import UNSEEN, differences, merge, resize_positions
+from clip_jax.interop.merge import UNSEEN, differences, merge
 from clip_jax.models.clip import CLIP
 from clip_jax.presets import SIGLIP
 from tests.interop import folders_of
@@ -22,7 +22,7 @@ def shapes(**changes):
     return nn.meta.unbox(jax.eval_shape(CLIP(architecture).init, jax.random.key(0)))
 
 
-def test_the_same_model_is_loaded_whole():
+def test_the_same_model_is_loaded_completely():
     loaded = folders_of.parameters()
     params, report = merge(shapes(), loaded)
     jax.tree.map(np.testing.assert_array_equal, params, loaded)
@@ -41,17 +41,6 @@ def test_another_image_size_and_text_length_resize_the_positions_and_nothing_els
     assert "resized image/position_embedding" in report.lines()
 
 
-def test_resizing_keeps_a_constant_and_a_linear_ramp():
-    ramp = np.linspace(0, 1, 8, dtype=np.float32)
-    grid = np.stack(np.meshgrid(ramp, ramp, indexing="ij"), axis=-1).reshape(64, 2)
-    resized = resize_positions(np.concatenate([np.full((1, 2), 9, np.float32), grid]), 257, image=True)
-    np.testing.assert_array_equal(resized[0], 9)
-    middle = resized[1:].reshape(16, 16, 2)[4:-4, 4:-4]  # The edges bend.
-    np.testing.assert_allclose(np.diff(middle[:, :, 0], axis=0), 1 / 14, atol=1e-4)
-    np.testing.assert_allclose(np.diff(middle[:, :, 1], axis=1), 1 / 14, atol=1e-4)
-    np.testing.assert_allclose(resize_positions(grid, 16, image=True).reshape(4, 4, 2)[:, 0, 1], 0.07, atol=0.08)
-
-
 @pytest.mark.parametrize(
     ("changes", "message", "allow"),
     [
@@ -65,8 +54,8 @@ def test_what_does_not_fit_is_an_error_unless_allowed_by_name(changes, message, 
     with pytest.raises(UserError, match=message):
         merge(target, loaded)
     params, report = merge(target, loaded, allow)
-    assert report.initialised and all(
-        isinstance(_at(params, name), jax.ShapeDtypeStruct) for name in report.initialised
+    assert report.initialized and all(
+        isinstance(_at(params, name), jax.ShapeDtypeStruct) for name in report.initialized
     )
 
 
@@ -94,7 +83,7 @@ OTHERWISE = {  # every field of the towers, with another value than PRESET's
         "activation": "gelu", "class_token": False, "patch_bias": True, "norm_pre": False, "norm_epsilon": 1e-6,
         "pooling": "average", "norm_before_pooling": True, "projection": False, "projection_bias": True,
         "norm_last": True, "swiglu": True, "key_bias": False, "rotary_grid": 16,
-        "layer_scale": 1e-4,
+        "layer_scale": 1e-4, "init": "timm",
     },
     "text": {
         "context_length": 16, "vocab_size": 300, "width": 64, "layers": 1, "heads": 2, "mlp_width": 64,
@@ -108,13 +97,16 @@ OTHERWISE = {  # every field of the towers, with another value than PRESET's
 def test_every_setting_of_a_tower_shows_in_the_shapes_or_is_compared(tower):
     fields = {field.name for field in dataclasses.fields(getattr(PRESET.architecture, tower))}
     assert fields == OTHERWISE[tower].keys()
+    unchanged = jax.tree.map(np.shape, shapes())
     for name, value in OTHERWISE[tower].items():
+        if name == "init":
+            continue  # the initial values, which loaded weights replace
         if name in UNSEEN:
             changed = dataclasses.replace(getattr(PRESET.architecture, tower), **{name: value})
             other = PRESET._replace(architecture=dataclasses.replace(PRESET.architecture, **{tower: changed}))
             assert list(differences(PRESET, other)) == [f"{tower}/{name}"]
         else:
-            assert jax.tree.map(np.shape, shapes(**{tower: {name: value}})) != jax.tree.map(np.shape, shapes())
+            assert jax.tree.map(np.shape, shapes(**{tower: {name: value}})) != unchanged
 
 
 def test_weights_made_with_other_settings_are_an_error_unless_allowed_by_name():

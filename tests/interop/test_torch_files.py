@@ -128,7 +128,7 @@ def test_a_tensor_whose_bytes_are_missing_or_too_few_is_an_error(tmp_path):
 def test_a_bare_pickle_of_old_torch_is_refused_with_the_way_out(tmp_path):
     path = tmp_path / "old.pt"
     path.write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(UserError, match="save it anew"):
+    with pytest.raises(UserError, match="save it again"):
         torch_files.read(path)
 
 

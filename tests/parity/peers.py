@@ -1,6 +1,6 @@
-"""The peers' half of a parity test: a script that their own python runs, in the environment of ``make_env.sh``.
+"""The peers' half of a parity test: a script that runs in their own environment, which ``make_env.sh`` builds.
 
-That environment is found in ``CLIP_JAX_PEERS``, or at ``.venv-peers``; without it these tests are skipped, and say so.
+The environment is in ``CLIP_JAX_PEERS``, or ``.venv-peers``; without it the parity tests are skipped with that reason.
 """
 
 import json
@@ -34,6 +34,6 @@ def run(script: str, folder: Path, jobs: Any = None) -> Path:
 
 
 def relative(ours, theirs) -> float:
-    """The largest distance of two embeddings, relative to their norm."""
+    """The largest distance between two embeddings, relative to their norm."""
     difference = np.linalg.norm(np.asarray(ours) - theirs, axis=-1)
     return float(np.max(difference / np.linalg.norm(theirs, axis=-1)))

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 from clip_jax import presets
 from clip_jax.errors import UserError
 from clip_jax.interop import open_clip
+from clip_jax.interop.merge import merge
 from clip_jax.models.clip import CLIP, Architecture, unit
-from clip_jax.models.resize import resize
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
@@ -66,7 +66,7 @@ for name, job in json.loads((folder / "jobs.json").read_text()).items():
         image = torch.randn(3, 3, size, size)
         text = torch.randint(1, text_cfg["vocab_size"], (3, text_cfg["context_length"]))
         tokens = {}
-        if job["tokens"]:  # behind the last block but one
+        if job["tokens"]:  # after the last block but one
             model.visual.transformer.resblocks[-2].register_forward_hook(lambda *a: tokens.update(image_tokens=a[2]))
             model.transformer.resblocks[-2].register_forward_hook(lambda *a: tokens.update(text_tokens=a[2]))
         result = {
@@ -106,7 +106,7 @@ class Model(NamedTuple):
     architecture: Architecture
     custom_text: bool = False
     timm: Mapping = MappingProxyType({})
-    """Sizes in place of those of the named timm model."""
+    """Sizes that replace those of the named timm model."""
 
 
 def towers(vision: dict, text: dict, embed_dim: int = 40, **more) -> dict:
@@ -301,15 +301,15 @@ def test_text_tensors_may_be_named_below_text(peers):
 
 
 def test_batch_norm_in_training_equals_open_clip(peers):
-    """The embedding of one batch, and the running statistics behind it."""
+    """The embedding of one batch, and the running statistics after it."""
     architecture = MODELS["rn"].architecture
     state, given = load_file(peers / "rn.safetensors"), load_file(peers / "rn.results")
     params, batch_stats = open_clip.to_params(state, architecture), open_clip.to_batch_stats(state, architecture)
     image, text = jnp.asarray(given["image"]), jnp.asarray(given["text"], jnp.int32)
-    embedding, _, new = CLIP(architecture).forward(params, batch_stats, image, text, train=True)
-    assert relative(embedding, np.asarray(unit(given["train_embedding"]))) < 1e-5
+    outputs = CLIP(architecture).forward(params, batch_stats, {"image": image, "text": text}, train=True)
+    assert relative(outputs.image, np.asarray(unit(given["train_embedding"]))) < 1e-5
     expected = load_file(peers / "rn.statistics")
-    back = open_clip.from_params(params, architecture, new)
+    back = open_clip.from_params(params, architecture, outputs.batch_stats)
     for name, value in expected.items():
         np.testing.assert_allclose(back[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
         assert not np.allclose(value, state[name], rtol=1e-3), name
@@ -317,14 +317,20 @@ def test_batch_norm_in_training_equals_open_clip(peers):
 
 @pytest.mark.parametrize("name", RESIZED)
 def test_other_sizes_equal_open_clip(name, peers):
-    """Both larger and smaller: position embeddings are resampled as OpenCLIP does it on loading."""
+    """Larger and smaller: position embeddings are resampled as OpenCLIP resamples them on loading."""
     given = load_file(peers / f"{name}.results")
     architecture = MODELS[name].architecture
     params = open_clip.to_params(load_file(peers / f"{name}.safetensors"), architecture)
     size, length = RESIZED[name]
-    params, architecture = resize(params, architecture, image_size=size, context_length=length)
-    assert (architecture.image.image_size, architecture.text.context_length) == (size, length)
-    clip = CLIP(architecture)
+    clip = CLIP(
+        dataclasses.replace(
+            architecture,
+            image=dataclasses.replace(architecture.image, image_size=size),
+            text=dataclasses.replace(architecture.text, context_length=length),
+        )
+    )
+    params, report = merge(nn.meta.unbox(jax.eval_shape(clip.init, jax.random.key(0))), params)
+    assert report.resized == ("image/position_embedding", "text/position_embedding")
     image = clip.encode_image(params, jnp.asarray(given["resized_image"]))
     text = clip.encode_text(params, jnp.asarray(given["resized_text"], jnp.int32))
     assert relative(image, given["resized_image_embedding"]) < 1e-5

@@ -76,7 +76,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_file_at_another_size_gives_the_embeddings_of_open_clip_at_that_size(name, made, monkeypatch, caplog):
-    """Position embeddings are resized, EVA-02's rotary grid is spread anew."""
+    """Position embeddings are resized; EVA-02's rotary grid is stretched."""
     for tower in (EVA, SIGLIP_TOWER["timm_model_name"]):  # as shallow here as in the peer
         shallow = dataclasses.replace(open_clip_config.TIMM[tower], layers=2)
         monkeypatch.setitem(open_clip_config.TIMM, tower, shallow)
@@ -111,7 +111,7 @@ for name in json.loads((folder / "jobs.json").read_text()):
 """
 
 REFUSED = ("EVA01", "MobileCLIP", "PE-Core", "ViTamin", "coca", "convnext", "mt5", "nllb", "roberta", "swin", "xlm")
-"""Other families. The rest of what is refused is one of each kind."""
+"""Prefixes of families that clip_jax does not implement."""
 REFUSED_ALONE = ("vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224")
 
 

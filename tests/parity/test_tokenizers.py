@@ -201,7 +201,7 @@ def test_siglip_from_tokenizer_json_equals_open_clip_on_every_text(folder, versi
     assert differing(tokenizers.siglip(file, context_length, version, clean), job, peers) == []
 
 
-def test_siglip_from_sentencepiece_differs_from_open_clip_only_where_rust_normalises_otherwise(peers):
+def test_siglip_from_sentencepiece_differs_from_open_clip_only_where_rust_normalizes_otherwise(peers):
     """Rust looks compatibility characters up by grapheme, SentencePiece by character."""
     tokenizer = tokenizers.siglip(peers[1] / "t5" / "spiece.model")
     texts = differing(tokenizer, "siglip_canonical", peers)

@@ -1,8 +1,8 @@
-"""Held-out pairs, for the tests of what shows them."""
+"""A gallery of held-out pairs, shared by the tests of pages and galleries."""
 
 import pytest
 
-from clip_jax.reports.page import Gallery
+from clip_jax.reports.gallery import Gallery
 from tests.reports.runs import shapes_gallery
 
 

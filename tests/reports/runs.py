@@ -1,4 +1,4 @@
-"""A run folder and held-out pairs as a run on rendered shapes would leave them."""
+"""Run folders and galleries like those of a run on rendered shapes, without training."""
 
 import json
 from itertools import product
@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_jax.reports.page import Gallery
+from clip_jax.reports.gallery import Gallery
 
 STEPS, BATCH = 2400, 256
 COLORS = {"red": "#d22f27", "green": "#4f9d3a", "blue": "#3f6fd1", "yellow": "#f2c230"}
 SHAPES = ("circle", "square", "triangle")
-PLACES = {"above": ((32, 18), (32, 46)), "left of": ((18, 32), (46, 32))}
+RELATIONS = {"above": ((32, 18), (32, 46)), "left of": ((18, 32), (46, 32))}
 
 
 def metrics(rng: np.random.Generator) -> list[dict]:
-    """A healthy run: the loss falls from ln(batch), the held-out loss turns up a little at the end."""
+    """A healthy run: the loss falls from ln(batch), the held-out loss rises slightly at the end."""
     rows = []
     for step in range(0, STEPS + 1, 10):
         rate = 5e-4 * min(step / 200, 0.5 * (1 + np.cos(np.pi * max(step - 200, 0) / (STEPS - 200))))
@@ -71,16 +71,16 @@ ROWS = metrics(np.random.default_rng(0))
 
 
 def shapes_gallery(n: int = 64) -> Gallery:
-    """Rendered pairs whose cosines grow with the words that two captions share."""
+    """Rendered pairs; the cosine similarity of two grows with the number of words that their captions share."""
     rng = np.random.default_rng(1)
     objects = list(product(COLORS, SHAPES))
     images, captions, words = [], [], []
     for _ in range(n):
         first, second = rng.choice(len(objects), 2, replace=False)
-        place = list(PLACES)[rng.integers(len(PLACES))]
+        relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
         image = Image.new("RGB", (64, 64), "#f4f1ea")
         draw = ImageDraw.Draw(image)
-        for (color, shape), (x, y) in zip((objects[first], objects[second]), PLACES[place], strict=True):
+        for (color, shape), (x, y) in zip((objects[first], objects[second]), RELATIONS[relation], strict=True):
             box = (x - 11, y - 11, x + 11, y + 11)
             if shape == "circle":
                 draw.ellipse(box, COLORS[color])
@@ -89,8 +89,8 @@ def shapes_gallery(n: int = 64) -> Gallery:
             else:
                 draw.polygon([(x, y - 12), (x - 12, y + 11), (x + 12, y + 11)], COLORS[color])
         images.append(np.asarray(image))
-        captions.append(f"a {' '.join(objects[first])} {place} a {' '.join(objects[second])}")
-        words.append([*objects[first], place, *objects[second]])
+        captions.append(f"a {' '.join(objects[first])} {relation} a {' '.join(objects[second])}")
+        words.append([*objects[first], relation, *objects[second]])
     shared = np.array([[sum(a == b for a, b in zip(x, y, strict=True)) for y in words] for x in words])
     similarity = 0.05 + 0.055 * shared + 0.04 * rng.standard_normal((n, n))
     return Gallery(np.stack(images), tuple(captions), similarity.astype(np.float32), "shapes")

@@ -4,15 +4,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from clip_jax.reports import page
-from clip_jax.reports.page import Gallery
+from clip_jax.reports import page, summary
+from clip_jax.reports.gallery import Gallery
+from clip_jax.reports.history import Curve
 from tests.reports.runs import ROWS, RUN, shapes_gallery, write_run
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 
 
 class Page(HTMLParser):
-    """What a browser would see: sections, text, tags that are left open, addresses it would fetch."""
+    """What a browser would see: headings, text, unclosed tags, and the addresses it would fetch."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ def demo(tmp_path_factory) -> Page:
     return read(page.write(folder, shapes_gallery()))
 
 
-def test_the_page_tells_the_run_from_results_to_environment(demo):
+def test_the_page_has_its_sections_in_order(demo):
     assert demo.open == [], "every tag is closed"
     assert demo.headings[:7] == [
         "demo",
@@ -59,7 +60,7 @@ def test_the_page_tells_the_run_from_results_to_environment(demo):
         "Optimization and throughput",
         "Evaluation",
         "Similarity of held-out pairs: shapes",
-        "Images found by caption: shapes",
+        "Images retrieved by caption: shapes",
         "Config",
     ]
     assert "Environment" in demo.headings and "Other metrics" not in demo.headings
@@ -83,13 +84,13 @@ def test_the_headline_is_the_last_logged_value_of_each_result(demo):
     assert "\n2,400 steps · batches of 256 pairs · 615k pairs seen" in text
 
 
-def test_a_held_out_loss_that_has_turned_up_tells_its_lowest_value(tmp_path):
+def test_a_held_out_loss_that_has_risen_is_shown_with_its_minimum(tmp_path):
     rows = [{"step": step, "eval/x/loss": loss} for step, loss in ((0, 5.0), (100, 1.25), (200, 1.5))]
     assert "x, lowest 1.25 at step 100" in read(page.write(write_run(tmp_path / "run", rows))).text
     assert "lowest" not in read(page.write(write_run(tmp_path / "run", rows[:2]))).text
 
 
-def test_the_training_time_is_pairs_over_pairs_per_second(tmp_path):
+def test_the_training_time_is_pairs_divided_by_pairs_per_second(tmp_path):
     rows = [
         {"step": 0, "train/pairs": 100, "train/pairs_per_second": 10},  # 10 s
         {"step": 1, "train/pairs": 300, "train/pairs_per_second": 100},  # 2 s
@@ -98,26 +99,69 @@ def test_the_training_time_is_pairs_over_pairs_per_second(tmp_path):
     assert "0:01:02" in read(page.write(write_run(tmp_path / "run", rows))).text
 
 
-def test_an_unfinished_run_tells_how_far_it_came(tmp_path):
+def test_an_unfinished_run_shows_the_steps_done_and_planned(tmp_path):
     text = read(page.write(write_run(tmp_path / "run", [{"step": 1190, "x": 1}, {"step": 1200, "x": 1}]))).text
     assert "1,200 of 2,400 steps" in text
 
 
-def test_the_loss_of_guessing_is_drawn_for_the_softmax_loss_only(tmp_path):
+def test_the_chance_level_is_drawn_for_the_softmax_loss_only(tmp_path):
     rows = [{"step": 0, "train/loss": 5.6}, {"step": 10, "train/loss": 5.0}]
-    assert "guessing: ln 256 = 5.55" in read(page.write(write_run(tmp_path / "run", rows))).text
+    assert "chance: ln 256 = 5.55" in read(page.write(write_run(tmp_path / "run", rows))).text
     sigmoid = RUN | {"config": RUN["config"] | {"loss": {"name": "sigmoid"}}}
-    assert "guessing" not in read(page.write(write_run(tmp_path / "run", rows, sigmoid))).text
+    assert "chance" not in read(page.write(write_run(tmp_path / "run", rows, sigmoid))).text
 
 
-def test_every_dataset_has_its_row_and_the_gallerys_leads(tmp_path, gallery):
+SOFTMAX, SIGMOID = {"loss": "softmax", "weight": 1.0}, {"loss": "sigmoid", "weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"loss": {"name": "softmax"}}, (np.log(256), "ln 256")),
+        ({"objectives": {"contrastive": SOFTMAX}}, (np.log(256), "ln 256")),
+        ({"objectives": {"contrastive": {"loss": "softmax"}}}, (np.log(256), "ln 256")),
+        ({"objectives": {"contrastive": SOFTMAX, "captioning": {"weight": 0.0}}}, (np.log(256), "ln 256")),
+        ({"objectives": {"contrastive": SOFTMAX | {"weight": 0.5}}}, (np.log(256) / 2, "0.5 ln 256")),
+        ({"loss": {"name": "sigmoid"}}, None),
+        ({"objectives": {"contrastive": SIGMOID}}, None),
+        # The sum of several objectives has no such level.
+        ({"objectives": {"contrastive": SOFTMAX, "captioning": {"weight": 2.0}}}, None),
+        ({"objectives": {"captioning": {"weight": 2.0}}}, None),
+        ({}, None),
+        ({"loss": None, "objectives": 3}, None),
+        ({"objectives": {"contrastive": "softmax"}}, None),
+        ({"loss": {"name": "softmax"}, "batch_size": None}, None),
+    ],
+)
+def test_the_loss_of_a_random_model_is_read_from_old_and_new_configs(sections, expected):
+    found = summary.chance_loss({"batch_size": 256} | sections)
+    assert found == (expected and (pytest.approx(expected[0]), expected[1]))
+
+
+def test_evaluations_are_found_by_the_names_of_their_metrics():
+    names = [
+        "train/loss",
+        "eval/time_seconds",
+        "eval/coco/i2t_R@1",
+        "eval/imagenet/v2/zero_shot_top1",
+        "eval/coco/loss",
+    ]
+    found = summary.by_evaluation(dict.fromkeys(names, Curve(np.zeros(1), np.ones(1))), first="imagenet/v2")
+    assert {name: list(metrics) for name, metrics in found.items()} == {
+        "imagenet/v2": ["zero_shot_top1"],
+        "coco": ["i2t_R@1", "loss"],
+    }
+    assert list(found) == ["imagenet/v2", "coco"]
+
+
+def test_every_evaluation_has_a_row_and_that_of_the_gallery_comes_first(tmp_path, gallery):
     rows = [{"step": s, "eval/coco/t2i_R@1": 0.3, "eval/a/b/loss": 2.0, "eval/shapes/t2i_R@1": 0.8} for s in (0, 100)]
     text = read(page.write(write_run(tmp_path / "run", rows), gallery)).text
     assert "\ntext → image R@1\n80.0%\nshapes\n" in text
     assert text.index("\nshapes\n80.0%") < text.index("\ncoco\n30.0%") < text.index("\na/b\n2.00")
 
 
-def test_zero_shot_and_retrieval_on_different_datasets_share_the_figure_of_accuracies(tmp_path):
+def test_zero_shot_and_retrieval_of_different_evaluations_share_the_figure_of_accuracies(tmp_path):
     rows = [{"step": s, "eval/pairs/i2t_R@1": 0.25, "eval/classes/zero_shot_top1": 0.5} for s in (0, 100)]
     text = read(page.write(write_run(tmp_path / "run", rows))).text
     figure = text[text.index("\naccuracy\n") : text.index("\nEvaluation\n")]
@@ -125,7 +169,7 @@ def test_zero_shot_and_retrieval_on_different_datasets_share_the_figure_of_accur
     assert text.count("zero-shot 50.0%") == 1 and "image → text, pairs" not in text, "nothing is drawn twice"
 
 
-def test_counts_of_an_evaluation_stand_in_the_table_only(tmp_path):
+def test_counts_of_an_evaluation_appear_only_in_the_table(tmp_path):
     rows = [{"step": s, "eval/x/loss": 1.5, "eval/x/images": 50_000, "eval/x/skipped": 3} for s in (0, 100)]
     written = read(page.write(write_run(tmp_path / "run", rows)))
     assert "\nloss\nimages\nskipped\nx\n1.50\n50,000\n3\n" in written.text
@@ -139,7 +183,7 @@ def test_an_unknown_metric_gets_a_plain_curve(tmp_path):
     assert "\ntrain/skipped_samples\n" in written.text and "\neval/x/linear_probe\n" in written.text
 
 
-def test_values_that_are_not_finite_are_pointed_out(tmp_path):
+def test_values_that_are_not_finite_cause_a_warning(tmp_path):
     rows = [{"step": s, "train/loss": 1.0 if s < 70 else float("nan")} for s in range(0, 100, 10)]
     text = read(page.write(write_run(tmp_path / "run", rows))).text
     assert "train/loss is not finite at 3 of 10 logged steps, first at step 70." in text
@@ -156,12 +200,12 @@ def test_a_folder_without_metrics_or_settings_still_has_a_page(tmp_path, metrics
     assert "No metrics have been logged yet." in written.text
 
 
-def test_a_half_written_last_line_does_not_change_the_page(tmp_path):
+def test_an_incomplete_last_line_does_not_change_the_page(tmp_path):
     run_folder = write_run(tmp_path / "run", [{"step": 0, "train/loss": 5.6}, {"step": 10, "train/loss": 5.0}])
-    whole = page.write(run_folder).read_bytes()
+    complete = page.write(run_folder).read_bytes()
     with (run_folder / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 2410, "train/loss": 0.')
-    assert page.write(run_folder).read_bytes() == whole
+    assert page.write(run_folder).read_bytes() == complete
 
 
 def test_everything_from_the_folder_is_escaped(tmp_path, gallery):
@@ -178,21 +222,21 @@ def test_everything_from_the_folder_is_escaped(tmp_path, gallery):
     named = Gallery(gallery.images, (hostile, *gallery.captions[1:]), gallery.similarity, hostile)
     written = read(page.write(write_run(tmp_path / "a<script>b", rows, run), named))
     assert "script" not in written.tags and written.open == []
-    assert written.text.count(hostile) >= 8, "it is still to be read"
+    assert written.text.count(hostile) >= 8, "it is still visible"
 
 
-def test_a_large_run_with_photos_stays_far_below_two_megabytes(tmp_path):
+def test_the_page_of_a_long_run_with_photos_is_smaller_than_two_megabytes(tmp_path):
     rng = np.random.default_rng(0)
     rows = [{"step": s} | {f"train/{name}": rng.random() for name in ("loss", "accuracy", "grad_norm", "param_norm")}
             for s in range(20_000)]  # fmt: skip
-    n = 64  # Noise is the worst that JPEG can get.
+    n = 64  # Noise is the worst case of JPEG.
     images = rng.integers(0, 256, (n, 224, 224, 3), np.uint8)
     similarity = rng.standard_normal((n, n)).astype(np.float32)
     path = page.write(write_run(tmp_path / "run", rows), Gallery(images, ("caption",) * n, similarity, "noise"))
     assert path.stat().st_size < 2e6
 
 
-def test_the_page_is_replaced_as_a_whole(tmp_path):
+def test_the_page_is_replaced_and_no_temporary_file_remains(tmp_path):
     run_folder = write_run(tmp_path / "run", [{"step": 0, "train/loss": 5.6}])
     (run_folder / "report.html").write_text("old")
     assert page.write(run_folder) == run_folder / "report.html"
@@ -200,7 +244,7 @@ def test_the_page_is_replaced_as_a_whole(tmp_path):
     assert (run_folder / "report.html").read_text().endswith("</html>\n")
 
 
-def test_config_values_read_as_they_were_written(demo):
+def test_config_values_are_shown_as_in_json(demo):
     text = demo.text
     for key, value in (
         ("learning_rate", "0.0005"),

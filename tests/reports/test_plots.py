@@ -17,7 +17,7 @@ def curve(n: int, low: float = 0.1, high: float = 1.0) -> Curve:
     return Curve(np.arange(n) * 10.0, np.linspace(high, low, n))
 
 
-def test_a_million_points_make_no_larger_figure_than_a_thousand():
+def test_a_figure_of_a_million_points_is_no_larger_than_one_of_a_thousand():
     rng = np.random.default_rng(0)
     sizes = [
         len(figure([Line(Curve(np.arange(float(n)), rng.random(n)), "blue")], description="loss"))
@@ -26,14 +26,14 @@ def test_a_million_points_make_no_larger_figure_than_a_thousand():
     assert sizes[1] < 1.2 * sizes[0] < 100_000
 
 
-def test_a_line_is_labelled_with_its_name_and_last_value():
+def test_a_line_is_labeled_with_its_name_and_last_value():
     svg = figure([Line(curve(50, low=0.25), "blue", "train")], description="loss")
     assert "train 0.25" in texts(svg)
     svg = figure([Line(curve(50, low=0.25), "orange", "zero-shot")], description="accuracy", percent=True)
     assert "zero-shot 25.0%" in texts(svg)
 
 
-def test_the_steps_are_told_in_pairs_where_these_are_known():
+def test_the_step_axis_also_shows_pairs_if_they_are_known():
     steps = np.arange(0, 2001, 10.0)
     pairs = Curve(steps, 256 * steps)
     shown = texts(figure([Line(Curve(steps, steps), "blue")], description="loss", pairs=pairs))
@@ -41,16 +41,16 @@ def test_the_steps_are_told_in_pairs_where_these_are_known():
     assert "256k" not in texts(figure([Line(Curve(steps, steps), "blue")], description="loss"))
 
 
-def test_every_colour_is_a_variable_of_the_page():
+def test_every_color_is_a_css_variable():
     lines = [Line(curve(50), color, color) for color in plots.PALETTE if color not in ("ink", "muted", "hairline")]
-    svg = figure(lines, description="loss", reference=(0.5, "guessing"), pairs=curve(50, low=500, high=0))
+    svg = figure(lines, description="loss", reference=(0.5, "chance"), pairs=curve(50, low=500, high=0))
     paints = re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)
     assert {paint for paint in paints if not paint.startswith("var(")} <= {"none"}
     assert {f"var(--{line.color})" for line in lines} <= set(paints)
     assert all("fill: var(--" in text for text in re.findall(r"<text[^>]*>", svg)), "black text on a dark page"
 
 
-def test_a_value_range_of_decades_is_drawn_on_a_logarithmic_axis():
+def test_values_over_several_decades_have_a_logarithmic_axis():
     steps = np.arange(100.0)
     assert {"1", "10", "100"} <= set(
         texts(figure([Line(Curve(steps, np.geomspace(0.5, 500, 100)), "blue")], description="x"))
@@ -64,12 +64,12 @@ def test_every_curve_can_be_drawn(values):
         ElementTree.fromstring(figure([Line(Curve(steps, np.array(values)), "blue", "x")], description='"<', **options))
 
 
-def test_a_label_is_shown_as_it_is_written():
+def test_a_label_is_shown_verbatim():
     label = r"a & <b> $\alpha$"
     assert f"{label} 0.1" in texts(figure([Line(curve(50), "blue", label)], description="x"))
 
 
-def test_labels_keep_their_order_and_their_distance():
+def test_labels_keep_their_order_and_do_not_overlap():
     rng = np.random.default_rng(0)
     for _ in range(200):
         heights = rng.uniform(0, 200, rng.integers(1, 10))
@@ -79,5 +79,5 @@ def test_labels_keep_their_order_and_their_distance():
         assert spread.min() >= 0 and spread.max() <= 200
 
 
-def test_labels_far_apart_stay_where_their_lines_end():
+def test_labels_that_do_not_overlap_are_not_moved():
     assert plots._spread(np.array([150.0, 20.0, 80.0]), 15, 0, 200).tolist() == [150, 20, 80]
