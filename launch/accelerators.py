@@ -1,6 +1,6 @@
-"""Accelerator types of Cloud TPU: how many workers and devices a slice has, and which runtime it wants.
+"""Accelerator types of Cloud TPU: the hosts and devices of a slice, and the runtime version it needs.
 
-A small copy of what ``clip_jax/hardware.py`` knows, so that a laptop can launch without installing anything; a test
+A small copy of ``clip_jax/devices/hardware.py``, so that a laptop can launch runs without installing anything; a test
 compares the two.
 """
 
@@ -9,20 +9,20 @@ from typing import NamedTuple
 
 
 class LaunchError(Exception):
-    """What ends a command in one line: what is wrong, where, what to do."""
+    """Ends a command with one line: what is wrong, where, and what to do."""
 
 
 class Generation(NamedTuple):
-    """A version of the TPU. ``sizes`` are the numbers that may follow its prefix."""
+    """A TPU version. ``sizes`` are the numbers that may follow its prefix."""
 
     version: str
-    """Of the runtime (cloud.google.com/tpu/docs/runtimes)."""
+    """The runtime version (cloud.google.com/tpu/docs/runtimes)."""
     sizes: tuple[int, ...]
     cores_per_chip: int
-    """What the number counts: cores, two a chip, up to v4 and for v5p; chips for v5e and v6e."""
+    """Units of the size per chip: cores (two per chip) up to v4 and for v5p, chips for v5e and v6e."""
     devices_per_chip: int
     one_host_up_to: int
-    """So many chips are one virtual machine; larger slices have four a machine."""
+    """The most chips in one virtual machine; larger slices have four chips per machine."""
 
 
 _LITE = (1, 4, 8, 16, 32, 64, 128, 256)
@@ -50,12 +50,12 @@ def names() -> list[str]:
 
 
 def accelerator(name: str) -> Accelerator:
-    """What ``v5litepod-16`` is; LaunchError, with the nearest that there is, for any other word."""
+    """Looks up an accelerator type such as ``v5litepod-16``. Raises LaunchError with the nearest type if unknown."""
     if name not in names():
         close = difflib.get_close_matches(name.replace("v5e-", "v5litepod-"), names(), n=1, cutoff=0.5)
         raise LaunchError(
-            f"--accelerator={name}: Cloud TPU has no such slice"
-            + (f" (nearest: {close[0]})" if close else f"; it has {', '.join(GENERATIONS)} with a size, as in v6e-8")
+            f"--accelerator={name} is not an accelerator type of Cloud TPU"
+            + (f" (nearest: {close[0]})" if close else f"; choose {', '.join(GENERATIONS)} with a size, as in v6e-8")
         )
     prefix, size = name.split("-")
     generation = GENERATIONS[prefix]

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share: the flags they all take, and run(), which prints a command before it runs it.
+# Shared by the launch scripts: their common flags, and run(), which prints a command before it runs it.
 
 # shellcheck disable=SC2034  # read by the scripts that source this file
 name="" zone="" project="" provider="queued" internal_ips="" dry_run=""
@@ -9,7 +9,7 @@ fail() {
     exit 2
 }
 
-# Sets the variable of a flag that all scripts take; anything else is a mistake.
+# Sets the variable of a flag that all scripts take, and rejects any other argument.
 # shellcheck disable=SC2034
 common_flag() {
     case $1 in
@@ -32,7 +32,7 @@ need() {
     done
 }
 
-# The arguments as one line of shell; each is quoted where it must be.
+# The arguments as one line of shell, each quoted where necessary.
 quoted() {
     local argument line=()
     for argument in "$@"; do
@@ -45,30 +45,30 @@ quoted() {
     printf '%s' "${line[*]}"
 }
 
-# Prints the command so that it can be pasted, and runs it unless --dry-run was given.
+# Prints the command so that it can be pasted, and runs it unless --dry-run is given.
 run() {
     printf '+ %s\n' "$(quoted "$@")"
     [ -n "$dry_run" ] || "$@"
 }
 
-# Where the slice is: flags of every gcloud command.
-place() {
+# The location of the slice, as flags of every gcloud command.
+location() {
     printf '%s\n' "--zone=$zone"
     [ -z "$project" ] || printf '%s\n' "--project=$project"
 }
 
-# on_workers WHICH COMMAND: runs a line of shell on worker WHICH (a number, or all).
+# on_workers WORKER COMMAND: runs a line of shell on one worker (by its number) or on all.
 on_workers() {
     local worker=$1 command=$2 flags
-    mapfile -t flags < <(place)
+    mapfile -t flags < <(location)
     [ -z "$internal_ips" ] || flags+=(--internal-ip)
     run gcloud compute tpus tpu-vm ssh "$name" "${flags[@]}" --quiet "--worker=$worker" "--command=$command"
 }
 
-# to_workers FILE DESTINATION: copies a file into the home folder of every worker.
+# to_workers FILE DESTINATION: copies a file to the home folder of every worker.
 to_workers() {
     local flags
-    mapfile -t flags < <(place)
+    mapfile -t flags < <(location)
     [ -z "$internal_ips" ] || flags+=(--internal-ip)
     run gcloud compute tpus tpu-vm scp "$1" "$name:$2" "${flags[@]}" --quiet --worker=all
 }

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice.
+# Requests a TPU slice.
 #
 #   launch/create_tpu_vm.sh --name=NAME --zone=ZONE --accelerator=v5litepod-16 [--project=PROJECT]
 #
-# --capacity=spot        (default) cheap, may be taken away at any moment; or on-demand, or reserved
-# --provider=queued      (default) waits in a queue until there is room; or tpu-vm: now or an error
-# --version=...          the runtime; by default the one that belongs to the accelerator
-# --wait=6h              queued: give up the request after so long
-# --service-account=...  whom the slice acts as; --internal-ips: no address on the internet
+# --capacity=spot        (default) cheap, may be preempted at any time; or on-demand, or reserved
+# --provider=queued      (default) waits in a queue for capacity; or tpu-vm: succeeds or fails at once
+# --version=...          the runtime version; default: the one for the accelerator
+# --wait=6h              queued: the request expires after this time
+# --service-account=...  the identity of the slice
+# --internal-ips         no external IP addresses
 # --dry-run              print the command only
 
 set -euo pipefail
@@ -34,11 +35,11 @@ if [ -z "$version" ]; then
     v5litepod-*) version=v2-alpha-tpuv5-lite ;;
     v5p-*) version=v2-alpha-tpuv5 ;;
     v6e-*) version=v2-alpha-tpuv6e ;;
-    *) fail "--accelerator=$accelerator: which runtime? give --version=..." ;;
+    *) fail "--accelerator=$accelerator has no known runtime; pass --version=..." ;;
     esac
 fi
 
-mapfile -t flags < <(place)
+mapfile -t flags < <(location)
 flags+=("--accelerator-type=$accelerator")
 case $capacity in
 spot) flags+=(--spot) ;;
@@ -48,7 +49,7 @@ esac
 [ -z "$internal_ips" ] || flags+=(--internal-ips)
 
 if [ "$provider" = queued ]; then
-    # The request and its node have one name. The version has another flag here than below.
+    # The request and its node share one name. The flag for the version differs from the one below.
     flags+=("--node-id=$name" "--runtime-version=$version" --async)
     [ -z "$wait" ] || flags+=("--valid-until-duration=$wait")
     run gcloud compute tpus queued-resources create "$name" "${flags[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deletes a TPU slice and everything on its disks; what a run keeps is in its bucket.
+# Deletes a TPU slice and everything on its disks; the run itself is in its bucket.
 #
 #   launch/delete_tpu_vm.sh --name=NAME --zone=ZONE [--project=PROJECT]
 #
@@ -15,9 +15,9 @@ for argument in "$@"; do
 done
 need name zone
 
-mapfile -t flags < <(place)
+mapfile -t flags < <(location)
 if [ "$provider" = queued ]; then
-    # --force deletes the node as well; without it only a request that has none can be deleted.
+    # --force also deletes the node; without it only a request without a node can be deleted.
     run gcloud compute tpus queued-resources delete "$name" "${flags[@]}" --force --quiet
 else
     run gcloud compute tpus tpu-vm delete "$name" "${flags[@]}" --quiet

@@ -1,4 +1,4 @@
-"""Does the run fit the slice? ``clip-jax plan`` knows, without the slice; asked where it is installed."""
+"""Checks with ``clip-jax plan``, where it is installed, that a run fits a slice before the slice is requested."""
 
 import json
 import shlex
@@ -8,42 +8,43 @@ from pathlib import Path
 
 from accelerators import LaunchError
 
-PLAN_SECONDS = 1800
+TIMEOUT_SECONDS = 1800
 """The TPU compiler takes minutes for a large model."""
 
 
 def command(program: str, accelerator: str, main_flags: list[str]) -> list[str]:
-    """One compilation is enough to know whether this very run fits."""
+    """The plan of exactly this run; one compilation is enough to know whether it fits."""
     flags = [flag for flag in main_flags if not flag.startswith("--workdir")]
     return [program, "plan", *flags, f"--tpu={accelerator}", "--compilations=1", "--json"]
 
 
-def check(checkout: Path, accelerator: str, main_flags: list[str], *, wanted: bool = True) -> None:
-    """Raises LaunchError when the plan says that the run cannot fit; says so where there is no plan."""
-    if not wanted:
-        return
-    program = next(
-        (p for p in (checkout / ".venv/bin/clip-jax", shutil.which("clip-jax")) if p and Path(p).exists()), ""
-    )
-    asked = command(str(program), accelerator, main_flags)
+def check(checkout: Path, accelerator: str, main_flags: list[str]) -> None:
+    """Raises LaunchError if the plan says that the run does not fit; prints a note if there is no plan."""
     if not any(flag.startswith("--config=") for flag in main_flags):
-        return  # a run that goes on: its folder decides what it is, and it did fit
+        return  # a resumed run: its folder has the settings, and they fit before
+    candidates = (checkout / ".venv/bin/clip-jax", shutil.which("clip-jax"))
+    program = next((str(path) for path in candidates if path and Path(path).exists()), "")
     if not program:
-        print("no plan: clip-jax is not installed here (make install), so whether the run fits is not known")
+        print("not checked whether the run fits: clip-jax is not installed here (make install)")
+        return
+    asked = command(program, accelerator, main_flags)
+    try:
+        done = subprocess.run(asked, cwd=checkout, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"not checked whether the run fits: clip-jax plan took longer than {TIMEOUT_SECONDS} s")
         return
     try:
-        done = subprocess.run(asked, cwd=checkout, capture_output=True, text=True, timeout=PLAN_SECONDS)
         plan = json.loads(done.stdout)
         fits = plan["fits"]
-    except (subprocess.TimeoutExpired, json.JSONDecodeError, KeyError, TypeError):
-        last = (done.stderr.strip().splitlines() or ["no answer"])[-1] if "done" in locals() else "no answer"
-        print(f"no plan ({last}), so whether the run fits is not known")
+    except (json.JSONDecodeError, KeyError, TypeError):
+        last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        print(f"not checked whether the run fits: clip-jax plan failed ({last})")
         return
     if not fits:
         needs = plan.get("hbm_bytes_per_chip")
-        needs = f" ({needs / 2**30:.1f} GiB a chip)" if needs else ""
+        needs = f" ({needs / 2**30:.1f} GiB per chip)" if needs else ""
         raise LaunchError(
-            f"the run does not fit {accelerator}{needs}: {shlex.join(asked[:-2])} shows settings that do; "
-            "--no-plan launches it all the same"
+            f"the run does not fit {accelerator}{needs}: {shlex.join(asked[:-2])} suggests settings that do; "
+            "--no-plan launches the run anyway"
         )
-    print(f"it fits {accelerator}, says clip-jax plan")
+    print(f"it fits {accelerator}, according to clip-jax plan")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # For --prepare: copies the shards in $DATA (gs://BUCKET/FOLDER, a line of the --env-file) to ~/data on each worker.
 #
-# For what fits a worker's disk (100 GB, less what is installed). What is there already is not copied again.
+# For data that fits on a worker's disk (100 GB, less what is installed). Files that exist there are not copied again.
 
 set -euo pipefail
 mkdir -p "$HOME/data"

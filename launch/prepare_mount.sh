@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # For --prepare: mounts the shards in $DATA (gs://BUCKET/FOLDER, a line of the --env-file) at ~/data on each worker.
 #
-# For what no disk holds. Set config.data.shuffle_block and shuffle_window, so that reads are long.
+# For data that does not fit on a disk. Set config.data.shuffle_block and shuffle_window, so that reads are long.
 
 set -euo pipefail
 : "${DATA:?DATA=gs://BUCKET/FOLDER is missing in --env-file}"
@@ -10,12 +10,12 @@ if ! command -v gcsfuse >/dev/null; then
     curl -sSf https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
     echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt" \
         "gcsfuse-$(lsb_release -c -s) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-    # A machine that has just booted may be updating itself.
+    # A machine that has just booted may still be installing updates.
     sudo apt-get -o DPkg::Lock::Timeout=600 update -qq
     sudo apt-get -o DPkg::Lock::Timeout=600 install -qq -y gcsfuse
 fi
-place=${DATA#gs://}
-bucket=${place%%/*} folder=${place#"$bucket"}
+path=${DATA#gs://}
+bucket=${path%%/*} folder=${path#"$bucket"}
 folder=${folder#/}
 mkdir -p "$HOME/data"
 if ! mountpoint -q "$HOME/data"; then

@@ -1,4 +1,4 @@
-"""Why a run ended, and whether to start it again. No command is run here."""
+"""Why a run ended, and whether to start it again. Pure functions; no command is run here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,18 +7,18 @@ from accelerators import LaunchError
 
 HOUR = 3600.0
 
-# main.py's exit codes (clip_jax/errors.py), the worst first: (code, what to do, what it means).
-MEANINGS = (
+# main.py's exit codes (clip_jax/errors.py), the most important first: (code, decision, meaning).
+EXIT_CODES = (
     (2, "stop", "a mistake in the settings"),
-    (45, "stop", "out of memory: the same would happen again"),
-    (43, "stop", "the loss is not finite: the same would happen again"),
-    (44, "again", "no step finished for long (watchdog)"),
-    (42, "again", "SIGTERM, with a checkpoint"),
+    (45, "stop", "out of memory, which a restart would repeat"),
+    (43, "stop", "the loss is not finite, which a restart would repeat"),
+    (44, "restart", "no step finished within the watchdog's limit"),
+    (42, "restart", "SIGTERM, after writing a checkpoint"),
 )
 
 
 class Outcome(NamedTuple):
-    """``decision`` is done, again or stop; ``code`` is what the loop would exit with."""
+    """How a run ended. ``decision`` is done, restart or stop; ``code`` is the loop's exit code if it stops."""
 
     decision: str
     code: int
@@ -26,37 +26,38 @@ class Outcome(NamedTuple):
 
 
 class Start(NamedTuple):
-    """The run was started at ``time`` (seconds), from the checkpoint of ``step``."""
+    """A start of the run at ``time`` (seconds), from the checkpoint of ``step``."""
 
     time: float
     step: int
 
 
 def outcome(codes: Sequence[int | None], message: str = "") -> Outcome:
-    """What the exit codes of all workers mean together; None: a worker that never ended.
+    """The outcome of a run from the exit codes of all workers; None stands for a worker that never ended.
 
-    One host's reason (a missing file) ends the others with other codes, so the worst known one counts.
+    A mistake on one host (a missing file) ends the others with other codes, so the most important known code counts.
     """
-    said = f": {message}" if message else ""
-    for code, decision, meaning in MEANINGS:
+    detail = f": {message}" if message else ""
+    for code, decision, meaning in EXIT_CODES:
         if code in codes:
-            return Outcome(decision, code, f"{meaning} (exit code {code}){said}")
+            return Outcome(decision, code, f"{meaning} (exit code {code}){detail}")
     if codes and all(code == 0 for code in codes):
         return Outcome("done", 0, "done")
     listed = ", ".join("none" if code is None else str(code) for code in codes)
-    return Outcome("again", 1, f"it broke off (exit codes {listed}){said}")
+    return Outcome("restart", 1, f"it crashed (exit codes {listed}){detail}")
 
 
-def check_progress(starts: Sequence[Start], step: int, *, fruitless: int) -> None:
-    """Raises LaunchError when so many starts in a row, and one more now, are from the same checkpoint."""
-    if len(starts) >= fruitless and all(start.step >= step for start in starts[-fruitless:]):
+def check_progress(starts: Sequence[Start], step: int, *, max_without_progress: int) -> None:
+    """Raises LaunchError if the last ``max_without_progress`` starts did not get past the checkpoint of ``step``."""
+    recent = starts[-max_without_progress:]
+    if len(starts) >= max_without_progress and all(start.step >= step for start in recent):
         raise LaunchError(
-            f"{fruitless} starts without a new checkpoint (still step {step}): the log says why; "
-            "if slices do not last that long, lower config.checkpoint.every_steps"
+            f"{max_without_progress} starts without a new checkpoint (still step {step}): see the log for the reason; "
+            "if slices are preempted earlier than that, lower config.checkpoint.every_steps"
         )
 
 
 def seconds_to_wait(starts: Sequence[Start], now: float, *, per_hour: int) -> float:
-    """How long until another start is within the bound of so many an hour."""
+    """Seconds until another start keeps within ``per_hour`` starts in any hour."""
     recent = [start.time for start in starts if now - start.time < HOUR]
     return 0.0 if len(recent) < per_hour else recent[-per_hour] + HOUR - now

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Puts one revision of this checkout, with its pinned dependencies, on every worker of a slice. May be run again.
+# Installs a revision of this checkout, with its pinned dependencies, on every worker of a slice. May be run again.
 #
 #   launch/setup_worker.sh --name=NAME --zone=ZONE [--project=PROJECT]
 #
-# --revision=HEAD        what to install: anything git knows; changes that are not committed stay here
-# --env-file=FILE        lines of NAME=VALUE for the run's environment: the place for secrets (HF_TOKEN=...)
-# --prepare=FILE         a script that each worker runs last, each time, with the run's environment: prepare_copy.sh and
-#                        prepare_mount.sh bring data from a bucket, or one of your own
-# --internal-ips         reach the workers by their internal addresses
+# --revision=HEAD        the git revision to install; uncommitted changes are left out
+# --env-file=FILE        NAME=VALUE lines for the run's environment: the place for secrets (HF_TOKEN=...)
+# --prepare=FILE         a script that each worker runs at the end of every setup, with the run's environment:
+#                        prepare_copy.sh or prepare_mount.sh for data in a bucket, or your own
+# --internal-ips         connect to the workers by their internal addresses
 # --dry-run              print the commands only
 
 set -euo pipefail
@@ -28,14 +28,14 @@ need name zone
 [ -z "$env_file" ] || [ -f "$env_file" ] || fail "--env-file=$env_file: no such file"
 [ -z "$prepare" ] || [ -f "$prepare" ] || fail "--prepare=$prepare: no such file"
 commit=$(git -C "$checkout" rev-parse --short=12 --verify --quiet "$revision^{commit}") ||
-    fail "--revision=$revision: not a revision of $checkout (a git checkout is needed)"
-[ -z "$(git -C "$checkout" status --porcelain)" ] || echo "setup_worker.sh: changes that are not committed are left out: $commit" >&2
+    fail "--revision=$revision: not a revision of $checkout (which must be a git checkout)"
+[ -z "$(git -C "$checkout" status --porcelain)" ] || echo "setup_worker.sh: installing $commit without the uncommitted changes" >&2
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 run git -C "$checkout" archive --format=tar.gz "--output=$folder/code.tar.gz" "$commit"
 
-# Alone first: all workers at once would change the project's ssh keys at the same time, which is refused.
+# One worker first: all of them at once would update the project's ssh keys concurrently, which gcloud rejects.
 on_workers 0 true
 to_workers "$folder/code.tar.gz" "clip_jax-$commit.tar.gz"
 if [ -n "$env_file" ]; then

@@ -1,7 +1,7 @@
-"""Keeps a run alive on capacity that is taken away: ask, wait, set up, start, follow, understand, again.
+"""Keeps a run alive on spot capacity: request a slice, wait, set up, start, follow, and again after a preemption.
 
-Everything it needs to know is in the cloud and in the run's folder, so it may itself be stopped and started again at
-any moment, from any machine: a run that is under way is joined.
+All state is in the cloud and in the run's folder. The loop itself may therefore be stopped and started again at any
+time, from any machine: it joins a run that is in progress.
 """
 
 import random
@@ -11,223 +11,234 @@ from typing import NamedTuple
 
 import gcloud
 import restarts
+import workers
 from accelerators import Accelerator, LaunchError, accelerator
-from gcloud import NoCapacity, Setup, Slice, State, Unreachable, Worker
+from gcloud import NoCapacity, Setup, Slice, State, Unreachable
 from restarts import Outcome, Start
+from workers import WorkerStatus
 
 SETUP_SECONDS = 1800
 SETUP_ATTEMPTS = 6
-LONGEST_POLL = 15
-"""In units of the first poll: waits double up to so many."""
+MAX_BACKOFF = 15
+"""Waits double up to this multiple of the first one."""
 
 
-class Wish(NamedTuple):
-    """What the loop is asked to keep running."""
+class LoopConfig(NamedTuple):
+    """The settings of the loop."""
 
     slice: Slice
     accelerators: tuple[Accelerator, ...]
-    """In order of preference; a run goes on over any of them."""
+    """In order of preference; a run can resume on any of them."""
     main_flags: list[str]
     workdir: str
     setup: Setup
     poll_seconds: float
     patience_minutes: float
-    """How long to wait for one kind of slice before the next is tried, where there are several."""
+    """How long to wait for one accelerator type before the next is tried, if there are several."""
     wait_hours: float
-    """How long to wait for any slice."""
-    restarts_per_hour: int
-    fruitless_restarts: int
+    """How long to wait for a slice of any type."""
+    max_restarts_per_hour: int
+    max_restarts_without_progress: int
     delete_at_end: bool
 
 
-def keep_alive(wish: Wish) -> int:
-    """Returns the exit code of the run: 0, or that of a mistake that a restart does not mend. Raises LaunchError."""
-    slice_, starts = wish.slice, []
+def keep_alive(config: LoopConfig) -> int:
+    """Returns the exit code of the run: 0, or that of an error that a restart does not fix. Raises LaunchError."""
+    slice_, starts = config.slice, []
     try:
         while True:
-            slice_ = obtain(wish)
-            outcome = go_on(wish, slice_, starts)
-            say(f"the run ended: {outcome.reason}")
-            if outcome.decision != "again":
-                if wish.delete_at_end:
+            slice_ = acquire_slice(config)
+            outcome = run_on_slice(config, slice_, starts)
+            log(f"the run ended: {outcome.reason}")
+            if outcome.decision != "restart":
+                if config.delete_at_end:
                     gcloud.delete(slice_)
                 return outcome.code
             if outcome.code == 42:
-                await_loss(wish, slice_)
+                wait_until_gone(config, slice_)
     except KeyboardInterrupt:
-        say("stopped watching; what runs on the slice goes on, and the same command joins it again")
+        log("stopped watching; the run on the slice continues, and the same command joins it again")
         return 130
     finally:
-        bill(slice_)
+        report_cost(slice_)
 
 
-def obtain(wish: Wish) -> Slice:
-    """A slice that is active, whatever it takes within the deadline."""
-    deadline, turn = time.monotonic() + wish.wait_hours * 3600, 0
+def acquire_slice(config: LoopConfig) -> Slice:
+    """Returns an active slice; tries the accelerator types in turn until the deadline."""
+    deadline, attempt = time.monotonic() + config.wait_hours * 3600, 0
     while time.monotonic() < deadline:
-        wanted = wish.slice._replace(accelerator=wish.accelerators[turn % len(wish.accelerators)])
+        wanted = config.slice._replace(accelerator=config.accelerators[attempt % len(config.accelerators)])
         patience = deadline
-        if len(wish.accelerators) > 1:
-            patience = min(deadline, time.monotonic() + wish.patience_minutes * 60)
-        found = wait_for(wish, wanted, patience)
+        if len(config.accelerators) > 1:
+            patience = min(deadline, time.monotonic() + config.patience_minutes * 60)
+        found = wait_until_active(config, wanted, patience)
         if found is not None:
             return found
-        turn += 1
-    raise LaunchError(f"no slice in {wish.wait_hours:g} hours; try another zone, size or --capacity=on-demand")
+        attempt += 1
+    raise LaunchError(f"no slice in {config.wait_hours:g} hours; try another zone, size or --capacity=on-demand")
 
 
-def wait_for(wish: Wish, wanted: Slice, patience: float) -> Slice | None:
-    """The slice once it is active; None where there is no room for it."""
-    pauses, told, asked = Pauses(wish.poll_seconds), None, False
+def wait_until_active(config: LoopConfig, wanted: Slice, patience: float) -> Slice | None:
+    """Returns the slice once it is active, or None if there is no capacity for it."""
+    backoff, last_state, requested = Backoff(config.poll_seconds), None, False
     while True:
         try:
-            state, kind = gcloud.state(wanted)
-            if state is not told:
-                say(f"{wanted.name} ({kind or wanted.accelerator.name}) is {state.value}")
-            told = state
+            state, accelerator_type = gcloud.state(wanted)
+            if state is not last_state:
+                log(f"{wanted.name} ({accelerator_type or wanted.accelerator.name}) is {state.value}")
+            last_state = state
             if state is State.ACTIVE:
-                return wanted._replace(accelerator=accelerator(kind) if kind else wanted.accelerator)
+                return with_accelerator(wanted, accelerator_type)
             if state is State.LOST:
                 gcloud.delete(wanted)
-                if asked and len(wish.accelerators) > 1:
+                if requested and len(config.accelerators) > 1:
                     return None
             elif state is State.ABSENT:
                 gcloud.create(wanted)
-                asked = True
+                requested = True
         except NoCapacity as error:
-            say(f"no room for {wanted.accelerator.name} ({error})")
-            if len(wish.accelerators) > 1:
-                pauses.sleep()
+            log(f"no capacity for {wanted.accelerator.name} ({error})")
+            if len(config.accelerators) > 1:
+                backoff.sleep()
                 return None
         except Unreachable as error:
-            say(f"no answer ({error}); trying again")
+            log(f"no answer ({error}); trying again")
         if time.monotonic() > patience:
             gcloud.delete(wanted)
             return None
-        pauses.sleep()
+        backoff.sleep()
 
 
-def go_on(wish: Wish, slice_: Slice, starts: list[Start]) -> Outcome:
+def with_accelerator(slice_: Slice, accelerator_type: str) -> Slice:
+    """The slice with the accelerator type that the cloud reports, if it reports one."""
+    return slice_._replace(accelerator=accelerator(accelerator_type)) if accelerator_type else slice_
+
+
+def run_on_slice(config: LoopConfig, slice_: Slice, starts: list[Start]) -> Outcome:
     """Sets up and starts the run on an active slice, or joins it there, and follows it to its end."""
-    worker = ask_first(slice_, wish.workdir)
+    worker = first_worker_or_none(slice_, config.workdir)
     if worker is not None and worker.state == "running":
-        say("the run is under way; following it")
-        return follow(wish, slice_)
-    if not set_up(wish, slice_):
+        log("the run is in progress; following it")
+        return follow_to_end(config, slice_)
+    if not set_up(config, slice_):
         if gcloud.state(slice_)[0] is State.ACTIVE:
-            gcloud.delete(slice_)  # a machine that cannot be set up is not worth its price
+            gcloud.delete(slice_)  # a machine that cannot be set up would only cost money
         starts.append(Start(time.monotonic(), starts[-1].step if starts else 0))
-        restarts.check_progress(starts, starts[-1].step, fruitless=wish.fruitless_restarts)
-        return Outcome("again", 1, "the slice could not be set up")
-    worker = ask_first(slice_, wish.workdir)
+        check_progress(config, starts, starts[-1].step)
+        return Outcome("restart", 1, "the slice could not be set up")
+    worker = first_worker_or_none(slice_, config.workdir)
     step = worker.step or 0 if worker is not None else 0
-    restarts.check_progress(starts, step, fruitless=wish.fruitless_restarts)
-    pause = restarts.seconds_to_wait(starts, time.monotonic(), per_hour=wish.restarts_per_hour)
+    check_progress(config, starts, step)
+    pause = restarts.seconds_to_wait(starts, time.monotonic(), per_hour=config.max_restarts_per_hour)
     if pause:
-        say(f"{wish.restarts_per_hour} starts in an hour; waiting {pause / 60:.0f} minutes")
+        log(f"{config.max_restarts_per_hour} starts within an hour; waiting {pause / 60:.0f} minutes")
         time.sleep(pause)
     starts.append(Start(time.monotonic(), step))
-    accelerator_ = slice_.accelerator
-    say(f"start {len(starts)}, from step {step}, on {accelerator_.hosts} worker(s) of {accelerator_.name}")
-    if not gcloud.succeeds(gcloud.train_command(slice_, wish.main_flags), SETUP_SECONDS):
-        return Outcome("again", 1, "the run could not be started")
-    return follow(wish, slice_)
+    type_ = slice_.accelerator
+    log(f"start {len(starts)}, from step {step}, on {type_.hosts} worker(s) of {type_.name}")
+    if not gcloud.succeeds(gcloud.train_command(slice_, config.main_flags), SETUP_SECONDS):
+        return Outcome("restart", 1, "the run could not be started")
+    return follow_to_end(config, slice_)
 
 
-def set_up(wish: Wish, slice_: Slice) -> bool:
-    """Machines answer ssh some time after they are called active, so several attempts are usual."""
-    pauses = Pauses(wish.poll_seconds)
+def check_progress(config: LoopConfig, starts: list[Start], step: int) -> None:
+    restarts.check_progress(starts, step, max_without_progress=config.max_restarts_without_progress)
+
+
+def set_up(config: LoopConfig, slice_: Slice) -> bool:
+    """Sets up the workers. Machines accept ssh some time after they become active, so several attempts are usual."""
+    backoff = Backoff(config.poll_seconds)
     for attempt in range(SETUP_ATTEMPTS):
         if attempt:
-            pauses.sleep()
-            if still(slice_) is State.LOST:
+            backoff.sleep()
+            if state_or_none(slice_) is State.LOST:
                 return False
-        if gcloud.succeeds(gcloud.setup_command(slice_, wish.setup), SETUP_SECONDS):
+        if gcloud.succeeds(gcloud.setup_command(slice_, config.setup), SETUP_SECONDS):
             return True
-        say(f"setup did not succeed (attempt {attempt + 1} of {SETUP_ATTEMPTS})")
+        log(f"setup failed (attempt {attempt + 1} of {SETUP_ATTEMPTS})")
     return False
 
 
-def follow(wish: Wish, slice_: Slice) -> Outcome:
+def follow_to_end(config: LoopConfig, slice_: Slice) -> Outcome:
     """Shows the log until the run ends or its slice is gone."""
-    offset, pauses = 0, Pauses(wish.poll_seconds)
+    offset, backoff = 0, Backoff(config.poll_seconds)
     while True:
-        offset, worker = gcloud.follow(slice_, offset, seconds=max(1, round(3 * wish.poll_seconds)))
+        offset, worker = workers.follow(slice_, offset, seconds=max(1, round(3 * config.poll_seconds)))
         if worker is None:
-            if still(slice_) in (State.LOST, State.ABSENT):
-                return Outcome("again", 1, "the slice was taken away")
-            pauses.sleep()
+            if state_or_none(slice_) in (State.LOST, State.ABSENT):
+                return Outcome("restart", 1, "the slice was taken away")
+            backoff.sleep()
         elif worker.state == "running":
-            pauses = Pauses(wish.poll_seconds)
+            backoff = Backoff(config.poll_seconds)
         elif worker.state == "exited":
-            return judge(wish, slice_, worker)
+            return collect_outcome(config, slice_, worker)
         else:
-            return Outcome("again", 1, "the machine has forgotten the run")
+            return Outcome("restart", 1, "the machine has no record of the run")
 
 
-def judge(wish: Wish, slice_: Slice, first: Worker) -> Outcome:
-    """Waits a little for the other workers to end too, and says what their exit codes mean together."""
-    workers = [first]
+def collect_outcome(config: LoopConfig, slice_: Slice, first: WorkerStatus) -> Outcome:
+    """Waits briefly for the other workers to end too, and combines their exit codes."""
+    found = [first]
     for _ in range(6):
         try:
-            workers = gcloud.statuses(slice_, workdir=wish.workdir)
+            found = workers.statuses(slice_, workdir=config.workdir)
         except Unreachable:
             break
-        if all(worker.state != "running" for worker in workers):
+        if all(worker.state != "running" for worker in found):
             break
-        time.sleep(wish.poll_seconds)
-    result = restarts.outcome([worker.code for worker in workers])
-    speakers = [worker for worker in workers if worker.code == result.code] or workers
-    return restarts.outcome([worker.code for worker in workers], speakers[0].message)
+        time.sleep(config.poll_seconds)
+    codes = [worker.code for worker in found]
+    deciding = [worker for worker in found if worker.code == restarts.outcome(codes).code] or found
+    return restarts.outcome(codes, deciding[0].message)
 
 
-def await_loss(wish: Wish, slice_: Slice) -> None:
-    """After SIGTERM the slice usually goes within a minute; a start before that would be lost with it."""
+def wait_until_gone(config: LoopConfig, slice_: Slice) -> None:
+    """After SIGTERM a preempted slice is usually gone within a minute; a start before that would be lost with it."""
     for _ in range(4):
-        if still(slice_) in (State.LOST, State.ABSENT):
+        if state_or_none(slice_) in (State.LOST, State.ABSENT):
             return
-        time.sleep(wish.poll_seconds)
+        time.sleep(config.poll_seconds)
 
 
-def still(slice_: Slice) -> State | None:
+def state_or_none(slice_: Slice) -> State | None:
     try:
         return gcloud.state(slice_)[0]
     except Unreachable:
         return None
 
 
-def ask_first(slice_: Slice, workdir: str) -> Worker | None:
-    """Worker 0's status; None where nothing is set up, or the connection drops."""
+def first_worker_or_none(slice_: Slice, workdir: str) -> WorkerStatus | None:
+    """Worker 0's status; None if nothing is set up there yet or the connection drops."""
     try:
-        return gcloud.statuses(slice_, 0, workdir)[0]
+        return workers.statuses(slice_, 0, workdir)[0]
     except Unreachable:
         return None
 
 
-def bill(slice_: Slice) -> None:
-    """What is left that costs money, and how it is deleted."""
+def report_cost(slice_: Slice) -> None:
+    """Logs what remains and costs money, and the command that deletes it."""
     try:
-        state, kind = gcloud.state(slice_)
+        state, accelerator_type = gcloud.state(slice_)
     except (Unreachable, LaunchError):
-        state, kind = None, ""
+        state, accelerator_type = None, ""
     if state is State.ABSENT:
-        say(f"nothing is left of {slice_.name}, and nothing costs money")
+        log(f"{slice_.name} does not exist, and nothing costs money")
         return
-    what = f"{slice_.name} ({kind or slice_.accelerator.name}, {slice_.capacity}) in {slice_.zone}"
-    costs = "may still be there" if state is None else f"is {state.value}, and costs money while it is active"
-    say(f"{what} {costs}; to delete it: {shlex.join(gcloud.delete_command(slice_))}")
+    what = f"{slice_.name} ({accelerator_type or slice_.accelerator.name}, {slice_.capacity}) in {slice_.zone}"
+    costs = "may still exist" if state is None else f"is {state.value}, and costs money while it is active"
+    log(f"{what} {costs}; to delete it: {shlex.join(gcloud.delete_command(slice_))}")
 
 
-class Pauses:
-    """Waits that double, each a little different, so that many loops do not ask at the same moment."""
+class Backoff:
+    """Waits that double, with jitter, so that many loops do not query at the same moment."""
 
     def __init__(self, first: float):
         self.first, self.next = first, first
 
     def sleep(self) -> None:
         time.sleep(self.next * random.uniform(0.8, 1.2))
-        self.next = min(2 * self.next, LONGEST_POLL * self.first)
+        self.next = min(2 * self.next, MAX_BACKOFF * self.first)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

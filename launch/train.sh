@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Starts a run on every worker of a slice that setup_worker.sh has set up; it goes on when the connection drops.
+# Starts a run on every worker of a slice that setup_worker.sh has set up. The run survives a dropped connection.
 #
 #   launch/train.sh --name=NAME --zone=ZONE [--project=PROJECT] --hosts=4 -- --config=configs/... --workdir=gs://...
 #
-# --hosts=N              how many workers the slice has (launch/tpu.py knows it by the accelerator)
-# --follow               show worker 0's log until the run ends; Ctrl-C leaves the run alone
-# --                     what follows are main.py's own flags
+# --hosts=N              the number of workers (launch/tpu.py derives it from the accelerator)
+# --follow               show worker 0's log until the run ends; Ctrl-C does not stop the run
+# --                     the flags after it are passed to main.py
 # --dry-run              print the commands only
 
 set -euo pipefail
@@ -22,14 +22,14 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 need name zone hosts
-[ $# -gt 1 ] || fail "main.py's own flags are missing: -- --config=configs/NAME.py --workdir=gs://BUCKET/NAME"
+[ $# -gt 1 ] || fail "the flags of main.py are missing: -- --config=configs/NAME.py --workdir=gs://BUCKET/NAME"
 shift
 
-# A command line is seen by everybody on both machines, and is logged.
+# A command line is visible to every user of both machines, and is logged.
 for argument in "$@"; do
     key=${argument%%=*}
     if [[ $argument = *=* && ${key,,} =~ (^|[-_.])(token|secret|password|passwd|credentials?|api_?key)$ ]]; then
-        fail "$key: secrets are not for the command line; use setup_worker.sh --env-file=FILE"
+        fail "$key: secrets do not belong on the command line; use setup_worker.sh --env-file=FILE"
     fi
 done
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What runs on each worker of a slice; the other scripts call it over ssh.
+# Runs on each worker of a slice; the other scripts call it over ssh.
 #
-#   worker.sh setup                       environment and links for the code this file belongs to
-#   worker.sh start HOSTS FLAGS...        starts main.py in the background; an earlier one is stopped first
-#   worker.sh status [WORKDIR]            one line: state, exit code, newest checkpoint, last words
-#   worker.sh follow BYTES SECONDS        the log from there on, for so long or to its end; then the status
-#   worker.sh stop                        SIGTERM, so that a checkpoint is written; SIGKILL a minute later
+#   worker.sh setup                       creates the environment and the links for the code that contains this file
+#   worker.sh start HOSTS FLAGS...        starts main.py in the background, after stopping an earlier one
+#   worker.sh status [WORKDIR]            prints one line: state, exit code, newest checkpoint, last message
+#   worker.sh follow BYTES SECONDS        prints the log from BYTES to its end, for at most SECONDS; then the status
+#   worker.sh stop                        sends SIGTERM, so that a checkpoint is written, and SIGKILL a minute later
 
 set -euo pipefail
 code=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,7 +16,7 @@ mark="::clip-jax"
 setup() {
     mkdir -p "$run"
     [ ! -f "$HOME/.clip_jax.env" ] || chmod 600 "$HOME/.clip_jax.env"
-    # One environment for all revisions with the same dependencies; complete when its marker is there.
+    # One environment for all revisions with the same dependencies; the marker says that it is complete.
     local pins env python
     pins=$(cat "$code/setup.py" "$code/launch/constraints.txt" | sha256sum | cut -c1-12)
     env=$home/env-$pins
@@ -32,7 +32,7 @@ setup() {
     echo "worker $(worker): $(basename "$code") with $(basename "$env")"
 }
 
-# The runtimes come with Python 3.10, for which there is no current JAX.
+# The TPU runtimes ship Python 3.10, which current JAX does not support.
 newer_python() {
     python3 -m pip install --quiet --user uv >&2
     "$HOME/.local/bin/uv" python install --quiet 3.12 >&2
@@ -43,22 +43,22 @@ start() {
     local hosts=$1 argument
     shift
     stop
-    # A killed process leaves libtpu's lock behind, and the next one is told that the TPU is in use.
+    # A killed process leaves libtpu's lock behind, and the next one would fail because the TPU is in use.
     rm -f "${TMPDIR:-/tmp}/libtpu_lockfile"
     for argument in "$@"; do
         case $argument in --workdir=*) echo "${argument#*=}" >"$run/workdir" ;; esac
     done
-    if [ "$hosts" -gt 1 ]; then # joined by what the cluster says, unless the environment says it
+    if [ "$hosts" -gt 1 ]; then # the cluster's metadata joins the processes, unless the environment does
         export CLIP_JAX_COORDINATOR=${CLIP_JAX_COORDINATOR:-auto} CLIP_JAX_NUM_PROCESSES=${CLIP_JAX_NUM_PROCESSES:-$hosts}
     fi
     rm -f "$run/exit_code"
     [ ! -f "$run/log" ] || mv "$run/log" "$run/log.before"
-    # A session of its own: nothing of it hangs on this connection.
+    # A new session, so that the run does not depend on this connection.
     setsid bash "$code/launch/worker.sh" supervise "$@" </dev/null >"$run/log" 2>&1 &
     echo $! >"$run/pid"
 }
 
-# Runs main.py and keeps its exit code. The trap lets this shell outlive the SIGTERM that main.py answers.
+# Runs main.py and records its exit code. The trap lets this shell survive the SIGTERM that main.py handles.
 supervise() {
     trap : TERM
     if [ -f "$HOME/.clip_jax.env" ]; then
@@ -96,7 +96,7 @@ status() {
     elif [ -f "$run/exit_code" ]; then
         state=exited exit_code=$(cat "$run/exit_code")
     elif [ -f "$run/pid" ]; then
-        state=exited exit_code=137 # killed with the shell that watched it
+        state=exited exit_code=137 # killed together with its supervising shell
     fi
     [ ! -f "$run/log" ] || message=$(tail -n 200 "$run/log" | grep '^main.py: ' | tail -n 1) || true
     printf '\n%s worker=%s state=%s code=%s step=%s message=%s\n' \
@@ -112,12 +112,12 @@ follow() {
     status
 }
 
-# The step of the newest checkpoint that is complete, or -.
+# The step of the newest complete checkpoint, or -.
 newest_checkpoint() {
     local found=""
     case $1 in
     "") ;;
-    gs://*) # folders appear before they are complete there; Orbax marks the complete ones
+    gs://*) # a bucket shows a folder before it is complete; Orbax marks the complete ones
         found=$(gcloud storage ls "$1/checkpoints/*/commit_success*" 2>/dev/null |
             sed -n 's|.*/checkpoints/\([0-9]*\)/.*|\1|p' | sort -n | tail -n 1) || true
         ;;
@@ -127,7 +127,7 @@ newest_checkpoint() {
     echo "${found:--}"
 }
 
-# This worker's number: in the environment on GKE, from the metadata server on a TPU VM.
+# The number of this worker: in the environment on GKE, from the metadata server on a TPU VM.
 worker() {
     echo "${TPU_WORKER_ID:-$(curl -sf --max-time 5 -H 'Metadata-Flavor: Google' \
         http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number || echo '?')}"

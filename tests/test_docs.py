@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from clip_jax import config as configs
-from clip_jax import errors, hardware
+from clip_jax import errors
+from clip_jax.devices import hardware
 from clip_jax.planning import plan as planning
 from clip_jax.planning import report
 from tests.data.shards import jpeg, write_shards
@@ -45,7 +46,7 @@ def clone(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
-    for split, count in (("train", 8), ("heldout", 4)):
+    for split, count in (("train", 8), ("held_out", 4)):
         (folder / "photos" / split).mkdir(parents=True)
         for i in range(count):
             (folder / "photos" / split / f"{i}.jpg").write_bytes(jpeg(i))

@@ -1,18 +1,20 @@
-"""A stand-in for Google Cloud: the ``gcloud`` of ``bin/``, over a folder that holds everything the cloud would know.
+"""A stand-in for Google Cloud: the ``gcloud`` of ``bin/``, over a folder that holds the whole state of the cloud.
 
 Machines are folders; ssh runs the command here, with the machine's folder as its home and the environment of a TPU
-worker; a preemption sends SIGTERM, and SIGKILL some time or at once later, to every process of the machine.
+worker; a preemption sends SIGTERM, and SIGKILL after a grace period, to every process of the machine.
 
-What happens is written down beforehand in ``schedule.json``: ``lives``, one for each slice that is created, each with
+A test writes the events to ``schedule.json`` beforehand: ``lives``, one for each slice that is created, with
 
-waiting, provisioning   how often ``describe`` says so before the slice is active
+waiting, provisioning   how often ``describe`` reports these states before the slice is active (default 0)
 refused                 ``create`` fails with this message
 failed                  the request ends in FAILED instead of becoming active
-slow_boot               so many ssh connections are refused at first
-drops                   the ssh connections (counted from 1) that break after a second, or at their end
-preempt                 {"file", "lines", "grace_seconds"}: taken away when the file has so many; None: SIGKILL at once
+slow_boot               the number of ssh connections that are refused at first
+drops                   the ssh connections (counted from 1) that break after 60 bytes of the log, or at its end
+preempt                 {"file", "lines", "grace_seconds"}: preempted when the file has this many lines, with SIGTERM
+                        and a grace period, or with SIGKILL at once for None
 
-and ``environment`` of the machines. Buckets are folders in ``buckets/``; other resources are only taken note of.
+and ``environment``, the environment variables of the machines. Buckets are folders in ``buckets/``; calls that concern
+other resources are only logged.
 """
 
 import contextlib
@@ -32,11 +34,14 @@ from gcloud_flags import command_of, unknown_flags
 
 HOME = Path(os.environ["CLIP_JAX_CLOUD"])
 MARK = "CLIP_JAX_CLOUD_MACHINE"
+STATUS = b"\n::clip-jax"
+"""Where the output of ``worker.sh follow`` is no longer the log."""
+DROP_BYTES = 60
 HOSTS = {"v4-8": 1, "v4-16": 2, "v6e-8": 1, "v5litepod-8": 1, "v5litepod-16": 4}
 
 
 class Refused(Exception):
-    """Printed as gcloud prints its errors."""
+    """An error in the format of gcloud."""
 
 
 @contextlib.contextmanager
@@ -48,7 +53,7 @@ def world():
         state = json.loads(file.read_text()) if file.exists() else {"slices": {}, "lives": 0}
         try:
             yield state
-        finally:  # what is refused has been counted as well
+        finally:  # refused requests count too
             temporary = HOME / "state.tmp"
             temporary.write_text(json.dumps(state, indent=1))
             temporary.replace(file)
@@ -86,11 +91,11 @@ def create(state: dict, name: str, flags: dict, queued: bool) -> None:
 
 
 def advance(name: str, slice_: dict) -> None:
-    """One more look at a slice; it comes alive after so many."""
+    """Counts a query of a slice, which becomes active after the scheduled number of them."""
     if slice_["state"] != "WAITING":
         return
     slice_["polls"] += 1
-    if slice_["polls"] > slice_.get("waiting", 1) + slice_.get("provisioning", 1):
+    if slice_["polls"] > slice_.get("waiting", 0) + slice_.get("provisioning", 0):
         slice_["state"] = "FAILED" if slice_.get("failed") else "ACTIVE"
         if slice_["state"] == "ACTIVE" and "preempt" in slice_:
             here = [sys.executable, __file__, "--preempt", name, slice_["folder"]]
@@ -100,7 +105,7 @@ def advance(name: str, slice_: dict) -> None:
 
 def describe(name: str, slice_: dict, flags: dict, queued: bool) -> str:
     advance(name, slice_)
-    state, waiting = slice_["state"], slice_["polls"] <= slice_.get("waiting", 1)
+    state, waiting = slice_["state"], slice_["polls"] <= slice_.get("waiting", 0)
     if queued:
         assert flags["format"] == "value(state.state)"
         return {"WAITING": "WAITING_FOR_RESOURCES" if waiting else "PROVISIONING", "LOST": "SUSPENDED"}.get(
@@ -159,13 +164,14 @@ def ssh(slice_: dict, workers: list[int], command: str) -> int:
             env=environment(slice_, worker),
             cwd=Path(slice_["folder"]) / str(worker) / "home",
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if drops else None,
             start_new_session=True,
         )
         for worker in workers
     ]
     if drops:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            processes[0].wait(1)
+        output = processes[0].stdout.read(DROP_BYTES + len(STATUS)).partition(STATUS)[0]
+        os.write(sys.stdout.fileno(), output[:DROP_BYTES])
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -179,7 +185,7 @@ def scp(slice_: dict, workers: list[int], source: str, destination: str) -> None
 
 
 def kill(folder: Path, number: int) -> int:
-    """Sends a signal to every process of the machines in a folder; returns how many there were."""
+    """Sends a signal to every process of the machines in a folder; returns their number."""
     found = 0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -190,7 +196,7 @@ def kill(folder: Path, number: int) -> int:
 
 
 def preempt(name: str, folder: str) -> None:
-    """Runs beside everything else: waits for its moment, then takes the slice away."""
+    """Waits in a process of its own for the scheduled event, then preempts the slice."""
 
     def life() -> dict | None:
         slice_ = state["slices"].get(name)
@@ -207,20 +213,20 @@ def preempt(name: str, folder: str) -> None:
         kill(Path(folder), signal.SIGTERM)
         over = time.monotonic() + when["grace_seconds"]
         while kill(Path(folder), 0) and time.monotonic() < over:
-            time.sleep(0.1)  # a machine is off as soon as nothing runs on it
+            time.sleep(0.1)  # the machine goes as soon as nothing runs on it
     with world() as state:
         kill(Path(folder), signal.SIGKILL)
         if life():
             life()["state"] = "LOST"
 
 
-def bucket(place: str) -> Path:
-    """The folder that stands for gs://BUCKET/PATH; a path of this machine is itself."""
-    return HOME / "buckets" / place.removeprefix("gs://") if place.startswith("gs://") else Path(place)
+def bucket(path: str) -> Path:
+    """The folder that stands for gs://BUCKET/PATH; a local path is itself."""
+    return HOME / "buckets" / path.removeprefix("gs://") if path.startswith("gs://") else Path(path)
 
 
 def storage(verb: str, names: list[str]) -> None:
-    """Buckets, as far as the scripts and the guides need them."""
+    """The operations on buckets that the scripts and the guides use."""
     source = bucket(names[0])
     if names[0].startswith("gs://") and not (found := bucket("gs://" + names[0][5:].partition("/")[0])).is_dir():
         if verb != "create":

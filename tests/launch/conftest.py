@@ -1,4 +1,4 @@
-"""A checkout to launch from, and the stand-in for the cloud that its commands meet."""
+"""A checkout to launch from, and the stand-in for the cloud that its commands use."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from tests.launch.processes import kill_all
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(__file__).resolve().parent / "bin"
 
-MAIN = '''"""Stands in for main.py: does what the next line of the script says."""
+MAIN = '''"""Stands in for main.py: acts the next entry of the script."""
 import json, os, pathlib, sys, time
 
 cloud = pathlib.Path(os.environ["CLIP_JAX_CLOUD"])
-place = next(a.partition("=")[2] for a in sys.argv if a.startswith("--workdir="))
-workdir = cloud / "buckets" / place[5:] if place.startswith("gs://") else pathlib.Path(place)
+path = next(a.partition("=")[2] for a in sys.argv if a.startswith("--workdir="))
+workdir = cloud / "buckets" / path[5:] if path.startswith("gs://") else pathlib.Path(path)
 workdir.mkdir(parents=True, exist_ok=True)
 turn = workdir / "turns"
 number = len(turn.read_text()) if turn.exists() else 0
@@ -30,19 +30,20 @@ act = script[min(number, len(script) - 1)]
 (workdir / f"arguments-{number}.json").write_text(json.dumps(sys.argv[1:]))
 for line in act.get("says", []):
     print(line, flush=True)
-    time.sleep(act.get("pause", 0))
 if "checkpoint" in act:
     kept = workdir / "checkpoints" / str(act["checkpoint"])
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "commit_success.txt").write_text("")
     (workdir / "kept").write_text("a checkpoint")
 time.sleep(act.get("lasts", 0))
+while "until" in act and not pathlib.Path(act["until"]).exists():
+    time.sleep(0.02)
 sys.exit(act.get("code", 0))
 '''
 
 
 class Cloud(NamedTuple):
-    """The stand-in, for one test."""
+    """The stand-in for one test."""
 
     folder: Path
     checkout: Path
@@ -55,7 +56,7 @@ class Cloud(NamedTuple):
         (self.folder / "schedule.json").write_text(json.dumps({"lives": lives, "environment": environment}))
 
     def script(self, *acts: dict) -> None:
-        """What main.py does, at each of its starts; the last one again and again."""
+        """What main.py does at each of its starts; the last entry repeats."""
         (self.folder / "script.json").write_text(json.dumps(acts))
 
     def command(self, *arguments: str) -> list[str]:
@@ -66,7 +67,7 @@ class Cloud(NamedTuple):
         return os.environ | own | {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin"}
 
     def machine(self, life: int, worker: int = 0) -> Path:
-        """What is on the disk of a worker of the slice that was created as so-manieth."""
+        """The disk of a worker of a slice; ``life`` counts the slices created."""
         return self.folder / "machines" / f"a-run-{life}" / str(worker)
 
     def launch(self, *arguments: str, seconds: float = 60) -> subprocess.CompletedProcess:
@@ -78,7 +79,7 @@ class Cloud(NamedTuple):
         return self.launch(*self.loop_flags(accelerator), *arguments, seconds=seconds)
 
     def loop_flags(self, accelerator: str = "v4-8") -> list[str]:
-        where = ["loop", "--name=a-run", "--zone=us-central2-b", f"--accelerator={accelerator}", "--poll-seconds=0.05"]
+        where = ["loop", "--name=a-run", "--zone=us-central2-b", f"--accelerator={accelerator}", "--poll-seconds=0.01"]
         return [*where, "--config=configs/ok.py", f"--workdir={self.workdir}"]
 
     def calls(self) -> list[list[str]]:
@@ -86,7 +87,7 @@ class Cloud(NamedTuple):
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def count(self, *words: str) -> int:
-        """How many calls of gcloud had all these words."""
+        """The number of gcloud calls with all these words."""
         return sum(all(word in call for word in words) for call in self.calls())
 
     def starts(self) -> int:
@@ -95,7 +96,7 @@ class Cloud(NamedTuple):
 
 
 def make_checkout(folder: Path, files: list[str]) -> Path:
-    """A git repository with one commit of these files of ours."""
+    """A folder with these files of the project."""
     for name in files:
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def commit(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory) -> Path:
-    """The launch scripts with a main.py that only acts."""
+    """The launch scripts with the stand-in for main.py."""
     folder = make_checkout(tmp_path_factory.mktemp("a check") / "out", ["launch", "setup.py"])
     (folder / "main.py").write_text(MAIN)
     (folder / "configs").mkdir()

@@ -1,6 +1,6 @@
 """The flags that each gcloud command takes, from its page in cloud.google.com/sdk/gcloud/reference (2025-10).
 
-Only of the generally available track: ``tpu-vm ssh --batch-size`` and ``--tunnel-through-iap`` are alpha's alone.
+Only the generally available track: ``tpu-vm ssh --batch-size`` and ``--tunnel-through-iap`` exist only in alpha.
 As a program: checks a command of xpk.
 """
 
@@ -73,11 +73,11 @@ XPK = {
     "cluster delete": {"cluster", "project", "zone", "force", "dry-run", "quiet", "skip-validation"},
 }
 # fmt: on
-"""The flags of xpk's commands that a guide may name, from its parsers (AI-Hypercomputer/xpk, src/xpk/parser)."""
+"""The flags of the xpk commands in the guides, from its parsers (AI-Hypercomputer/xpk, src/xpk/parser)."""
 
 
 def command_of(words: list[str]) -> str | None:
-    """The longest known command that the words (without ``gcloud``) begin with."""
+    """The longest known command at the start of the words (without ``gcloud``)."""
     for length in range(len(words), 0, -1):
         if " ".join(words[:length]) in FLAGS:
             return " ".join(words[:length])
@@ -85,14 +85,14 @@ def command_of(words: list[str]) -> str | None:
 
 
 def unknown_flags(words: list[str]) -> list[str]:
-    """The flags that the command does not take; what follows ``--`` is not gcloud's."""
+    """The flags that the command does not take; words after ``--`` are not gcloud's."""
     known = FLAGS[command_of(words)] | EVERY_COMMAND
     own = words[: words.index("--")] if "--" in words else words
     return [w for w in own if w.startswith("--") and w[2:].partition("=")[0] not in known]
 
 
 def check_xpk(words: list[str]) -> str | None:
-    """What xpk would not understand."""
+    """The error for a command or flags that xpk does not have."""
     command = " ".join(words[:2])
     unknown = [w for w in words[2:] if w.startswith("--") and w[2:].partition("=")[0] not in XPK.get(command, ())]
     return f"xpk {command}: unknown {' '.join(unknown) or 'command'}" if unknown or command not in XPK else None

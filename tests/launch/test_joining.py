@@ -1,4 +1,4 @@
-"""``--coordinator=auto``, which is how ``worker.sh`` joins the workers of a slice: JAX asks the metadata server."""
+"""``--coordinator=auto``, by which ``worker.sh`` joins the workers of a slice: JAX queries the metadata server."""
 
 import contextlib
 import http.server
@@ -19,9 +19,9 @@ PROGRAM = """
     import sys
     import jax
 
-    os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sees that there is no chip here
+    os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX set it because there is no TPU here
     from clip_jax.errors import UserError
-    from clip_jax.sharding import initialize_processes
+    from clip_jax.devices.sharding import initialize_processes
 
     try:
         initialize_processes("auto", int(sys.argv[1]), None)
@@ -34,7 +34,7 @@ PROGRAM = """
 
 @contextlib.contextmanager
 def metadata_server(worker: int, workers: int) -> Iterator[str]:
-    """The address of the server that worker so-and-so of a TPU VM sees."""
+    """The metadata server of one worker of a TPU VM; yields its address."""
     answers = {
         "agent-worker-number": str(worker),
         "worker-network-endpoints": ",".join(["unused:8470:127.0.0.1"] * workers),
@@ -59,9 +59,9 @@ def metadata_server(worker: int, workers: int) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("expected", [2, 4])
-def test_the_workers_of_a_slice_find_each_other_and_are_as_many_as_they_must_be(expected):
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TPU_SKIP_MDS_QUERY")}
-    kept |= {
+def test_the_workers_of_a_slice_join_and_their_number_is_checked(expected):
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TPU_SKIP_MDS_QUERY")}
+    environment |= {
         "JAX_FORCE_TPU_INIT": "1",
         "JAX_PLATFORMS": "cpu",
         "JAX_COORDINATOR_PORT": str(portpicker.pick_unused_port()),
@@ -70,7 +70,7 @@ def test_the_workers_of_a_slice_find_each_other_and_are_as_many_as_they_must_be(
         both = [
             subprocess.Popen(
                 [sys.executable, "-c", textwrap.dedent(PROGRAM), str(expected)],
-                env=kept | {"GCE_METADATA_IP": servers.enter_context(metadata_server(worker, 2))},
+                env=environment | {"GCE_METADATA_IP": servers.enter_context(metadata_server(worker, 2))},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -84,5 +84,5 @@ def test_the_workers_of_a_slice_find_each_other_and_are_as_many_as_they_must_be(
         assert all(f"process {i} of 2, 2 devices" in outputs[i] for i in range(2)), outputs
     else:
         assert {process.returncode for process in both} == {2}, outputs
-        said = "--num_processes=4, but 2 processes are joined: start main.py on every host of the slice, once"
-        assert said in outputs[0] and said in outputs[1]
+        message = "--num_processes=4, but 2 processes are joined: start main.py on every host of the slice, once"
+        assert message in outputs[0] and message in outputs[1]
