@@ -1,23 +1,26 @@
 # make demo       pretrain, evaluate and plot a small CLIP on this machine (five minutes on two cores)
-# make test       lint and the fast tests          make test-all   the slow ones
-# make install    the environment alone            make clean      remove environments and runs
-# make test-plan  the plan with the TPU compiler, which it fetches; needs no TPU
-# Every path is relative, so that a folder with a space in its name works. PYTHON and VENV may be set.
+# make test       lint and the fast tests          make test-all   the slow tests
+# make test-jax   the fast tests that depend on the version of JAX
+# make install    only the environment             make clean      remove environments and runs
+# make test-plan  the plan with the TPU compiler, which it downloads; needs no TPU
+# Every path is relative, so that a folder name may contain a space. PYTHON and VENV may be set.
 
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
 RUN = $(VENV)/bin/python
 TESTS = $(RUN) -m pytest
-# glibc then asks the kernel for large pages: a third faster on a CPU, without effect elsewhere.
+# The tests of a file share fixtures and compiled programs: they run in one worker.
+FAST = $(TESTS) -n 2 --dist=loadfile -m 'not slow and not parity'
+# glibc then requests large pages from the kernel: a third faster on a CPU, no effect elsewhere.
 CPU_MEMORY = GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: install test test-all test-plan demo peers clean
+.PHONY: install test test-jax test-all test-plan demo peers clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is no Python 3.11 or newer; try make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is not Python 3.11 or newer; try make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
@@ -29,7 +32,13 @@ $(VENV)/.installed-test: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(TESTS) -n 2 -m 'not slow and not parity'
+	$(FAST)
+
+# Files, shell scripts, text and pages are the same under every JAX.
+test-jax: $(VENV)/.installed-test
+	$(FAST) --ignore=tests/data --ignore=tests/launch --ignore=tests/reports --ignore=tests/commands \
+	  --ignore=tests/config --ignore=tests/test_docs.py --ignore=tests/test_docs_models.py \
+	  --ignore=tests/test_notebooks.py
 
 test-all: $(VENV)/.installed-test
 	$(TESTS) -n 2 --dist=loadfile -rs -m 'slow or parity'
@@ -37,7 +46,7 @@ test-all: $(VENV)/.installed-test
 demo: $(VENV)/.installed
 	$(CPU_MEMORY) $(RUN) main.py --config=configs/demo.py --workdir=runs/demo
 
-# The TPU compiler in a folder of its own: what needs no TPU compiler is tested without one.
+# The TPU compiler gets a separate folder, so that all other tests run without it.
 .libtpu/.installed: $(VENV)/.installed-test
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .libtpu \
 	  "$$($(RUN) -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
