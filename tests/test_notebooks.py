@@ -40,7 +40,7 @@ def test_the_pretraining_notebook_trains_and_shows_what_it_learned(tmp_path):
     shown = execute(ROOT / "launch/colab_pretrain.ipynb", STEPS=4, BATCH=16, WORKDIR=str(tmp_path / "run"))
     assert "1 x cpu (cpu), 16 of 16 pairs per device" in shown and "step 4/4" in shown
     assert "chance: ln 16" in shown and "zero-shot top-1" in shown  # the curves
-    assert "captions find their image first" in shown  # the similarity matrix
+    assert "captions rank their image first" in shown  # the similarity matrix
     assert "Where a caption&amp;#x27;s own image ranks lowest" in shown or "ranks lowest" in shown  # the gallery
     assert [line["step"] for line in runs.metrics(tmp_path / "run") if "train/loss" in line] == [1, 4]
 
