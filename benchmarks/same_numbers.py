@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from clip_jax.training.metrics import is_timing
+
 ROOT = Path(__file__).resolve().parents[1]
 RENAMED = {"eval/heldout/": "eval/held_out/"}
 EVALUATION_TOLERANCE = 1e-6
@@ -41,10 +43,6 @@ def renamed(name: str) -> str:
     for old, new in RENAMED.items():
         name = name.replace(old, new)
     return name
-
-
-def is_timing(name: str) -> bool:
-    return name.endswith("_seconds") or name in ("train/pairs_per_second", "train/data_wait_share", "train/mfu")
 
 
 def differences(old: list[dict[str, float]], new: list[dict[str, float]]) -> list[str]:

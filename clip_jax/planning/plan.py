@@ -33,7 +33,7 @@ class Request(NamedTuple):
     samples: int | None = None
     """Examples of the dataset, for a run that lasts epochs; None: what the config says."""
     price: float | None = None
-    """Of one chip per hour."""
+    """The price of one chip per hour."""
     mfu: float | None = None
     """Assumed for all times, in place of the upper bound of the speed."""
     compile: bool = True

@@ -19,7 +19,8 @@ from clip_jax.config import (
 )
 from clip_jax.config.flat import flatten, siblings
 from clip_jax.errors import UserError
-from clip_jax.settings import ranges
+from clip_jax.evaluation.protocols import PROTOCOLS
+from clip_jax.settings import EVALUATION_CHOICES, ranges
 
 
 def valid(**changes):
@@ -147,6 +148,10 @@ def test_settings_of_earlier_versions_are_read_under_todays_names():
 
 
 NUMBERS = [k for k, v in flatten(defaults()).items() if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
+def test_the_protocols_of_the_settings_are_those_that_there_are():
+    assert set(EVALUATION_CHOICES["protocol"]) == set(PROTOCOLS)
 
 
 def test_every_number_has_a_range():

@@ -46,9 +46,9 @@ def test_the_estimate_is_todays_and_never_far_below_what_the_compiler_says(rows)
     """Above it is a run on too many chips; below it would be one that does not fit."""
     for name, row in rows.items():
         today, estimate, compiled = (
-            float(re.match(r"[\d.]+", told)[0])
-            for told in (BENCHMARK["estimate"](*CASES[name]), row["estimate"], row["HBM per chip"])
+            float(re.match(r"[\d.]+", gibibytes)[0])
+            for gibibytes in (BENCHMARK["estimate"](*CASES[name]), row["estimate"], row["HBM per chip"])
         )
-        assert estimate == pytest.approx(today, rel=0.01), name  # versions of JAX keep a little more or less
+        assert estimate == pytest.approx(today, rel=0.01), name  # versions of JAX save a little more or less
         if row["fits"] == "yes":
             assert estimate > 0.9 * compiled, name
