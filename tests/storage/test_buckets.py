@@ -230,7 +230,7 @@ def test_a_run_in_a_bucket_killed_and_resumed_elsewhere_equals_a_local_one(bucke
         timeout=240,
     )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert f"report             {url}/report.html" in resumed.stdout
+    assert f"report {url}/report.html" in " ".join(resumed.stdout.split())
     assert list((tmp_path / "second").glob("clip_jax_*")) == []  # nothing is left on the machine
 
     found = copy(url, tmp_path / "copy")
