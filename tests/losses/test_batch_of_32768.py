@@ -19,6 +19,8 @@ from tests.training.steps import learner_of
 pytestmark = pytest.mark.slow
 
 BATCH, CHUNK = 32_768, 512
+# The other tests compile in a hurry; what is executed 10^9 times is worth the optimizer's time.
+OPTIMIZED = {"xla_backend_optimization_level": 1}
 
 
 def rows(image, text, scale, bias=0.0):
@@ -34,18 +36,20 @@ def float64_softmax(image, text, scale):
     image, text, size = image.astype(np.float64), text.astype(np.float64), len(image)
     row_lse, columns = np.empty(size), np.zeros(size)
     for chosen, _, logits in rows(image, text, scale):  # |logits| <= 100: their exponentials are far from overflow
-        exponentials = np.exp(logits)
+        exponentials = np.exp(logits, out=logits)
         row_lse[chosen] = np.log(exponentials.sum(axis=1))
         columns += exponentials.sum(axis=0)
     column_lse, positives = np.log(columns), scale * np.sum(image * text, axis=1)
     by_image, by_text, by_scale = np.empty_like(image), np.zeros_like(text), 0.0
+    by_row, by_column = np.exp(-row_lse), np.exp(-column_lse)
     for chosen, cosines, logits in rows(image, text, scale):
-        p = np.exp(logits - row_lse[chosen, None]) + np.exp(logits - column_lse[None, :])
+        p = np.exp(logits, out=logits)
+        p *= by_row[chosen, None] + by_column[None, :]
         p[np.arange(len(chosen)), chosen] -= 2
         p /= 2 * size
         by_image[chosen] = scale * p @ text
         by_text += scale * p.T @ image[chosen]
-        by_scale += np.sum(p * cosines)
+        by_scale += np.vdot(p, cosines)
     return np.mean(row_lse + column_lse - 2 * positives) / 2, (by_image, by_text, by_scale)
 
 
@@ -54,14 +58,15 @@ def float64_sigmoid(image, text, scale, bias):
     image, text, size = image.astype(np.float64), text.astype(np.float64), len(image)
     loss, by_image, by_text, by_scale, by_bias = 0.0, np.empty_like(image), np.zeros_like(text), 0.0, 0.0
     for chosen, cosines, logits in rows(image, text, scale, bias):
-        signs = np.ones_like(logits)
-        signs[np.arange(len(chosen)), chosen] = -1  # of the positives: -log sigmoid(l) = log(1 + exp(-l))
-        exponentials = np.exp(signs * logits)
+        positives = np.arange(len(chosen)), chosen
+        logits[positives] *= -1  # -log sigmoid(l) = log(1 + exp(-l))
+        exponentials = np.exp(logits, out=logits)
         loss += np.log1p(exponentials).sum() / size
-        p = signs * exponentials / (1 + exponentials) / size
+        p = exponentials / (1 + exponentials) / size
+        p[positives] *= -1
         by_image[chosen] = scale * p @ text
         by_text += scale * p.T @ image[chosen]
-        by_scale += np.sum(p * cosines)
+        by_scale += np.vdot(p, cosines)
         by_bias += np.sum(p)
     return loss, (by_image, by_text, by_scale, by_bias)
 
@@ -69,17 +74,17 @@ def float64_sigmoid(image, text, scale, bias):
 @pytest.mark.parametrize(
     ("loss", "reference", "scalars", "aligned", "tolerance"),
     [
-        pytest.param(softmax, float64_softmax, (14.3,), 0.0, 1e-6, id="softmax"),
         pytest.param(softmax, float64_softmax, (100.0,), 0.6, 1e-5, id="softmax, trained"),
         pytest.param(sigmoid, float64_sigmoid, (10.0, -10.0), 0.0, 1e-6, id="sigmoid"),
     ],
 )
 def test_the_loss_of_32768_pairs_and_its_gradients_are_those_of_float64(loss, reference, scalars, aligned, tolerance):
+    """The softmax of an untrained model is in the step below."""
     mesh = make_mesh()
     pair = embeddings(BATCH, 32, aligned)
     values = [jax.device_put(x, batch_sharding(mesh)) for x in pair] + [jnp.float32(x) for x in scalars]
     gradient = jax.jit(jax.value_and_grad(lambda *x: loss(*x, mesh=mesh)[0], tuple(range(len(values)))))
-    value, found = gradient(*values)
+    value, found = gradient.lower(*values).compile(OPTIMIZED)(*values)
     expected_value, expected = reference(*pair, *map(float, values[2:]))
     assert float(value) == pytest.approx(expected_value, rel=tolerance)
     for ours, theirs in zip(found, expected, strict=True):
@@ -125,7 +130,8 @@ def test_a_step_of_32768_pairs_in_micro_batches_has_the_gradient_of_all_of_them(
         )
     expected["logit_scale"] = expected["logit_scale"] + by_scale * scale  # the parameter is its logarithm
 
-    state, metrics = learner.step()(state, to_devices({"image": pixels, "text": text}, mesh, BATCH), {})
+    arguments = state, to_devices({"image": pixels, "text": text}, mesh, BATCH), {}
+    state, metrics = learner.step().lower(*arguments).compile(OPTIMIZED)(*arguments)
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-6)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     for old, new, theirs in zip(*map(jax.tree.leaves, (before, state.params, expected)), strict=True):
