@@ -26,6 +26,7 @@ from clip_jax.interop import (
     huggingface_config,
     open_clip,
     open_clip_config,
+    preprocessing,
     table,
 )
 from clip_jax.interop.tensors import Tensors
@@ -57,9 +58,8 @@ def open_folder(folder: Path) -> Foreign:
     if found.layout == "openclip":
         preset = open_clip_config.to_preset(config, str(found.config))
     else:
-        file = folder / "preprocessor_config.json"
-        preprocessor = folders.read_json(file) if file.is_file() else None
-        preset = huggingface_config.to_preset(config, preprocessor, str(found.config))
+        preprocessor, origin = preprocessing.read_transformers(folder)
+        preset = huggingface_config.to_preset(config, preprocessor, str(found.config), origin)
     return Foreign(folder.resolve().name, preset, files.read(found.weights), found.layout, folder)
 
 
