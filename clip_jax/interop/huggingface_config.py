@@ -88,8 +88,8 @@ def _end_token(text: dict[str, Any], origin: str) -> dict[str, Any]:
         return {"pooling": "argmax"}
     if not isinstance(end, int) or not 0 <= end < vocab_size:
         raise UserError(
-            f"{origin}: text_config.eos_token_id {end!r}, where a text is pooled, is not one of the {vocab_size} ids of "
-            "the tower; set it to the end token of the model's tokenizer"
+            f"{origin}: text_config.eos_token_id {end!r}, where a text is pooled, is not one of the {vocab_size} ids "
+            "of the tower; set it to the end token of the model's tokenizer"
         )
     return {"pooling": "eos", "eos_id": end}
 

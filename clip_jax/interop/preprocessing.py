@@ -15,7 +15,7 @@ from clip_jax.presets import OPENAI, PREPROCESS, SIGLIP, Preprocess
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """Pillow's constants."""
 
-# The processor classes, by the start of their names: CLIPFeatureExtractor, CLIPImageProcessorFast, ... compute the same.
+# The classes of a family have the same settings and defaults, and differ in speed.
 FAMILIES = {"CLIP": OPENAI, "Siglip": SIGLIP}
 CLASSES = {
     f"{family}{kind}": family
