@@ -78,6 +78,11 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(temporary, **arrays)
 
 
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Writes JSON as UTF-8 with a final newline."""
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _read_safetensors(path: Path) -> Tensors:
     header, data_start, data_bytes = _header(path)
     header.pop("__metadata__", None)

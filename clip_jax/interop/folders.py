@@ -63,7 +63,7 @@ def local(source: str | Path, *, pickles: bool = False) -> Path:
     """
     text = str(source)
     if not text.startswith(HUB):
-        folder = run_folder.Folder(source).path
+        folder = run_folder.Folder(source if buckets.is_bucket(source) else Path(source).expanduser()).path
         if buckets.is_bucket(source) and not any(folder.iterdir()):
             raise UserError(f"{source}: empty or missing; give the --workdir of a run, or a folder of weights")
         return folder

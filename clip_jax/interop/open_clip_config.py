@@ -175,6 +175,9 @@ def _tokenizer(text: dict[str, Any], origin: str) -> str:
         return "clip"
     if arguments.get("strip_sep_token"):
         return "clipa"
+    usual = {"sentencepiece": "lower"}.get(name, "canonicalize" if "SigLIP" in name else "whitespace")
+    if arguments.get("clean", usual) != usual:
+        raise UserError(f"{origin}.tokenizer_kwargs.clean={arguments['clean']!r:.60} is not supported")
     if "SigLIP" not in name and name != "google/mt5-base":  # the vocabulary of the multilingual SigLIP
         return name
     return "siglip2" if text["vocab_size"] == 256_000 else "siglip"
@@ -291,7 +294,8 @@ def _text_config(text: TextTower, tokenizer: str) -> dict[str, Any]:
 
 TOKENIZER_CONFIGS = {
     "clip": {},
-    "sentencepiece": {},
+    # A name that means the folder's own: OpenCLIP reads a local folder's files whatever the name.
+    "sentencepiece": {"hf_tokenizer_name": "sentencepiece", "tokenizer_kwargs": {"clean": "lower"}},
     "clipa": {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}},
     "siglip": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}},
     "siglip2": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP2", "tokenizer_kwargs": {"clean": "canonicalize"}},
