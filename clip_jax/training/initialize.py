@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 
 from clip_jax import presets
-from clip_jax.data.tokenizers import files
+from clip_jax.data.tokenizers.sentence_pieces import Pieces
+from clip_jax.errors import UserError
 from clip_jax.interop.merge import Report, differences, merge
 from clip_jax.model import Model, load
 from clip_jax.storage.atomic import write_text
@@ -38,7 +39,7 @@ def with_weights(run: Run, state: TrainState) -> TrainState:
     A line says what they lacked; ``init_from.txt`` has a line for every tensor. Raises UserError.
     """
     source, preset = run.config.model.init_from, run.phases[0].preset
-    names_no_model = Path(source).is_file()
+    names_no_model = Path(source).expanduser().is_file()
     loaded = load(run.config.model.name, weights=source) if names_no_model else load(source)
     differing = {} if names_no_model else differences(preset, loaded.preset)
     differing |= _vocabulary(run, preset, loaded)
@@ -61,13 +62,14 @@ def _vocabulary(run: Run, preset: presets.Preset, loaded: Model) -> dict[str, st
     """Two SentencePiece vocabularies learned from different captions give the same ids to other words."""
     if not preset.tokenizer == loaded.preset.tokenizer == "sentencepiece":
         return {}
-    ours, theirs = (
-        tokenizer.codec.processor.serialized_model_proto() for tokenizer in (run.tokenizer, loaded.tokenizer)
-    )
-    if ours == theirs:
+    try:
+        theirs = loaded.tokenizer.codec
+    except UserError:  # nothing beside the weights says what their ids mean
+        theirs = None
+    ours = run.tokenizer.codec.processor.serialized_model_proto()
+    if isinstance(theirs, Pieces) and theirs.processor.serialized_model_proto() == ours:
         return {}
-    file = f"{run.config.model.init_from}/tokenizer/{files.native_name('sentencepiece')}"
-    return {"tokenizer": f"another vocabulary; --config.tokenizer.vocab={file} takes that of the weights"}
+    return {"tokenizer": "another vocabulary than that of the weights, which an empty --config.tokenizer.vocab= takes"}
 
 
 def _describe(run: Run, source: str, report: Report) -> None:
