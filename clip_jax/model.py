@@ -13,21 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from PIL import Image
 
-from clip_jax import presets
+from clip_jax import inputs, presets
 from clip_jax.data import images as image_files
 from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.errors import UserError, nearest
 from clip_jax.evaluation import zero_shot
+from clip_jax.inputs import Images, OneImage
 from clip_jax.interop import folders, foreign, tokenizer_files
 from clip_jax.models.clip import CLIP, unit
 from clip_jax.models.compute import Compute
 from clip_jax.presets import Preset
 from clip_jax.storage import buckets, checkpoints, run_folder
-
-Images = str | Path | Image.Image | np.ndarray | Sequence[str | Path | Image.Image | np.ndarray]
 
 BATCH = 64
 """Images or texts encoded at once; a smaller last batch is padded, so that nothing is compiled twice."""
@@ -70,13 +68,16 @@ class Model:
         return float(jnp.exp(self.params["logit_scale"]))
 
     def preprocess(self, images: Images) -> Float[np.ndarray, "n height width 3"]:
-        """Paths, PIL images or uint8[H, W, 3] arrays (one or several) -> normalized pixels. Raises UserError."""
+        """Paths, bytes, open files, PIL images or uint8[H, W, 3] (one or several) -> normalized pixels.
+
+        Raises UserError.
+        """
         pixels = np.stack([self._pixels(image) for image in _as_list(images)])
         return np.asarray(self.preset.preprocess.normalize(pixels))
 
     def tokenize(self, texts: str | Sequence[str]) -> Int[np.ndarray, "n length"]:
         """Texts (one or several) -> token ids."""
-        return self.tokenizer([texts] if isinstance(texts, str) else list(texts))
+        return self.tokenizer(inputs.texts(texts))
 
     def encode_image(
         self, images: Images, *, normalize: bool = True, return_tokens: int | None = None
@@ -107,7 +108,8 @@ class Model:
     def encode_pixels(
         self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True, return_tokens: int | None = None
     ) -> Float[Array, "n dim"] | Float[Array, "n tokens width"]:
-        """Embeddings of normalized pixels; jitted, and differentiable with respect to them."""
+        """Embeddings of normalized pixels; jitted, and differentiable with respect to them. Raises UserError."""
+        pixels = inputs.pixels(pixels, self.image_size, self.preset.preprocess)
         rows = self._rows(pixels)
         if return_tokens is not None:
             return self._image_tokens(self.params, rows, return_tokens)[: len(pixels)]
@@ -117,7 +119,8 @@ class Model:
     def encode_tokens(
         self, tokens: Int[Array, "n length"], *, normalize: bool = True, return_tokens: int | None = None
     ) -> Float[Array, "n dim"] | Float[Array, "n length width"]:
-        """Embeddings of token ids; jitted."""
+        """Embeddings of token ids; jitted. Raises UserError."""
+        tokens = inputs.tokens(tokens, self.preset.architecture.text)
         rows = self._rows(tokens)
         if return_tokens is not None:
             return self._text_tokens(self.params, rows, return_tokens)[: len(tokens)]
@@ -133,7 +136,10 @@ class Model:
 
     def similarity(self, a: Float[Array, "n dim"], b: Float[Array, "m dim"]) -> Float[Array, "n m"]:
         """Cosines between any embeddings: image-text, text-text, image-image."""
-        return unit(jnp.asarray(a)) @ unit(jnp.asarray(b)).T
+        a, b = jnp.atleast_2d(a), jnp.atleast_2d(b)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+            raise UserError(f"embeddings of shapes {list(a.shape)} and {list(b.shape)} have no cosines")
+        return unit(a) @ unit(b).T
 
     def classify(
         self, images: Images, labels: Sequence[str], templates: Sequence[str] = ("{}",)
@@ -142,8 +148,9 @@ class Model:
 
         ``templates`` are prompts with {} for the label; their embeddings are averaged.
         """
-        if isinstance(labels, str) or not len(labels):
-            raise UserError("labels: a list with at least one text")
+        if isinstance(labels, str):
+            raise UserError("labels: a list of texts, not one text")
+        labels = inputs.texts(labels, "labels")
         classes = zero_shot.classifier(labels, templates, self.encode_text)
         return np.asarray(jax.nn.softmax(self.scale * self.encode_image(images) @ classes.T, axis=-1))
 
@@ -163,19 +170,13 @@ class Model:
     def _text_tokens(self):
         return jax.jit(self.clip.text_tokens, static_argnums=2)
 
-    def _pixels(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-        if isinstance(image, str | Path):
-            try:
-                data = Path(image).read_bytes()
-            except OSError as error:
-                raise UserError(f"{image}: cannot be read ({error.strerror})") from error
-        else:
-            data = image
+    def _pixels(self, image: OneImage) -> np.ndarray:
+        data, name = inputs.image(image)
         resize, interpolation = self.preset.preprocess.resize, self.preset.preprocess.interpolation
         try:
             return image_files.resize_and_crop(data, self.image_size, resize=resize, interpolation=interpolation)
         except image_files.BadImageError as error:
-            raise UserError(f"{image if isinstance(image, str | Path) else 'image'}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
 
 
 def load(
@@ -281,8 +282,7 @@ def _given(tokenizer: Tokenizer) -> Callable[[], Tokenizer]:
 
 
 def _as_list(images: Images) -> list:
-    single = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
-    return [images] if single else list(images)
+    return inputs.images(images)
 
 
 def _in_batches(encode, chunks: list) -> Float[np.ndarray, "n dim"]:
