@@ -11,6 +11,7 @@ from clip_jax.models.vit import ImageTower
 from clip_jax.presets import Preprocess, Preset, siglip_image
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 GEMMA_VOCABULARY = 256_000
 """The vocabulary size of SigLIP 2, whose folders have the same ``model_type`` as SigLIP's."""
 
@@ -46,6 +47,12 @@ def to_preset(
     if kind not in ("clip", "siglip"):
         raise UserError(
             f"{origin}: model_type {kind!r} is not supported; CLIPModel (clip) and SiglipModel (siglip) are"
+        )
+    classes = config.get("architectures") or [CLASSES[kind]]
+    if classes[0] != CLASSES[kind]:
+        raise UserError(
+            f"{origin}: {classes[0]} is not {CLASSES[kind]}: it lacks a tower, or has other parts, so that it cannot "
+            "compare images with texts; give the model that it was made from"
         )
     # Old configs have a second, complete dict, which takes precedence in Transformers too.
     text, image = (

@@ -95,6 +95,7 @@ def to_preset(config: dict[str, Any], origin: str) -> Preset:
     """The preset of an ``open_clip_config.json``; ``origin`` is its name in error messages."""
     try:
         model = config["model_cfg"]
+        _check_towers(model["vision_cfg"], model["text_cfg"], origin)
         vision = _settings(model["vision_cfg"], VISION, f"{origin}: model_cfg.vision_cfg")
         text = _settings(model["text_cfg"], TEXT, f"{origin}: model_cfg.text_cfg")
         embed_dim = model["embed_dim"]
@@ -116,10 +117,20 @@ def to_preset(config: dict[str, Any], origin: str) -> Preset:
     return Preset(architecture, pixels, tokenizer)
 
 
+def _check_towers(vision: dict[str, Any], text: dict[str, Any], origin: str) -> None:
+    """UserError for a tower of another library, which its settings, many and different, would hide."""
+    timm, transformers = vision.get("timm_model_name"), text.get("hf_model_name")
+    if timm and timm not in TIMM:
+        raise UserError(
+            f"{origin}: the image tower is timm's {timm}, which is not supported; of timm's, SigLIP's and EVA-02's "
+            "ViTs are (clip_jax.list_models())"
+        )
+    if transformers:
+        raise UserError(f"{origin}: the text tower is Transformers' {transformers}, which is not supported")
+
+
 def _image(vision: dict[str, Any], activation: str, origin: str) -> ImageTower | ResNetTower:
     if name := vision["timm_model_name"]:
-        if name not in TIMM:
-            raise UserError(f"{origin}.timm_model_name={name!r} is not supported")
         return dataclasses.replace(TIMM[name], image_size=vision["image_size"])
     width = vision["width"]
     if isinstance(vision["layers"], list):

@@ -1,14 +1,17 @@
 """The state that a run starts from: its newest checkpoint, or a fresh one, with other weights where asked."""
 
+import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from clip_jax import presets
 from clip_jax.data.tokenizers.sentence_pieces import Pieces
 from clip_jax.errors import UserError
 from clip_jax.interop.merge import Report, differences, merge
 from clip_jax.model import Model, load
+from clip_jax.models.clip import Params
 from clip_jax.storage.atomic import write_text
 from clip_jax.storage.checkpoints import Checkpoints
 from clip_jax.training.phases import convert
@@ -48,6 +51,8 @@ def with_weights(run: Run, state: TrainState) -> TrainState:
     merged, report = merge(model, loaded.params, run.config.model.init_from_allow, differing)
     if jax.process_index() == 0:
         _describe(run, source, report)
+        if line := _limited_scale(run, merged):
+            print(line)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.batch_stats))
     params = jax.device_put(merged | objectives, shardings[0])
     return state._replace(
@@ -70,6 +75,20 @@ def _vocabulary(run: Run, preset: presets.Preset, loaded: Model) -> dict[str, st
     if isinstance(theirs, Pieces) and theirs.processor.serialized_model_proto() == ours:
         return {}
     return {"tokenizer": "another vocabulary than that of the weights, which an empty --config.tokenizer.vocab= takes"}
+
+
+def _limited_scale(run: Run, params: Params) -> str:
+    """A line if the first step would change the loaded logit scale, whatever the gradient; else nothing."""
+    limited = params
+    for objective in run.phases[0].learner.objectives.values():
+        limited = objective.constrain(limited)
+    loaded, after = (float(jnp.exp(tree["logit_scale"])) for tree in (params, limited))
+    if math.isclose(loaded, after, rel_tol=1e-5):
+        return ""
+    return (
+        f"logit scale: {loaded:.4g} in the weights, {after:.4g} from the first step on "
+        "(config.objectives.contrastive.max_logit_scale; 0: no limit)"
+    )
 
 
 def _describe(run: Run, source: str, report: Report) -> None:
