@@ -1,6 +1,7 @@
 """``load``: a run folder or foreign weights -> a ``Model`` that embeds and compares images and texts."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,21 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from PIL import Image
 
-from clip_jax import presets
+from clip_jax import inputs, presets
 from clip_jax.data import images as image_files
 from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices.sharding import batch_shards
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, nearest
 from clip_jax.evaluation import zero_shot
-from clip_jax.interop import folders, foreign
+from clip_jax.inputs import Images, OneImage
+from clip_jax.interop import folders, foreign, tokenizer_files
 from clip_jax.models.clip import CLIP, unit
 from clip_jax.models.compute import Compute
 from clip_jax.presets import Preset
 from clip_jax.storage import buckets, checkpoints, run_folder
-
-Images = str | Path | Image.Image | np.ndarray | Sequence[str | Path | Image.Image | np.ndarray]
 
 BATCH = 64
 """Images or texts encoded at once; a smaller last batch is padded, so that nothing is compiled twice."""
@@ -69,13 +68,16 @@ class Model:
         return float(jnp.exp(self.params["logit_scale"]))
 
     def preprocess(self, images: Images) -> Float[np.ndarray, "n height width 3"]:
-        """Paths, PIL images or uint8[H, W, 3] arrays (one or several) -> normalized pixels. Raises UserError."""
+        """Paths, bytes, open files, PIL images or uint8[H, W, 3] (one or several) -> normalized pixels.
+
+        Raises UserError.
+        """
         pixels = np.stack([self._pixels(image) for image in _as_list(images)])
         return np.asarray(self.preset.preprocess.normalize(pixels))
 
     def tokenize(self, texts: str | Sequence[str]) -> Int[np.ndarray, "n length"]:
         """Texts (one or several) -> token ids."""
-        return self.tokenizer([texts] if isinstance(texts, str) else list(texts))
+        return self.tokenizer(inputs.texts(texts))
 
     def encode_image(
         self, images: Images, *, normalize: bool = True, return_tokens: int | None = None
@@ -106,7 +108,8 @@ class Model:
     def encode_pixels(
         self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True, return_tokens: int | None = None
     ) -> Float[Array, "n dim"] | Float[Array, "n tokens width"]:
-        """Embeddings of normalized pixels; jitted, and differentiable with respect to them."""
+        """Embeddings of normalized pixels; jitted, and differentiable with respect to them. Raises UserError."""
+        pixels = inputs.pixels(pixels, self.image_size, self.preset.preprocess)
         rows = self._rows(pixels)
         if return_tokens is not None:
             return self._image_tokens(self.params, rows, return_tokens)[: len(pixels)]
@@ -116,7 +119,8 @@ class Model:
     def encode_tokens(
         self, tokens: Int[Array, "n length"], *, normalize: bool = True, return_tokens: int | None = None
     ) -> Float[Array, "n dim"] | Float[Array, "n length width"]:
-        """Embeddings of token ids; jitted."""
+        """Embeddings of token ids; jitted. Raises UserError."""
+        tokens = inputs.tokens(tokens, self.preset.architecture.text)
         rows = self._rows(tokens)
         if return_tokens is not None:
             return self._text_tokens(self.params, rows, return_tokens)[: len(tokens)]
@@ -132,7 +136,10 @@ class Model:
 
     def similarity(self, a: Float[Array, "n dim"], b: Float[Array, "m dim"]) -> Float[Array, "n m"]:
         """Cosines between any embeddings: image-text, text-text, image-image."""
-        return unit(jnp.asarray(a)) @ unit(jnp.asarray(b)).T
+        a, b = jnp.atleast_2d(a), jnp.atleast_2d(b)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+            raise UserError(f"embeddings of shapes {list(a.shape)} and {list(b.shape)} have no cosines")
+        return unit(a) @ unit(b).T
 
     def classify(
         self, images: Images, labels: Sequence[str], templates: Sequence[str] = ("{}",)
@@ -141,8 +148,9 @@ class Model:
 
         ``templates`` are prompts with {} for the label; their embeddings are averaged.
         """
-        if isinstance(labels, str) or not len(labels):
-            raise UserError("labels: a list with at least one text")
+        if isinstance(labels, str):
+            raise UserError("labels: a list of texts, not one text")
+        labels = inputs.texts(labels, "labels")
         classes = zero_shot.classifier(labels, templates, self.encode_text)
         return np.asarray(jax.nn.softmax(self.scale * self.encode_image(images) @ classes.T, axis=-1))
 
@@ -162,19 +170,13 @@ class Model:
     def _text_tokens(self):
         return jax.jit(self.clip.text_tokens, static_argnums=2)
 
-    def _pixels(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-        if isinstance(image, str | Path):
-            try:
-                data = Path(image).read_bytes()
-            except OSError as error:
-                raise UserError(f"{image}: cannot be read ({error.strerror})") from error
-        else:
-            data = image
+    def _pixels(self, image: OneImage) -> np.ndarray:
+        data, name = inputs.image(image)
         resize, interpolation = self.preset.preprocess.resize, self.preset.preprocess.interpolation
         try:
             return image_files.resize_and_crop(data, self.image_size, resize=resize, interpolation=interpolation)
         except image_files.BadImageError as error:
-            raise UserError(f"{image if isinstance(image, str | Path) else 'image'}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
 
 
 def load(
@@ -185,39 +187,59 @@ def load(
     context_length: int | None = None,
     mesh: Mesh | None = None,
     dtype: str = "float32",
+    tokenizer: str | Path | Tokenizer | None = None,
+    step: int | None = None,
 ) -> Model:
     """A run's folder, an OpenCLIP or Hugging Face folder, or ``hf://org/name``; or a model's name with its ``weights``.
 
-    ``load("runs/demo")`` loads the newest checkpoint; ``load("ViT-B/32", weights="ViT-B-32.safetensors")`` a file or
-    folder in any library's layout. Folders may be in a bucket, ``gs://`` or ``s3://``. Foreign weights are adapted to
-    another ``image_size`` or ``context_length`` by resizing their position embeddings, and a line says so. With a
-    ``mesh`` the parameters are sharded over it and batches are split; without, everything is on one device. Raises
-    UserError; no pickle is opened (``clip-jax import`` converts those).
+    ``load("runs/demo")`` loads the newest checkpoint, ``step=N`` another that the run kept; ``load("ViT-B/32",
+    weights="ViT-B-32.safetensors")`` a file or folder in any library's layout. Folders may be in a bucket, ``gs://`` or
+    ``s3://``. Foreign weights are adapted to another ``image_size`` or ``context_length`` by resizing their position
+    embeddings, and a line says so. With a ``mesh`` the parameters are sharded over it and batches are split; without,
+    everything is on one device. ``tokenizer`` is the one that the model was trained with, or its file or folder, for a
+    model whose own folder has none; a vocabulary that is not the text tower's is refused. Raises UserError; no pickle
+    is opened (``clip-jax import`` converts those).
     """
     if weights is not None:
         name = str(source)
         found = foreign.open_weights(folders.local(weights), name, presets.preset(name))
-        return _foreign(found, image_size, context_length, mesh, dtype)
+        return _foreign(found, image_size, context_length, mesh, dtype, tokenizer)
     folder = folders.local(source)
     if folder.is_file():
         raise UserError(f"{folder}: does not say which model it is: load(NAME, weights={str(folder)!r})")
     if not folder.is_dir():
-        if _is_name(str(source)):
-            raise UserError(f"{source}: a name says the architecture alone; load({str(source)!r}, weights=PATH_OR_HF)")
-        raise UserError(f"{folder}: no such folder; give the --workdir of a run, or a folder of weights")
+        raise UserError(_not_there(str(source)))
     if run_folder.is_run(folder):
         if image_size or context_length:
             raise UserError(f"{folder}: a run is loaded at its own size; image_size, context_length are for weights")
-        return _run(folder, source if buckets.is_bucket(source) else folder, mesh, dtype)
-    return _foreign(foreign.open_folder(folder), image_size, context_length, mesh, dtype)
+        return _run(folder, source if buckets.is_bucket(source) else folder, mesh, dtype, tokenizer, step)
+    if step is not None:
+        raise UserError(f"{folder}: a folder of weights has no steps; step= is for runs")
+    return _foreign(foreign.open_folder(folder), image_size, context_length, mesh, dtype, tokenizer)
 
 
-def _is_name(text: str) -> bool:
-    return text.replace("/", "-") in {name.replace("/", "-") for name in presets.list_models()}
+def _not_there(source: str) -> str:
+    """Why there is no folder of this name, and what was probably meant."""
+    if source.replace("/", "-") in {name.replace("/", "-") for name in presets.list_models()}:
+        return f"{source}: a name says the architecture alone; load({source!r}, weights=PATH_OR_HF)"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return (
+            f"{source}: no such folder; the repository of that name on the Hugging Face hub is "
+            f"{folders.HUB}{source}{nearest(source, presets.list_models())}"
+        )
+    return f"{source}: no such folder; give the --workdir of a run, or a folder of weights"
 
 
-def _run(folder: Path, checkpoints_in: str | Path, mesh: Mesh | None, dtype: str) -> Model:
-    run, step = run_folder.read(folder), checkpoints.need_latest_step(checkpoints_in)
+def _run(
+    folder: Path,
+    checkpoints_in: str | Path,
+    mesh: Mesh | None,
+    dtype: str,
+    tokenizer: str | Path | Tokenizer | None,
+    step: int | None,
+) -> Model:
+    run = run_folder.read(folder)
+    step = checkpoints.need_step(checkpoints_in, step)
     # A run of several phases has a model for each: the one that trained the checkpoint's step.
     models = [phase for phase in run.get("phases", ()) if phase["start"] < step]
     preset = presets.from_json(models[-1] if models else run["model"])
@@ -228,25 +250,39 @@ def _run(folder: Path, checkpoints_in: str | Path, mesh: Mesh | None, dtype: str
         abstract,
         foreign.shardings(preset.architecture, mesh),
     )
+    if tokenizer is None:
+        length = preset.architecture.text.context_length
+        open_tokenizer = partial(stored.open_tokenizer, folder, preset.tokenizer, length)
+    else:
+        open_tokenizer = _given(tokenizer_files.given(tokenizer, preset.tokenizer, preset.architecture.text))
     params, batch_stats = checkpoints.load_model(checkpoints_in, step, abstract, jax.eval_shape(clip.init_batch_stats))
-    length = preset.architecture.text.context_length
-    open_tokenizer = partial(stored.open_tokenizer, folder, preset.tokenizer, length)
     return Model(run["model"]["name"], preset, clip, params, open_tokenizer, step, batch_stats)
 
 
 def _foreign(
-    found: foreign.Foreign, image_size: int | None, context_length: int | None, mesh: Mesh | None, dtype: str
+    found: foreign.Foreign,
+    image_size: int | None,
+    context_length: int | None,
+    mesh: Mesh | None,
+    dtype: str,
+    tokenizer: str | Path | Tokenizer | None,
 ) -> Model:
     preset = foreign.resized(found.preset, image_size, context_length)
+    open_tokenizer = partial(foreign.open_tokenizer, found._replace(preset=preset), tokenizer)
+    if tokenizer is not None:
+        open_tokenizer = _given(open_tokenizer())
     params, batch_stats = foreign.read_params(found, foreign.onto_devices(preset.architecture, mesh))
     clip = CLIP(preset.architecture, Compute(dtype=jnp.dtype(dtype), mesh=mesh))
-    open_tokenizer = partial(foreign.open_tokenizer, found._replace(preset=preset))
     return Model(found.name, preset, clip, params, open_tokenizer, step=0, batch_stats=batch_stats)
 
 
+def _given(tokenizer: Tokenizer) -> Callable[[], Tokenizer]:
+    """For a tokenizer that was opened, and checked, before the weights are read."""
+    return lambda: tokenizer
+
+
 def _as_list(images: Images) -> list:
-    single = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
-    return [images] if single else list(images)
+    return inputs.images(images)
 
 
 def _in_batches(encode, chunks: list) -> Float[np.ndarray, "n dim"]:

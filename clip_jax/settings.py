@@ -55,8 +55,9 @@ def defaults() -> ConfigDict:
             },
             "tokenizer": {
                 "kind": "",  # clip, clipa, siglip, siglip2, sentencepiece (trained on the captions); empty: the model's
-                # Path of clip's bpe_simple_vocab_16e6.txt.gz, clipa's vocab.txt, siglip's .model or tokenizer.json
-                # (empty: from the Hugging Face cache or hub), another run's sentencepiece.model (empty: trained).
+                # Path of clip's bpe_simple_vocab_16e6.txt.gz, clipa's vocab.txt, siglip's .model or tokenizer.json,
+                # another run's sentencepiece.model. Empty: that of model.init_from, else from the Hugging Face cache
+                # or hub; sentencepiece: trained.
                 "vocab": "",
                 "train_captions": 100_000,  # sentencepiece: examples whose captions it learns its pieces from
             },

@@ -111,7 +111,7 @@ def test_mistakes_are_one_line(model, tmp_path):
         model.encode_image(tmp_path / "broken.jpg")
     with pytest.raises(UserError, match=r"nowhere.jpg: cannot be read"):
         model.encode_image("nowhere.jpg")
-    with pytest.raises(UserError, match="at least one text"):
+    with pytest.raises(UserError, match="labels: none; give at least one"):
         model.classify("x.jpg", [])
     with pytest.raises(UserError, match="no such folder"):
         clip_jax.load("nowhere")

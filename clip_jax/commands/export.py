@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     except UserError as error:
         tokenizer = None
         print(f"tokenizer: {error}")
-    to = Path(arguments.to)
+    to = Path(arguments.to).expanduser()
     for line in export(
         to,
         arguments.format,

@@ -16,5 +16,7 @@ def run(arguments: argparse.Namespace) -> None:
     from clip_jax.interop import folders
     from clip_jax.interop.convert import convert
 
-    for line in convert(folders.local(arguments.source, pickles=True), Path(arguments.to), arguments.model):
+    for line in convert(
+        folders.local(arguments.source, pickles=True), Path(arguments.to).expanduser(), arguments.model
+    ):
         print(line)

@@ -9,7 +9,6 @@ from pathlib import Path
 from clip_jax import presets
 from clip_jax.errors import UserError
 from clip_jax.interop import (
-    export,
     files,
     folders,
     huggingface_config,
@@ -73,11 +72,11 @@ def _write_config(to: Path, layout: str, file: Path, tensors: Tensors, model: st
 
 def _write_preset(to: Path, layout: str, preset: Preset) -> None:
     if layout == "openclip":
-        export.write_json(to / "open_clip_config.json", open_clip_config.from_preset(preset))
+        files.write_json(to / "open_clip_config.json", open_clip_config.from_preset(preset))
         return
     config, preprocessor = huggingface_config.from_preset(preset)
-    export.write_json(to / "config.json", config)
-    export.write_json(to / "preprocessor_config.json", preprocessor)
+    files.write_json(to / "config.json", config)
+    files.write_json(to / "preprocessor_config.json", preprocessor)
 
 
 def _name(preset: Preset) -> str:

@@ -3,24 +3,28 @@
 ``export`` returns lines for the user: what was written, and which part of the model the format cannot hold.
 """
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from clip_jax import __version__
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.data.tokenizers.files import FILES
 from clip_jax.errors import UserError
-from clip_jax.interop import big_vision, files, huggingface, huggingface_config, open_clip, open_clip_config
+from clip_jax.interop import (
+    big_vision,
+    export_tokenizer,
+    files,
+    huggingface,
+    huggingface_config,
+    open_clip,
+    open_clip_config,
+)
+from clip_jax.interop.files import write_json
 from clip_jax.interop.tensors import Tensors, from_arrays
 from clip_jax.models.clip import Params, parameter_counts
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.presets import Preset
-from clip_jax.storage import run_folder
 
 FORMATS = ("openclip", "huggingface", "bigvision")
 
@@ -48,7 +52,7 @@ def export(
     except UserError:
         to.rmdir()  # Nothing was written: each format refuses a model before it writes.
         raise
-    lines += _tokenizer(to, layout, preset, tokenizer, source)
+    lines += export_tokenizer.write(to, layout, preset.tokenizer, tokenizer, source)
     (to / "README.md").write_text(model_card(name, layout, preset, params), encoding="utf-8")
     return lines
 
@@ -75,54 +79,6 @@ def _big_vision(to: Path, preset: Preset, tensors: Tensors) -> list[str]:
     if big_vision.activations(preset.architecture) != preset.architecture:
         lines.append("activation: big_vision computes GELU by its tanh approximation, unlike this model")
     return lines
-
-
-def _tokenizer(to: Path, layout: str, preset: Preset, tokenizer: Tokenizer | None, source: Path) -> list[str]:
-    kind = preset.tokenizer
-    if kind == "sentencepiece":
-        return [
-            f"tokenizer: left out, {layout} cannot hold one trained by clip_jax; texts need the tokenizer/ of {source}"
-        ]
-    if layout == "bigvision":
-        return ["tokenizer: left out, big_vision finds its tokenizers itself"]
-    if kind == "clip":
-        if tokenizer is None:
-            return ["tokenizer: CLIP's, which was not found on this machine; OpenCLIP includes its own"]
-        _write_clip_tokenizer(to, tokenizer)
-        return ["tokenizer: CLIP's (vocab.json, merges.txt)"]
-    folder = source / "tokenizer" if run_folder.is_run(source) else source
-    copied = [path for path in folder.iterdir() if path.name in _COPIED | set(FILES.get(kind, ()))]
-    for path in copied:
-        shutil.copyfile(path, to / path.name)
-    names = ", ".join(sorted(path.name for path in copied))
-    return [f"tokenizer: {names}" if copied else f"tokenizer: left out, {source} has none"]
-
-
-_COPIED = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
-
-
-def _write_clip_tokenizer(to: Path, tokenizer: Tokenizer) -> None:
-    """Transformers' files. Its special tokens are spelled differently from OpenCLIP's, but have the same ids."""
-    codec, start, end = tokenizer.codec, "<|startoftext|>", "<|endoftext|>"
-    symbols = [*codec.symbols[:-2], start, end]
-    write_json(to / "vocab.json", {symbol: i for i, symbol in enumerate(symbols)}, indent=None)
-    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in codec.merges)])
-    (to / "merges.txt").write_text(merges + "\n", encoding="utf-8")
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "bos_token": start,
-        "eos_token": end,
-        "unk_token": end,
-        "pad_token": end,
-        "do_lower_case": True,
-        "model_max_length": tokenizer.context_length,
-    }
-    write_json(to / "tokenizer_config.json", config)
-
-
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Writes JSON as UTF-8 with a final newline."""
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(name: str, layout: str, preset: Preset, params: Params) -> str:

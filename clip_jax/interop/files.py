@@ -24,7 +24,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from clip_jax.errors import UserError
-from clip_jax.interop.tensors import Entry, Tensors
+from clip_jax.interop.tensors import Entry, Tensors, unwrapped
 from clip_jax.storage import atomic
 
 MAX_HEADER_BYTES = 100 << 20  # The limit of the safetensors library; the header of the largest CLIP has 0.2 MB.
@@ -52,16 +52,19 @@ def is_pickled(path: Path) -> bool:
 
 
 def read(path: str | Path) -> Tensors:
-    """The tensors of a ``.safetensors``, ``.safetensors.index.json`` or ``.npz`` file. Raises UserError."""
+    """The tensors of a ``.safetensors``, ``.safetensors.index.json`` or ``.npz`` file, by the names of the bare model.
+
+    Raises UserError.
+    """
     path = Path(path)
     if is_pickled(path):
         raise UserError(f"{path}: a pickle, which is never opened here; `clip-jax import {path} --to=DIR` converts it")
     if path.name.endswith(INDEX):
-        return read_shards(path, _read_safetensors)
+        return unwrapped(read_shards(path, _read_safetensors))
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return unwrapped(_read_safetensors(path))
     if path.suffix == ".npz":
-        return _read_npz(path)
+        return unwrapped(_read_npz(path))
     raise UserError(f"{path}: not a file of weights (.safetensors, .safetensors.index.json, .npz)")
 
 
@@ -76,6 +79,11 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an uncompressed npz atomically."""
     with atomic.replacing(path) as temporary:
         np.savez(temporary, **arrays)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Writes JSON as UTF-8 with a final newline."""
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_safetensors(path: Path) -> Tensors:

@@ -63,7 +63,7 @@ def local(source: str | Path, *, pickles: bool = False) -> Path:
     """
     text = str(source)
     if not text.startswith(HUB):
-        folder = run_folder.Folder(source).path
+        folder = run_folder.Folder(source if buckets.is_bucket(source) else Path(source).expanduser()).path
         if buckets.is_bucket(source) and not any(folder.iterdir()):
             raise UserError(f"{source}: empty or missing; give the --workdir of a run, or a folder of weights")
         return folder
@@ -101,10 +101,7 @@ def find(folder: Path) -> Found:
     """The layout of a folder that is read. Raises UserError where there is none, or where its weights are a pickle."""
     every = _layouts(folder)
     if not every:
-        raise UserError(
-            f"{folder}: neither a run folder nor one of weights: it has no {run_folder.RUN_FILE}, nor "
-            f"{' or '.join(CONFIGS.values())} with its weights, nor one .npz"
-        )
+        raise UserError(f"{folder}: {_what_it_is(folder)}")
     first = every[0]
     if len(every) > 1:
         others = ", ".join(found.weights.name for found in every[1:])
@@ -116,10 +113,45 @@ def find(folder: Path) -> Found:
     return first
 
 
+def _what_it_is(folder: Path) -> str:
+    """For the user: why a folder cannot be read as a model, and the way out."""
+    names = {path.name for path in folder.iterdir()}
+    if "adapter_config.json" in names:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return (
+            f"a LoRA adapter for {base}, not a model; with peft, merge_and_unload() and save_pretrained() write the "
+            "whole model"
+        )
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+        return (
+            "a distributed checkpoint of PyTorch; `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{folder} model.pt` makes a file that `clip-jax import` converts"
+        )
+    if "model_index.json" in names:
+        return "a pipeline of diffusers, whose parts are folders; give that of a CLIP model"
+    for file, library in (("flax_model.msgpack", "Flax"), ("tf_model.h5", "TensorFlow")):
+        if file in names:
+            return f"has weights for {library} alone ({file}); save them with Transformers as model.safetensors"
+    present = sorted(name for name in names if name.endswith((".safetensors", ".npz", *files.PICKLED)))
+    if present:
+        config = " or ".join(CONFIGS.values())
+        return (
+            f"holds {', '.join(present[:3])}, but no {config} beside weights of the usual name; give the file and the "
+            f'model\'s name: clip_jax.load("ViT-B/32", weights="{folder / present[0]}")'
+        )
+    return (
+        f"neither a run folder nor one of weights: it has no {run_folder.RUN_FILE}, nor "
+        f"{' or '.join(CONFIGS.values())} with its weights, nor one .npz"
+    )
+
+
 def _layouts(folder: Path) -> list[Found]:
     found = []
     for layout, config in CONFIGS.items():
         present = [folder / name for name in WEIGHTS[layout] if (folder / name).is_file()]
+        variants = sorted(folder.glob("model.*.safetensors"))  # model.fp16.safetensors
+        if layout == "huggingface" and not present and len(variants) == 1:
+            present = variants
         if present and (folder / config).is_file():
             found.append(Found(layout, present[0], folder / config))
     arrays = sorted(folder.glob("*.npz"))
@@ -138,7 +170,11 @@ def layout_of(names: Sequence[str], origin: str) -> str:
         return "openclip"
     if any(name.removeprefix("params/").startswith(("img/", "txt/")) for name in names):
         return "bigvision"
-    raise UserError(f"{origin}: its tensors have neither OpenCLIP's nor Transformers' nor big_vision's names")
+    found = ", ".join(sorted(names)[:3])
+    raise UserError(
+        f"{origin}: its tensors have neither OpenCLIP's nor Transformers' nor big_vision's names; the first of "
+        f"{len(names)}: {found}"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

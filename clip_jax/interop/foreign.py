@@ -26,7 +26,9 @@ from clip_jax.interop import (
     huggingface_config,
     open_clip,
     open_clip_config,
+    preprocessing,
     table,
+    tokenizer_files,
 )
 from clip_jax.interop.tensors import Tensors
 from clip_jax.models.clip import CLIP, Architecture, Params
@@ -57,9 +59,10 @@ def open_folder(folder: Path) -> Foreign:
     if found.layout == "openclip":
         preset = open_clip_config.to_preset(config, str(found.config))
     else:
-        file = folder / "preprocessor_config.json"
-        preprocessor = folders.read_json(file) if file.is_file() else None
-        preset = huggingface_config.to_preset(config, preprocessor, str(found.config))
+        preprocessor, origin = preprocessing.read_transformers(folder)
+        preset = huggingface_config.to_preset(config, preprocessor, str(found.config), origin)
+    if tokenizers.files.find(folder, "sentencepiece") is not None:  # in an export of a run
+        preset = preset._replace(tokenizer="sentencepiece")
     return Foreign(folder.resolve().name, preset, files.read(found.weights), found.layout, folder)
 
 
@@ -136,21 +139,26 @@ def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
     return sharding.parameter_shardings(boxed, mesh)
 
 
-def open_tokenizer(foreign: Foreign) -> Tokenizer:
-    """The tokenizer in the folder, or a downloaded one of the same kind where the folder has none."""
-    kind, length = foreign.preset.tokenizer, foreign.preset.architecture.text.context_length
-    if kind not in tokenizers.KINDS:
-        raise UserError(
-            f"{foreign.folder}: its texts need the tokenizer of {kind}, which clip_jax does not implement; pass its "
-            "token ids to encode_tokens (images need no tokenizer)"
-        )
-    file = tokenizers.files.find(foreign.folder, kind)
-    if file is None:
+def open_tokenizer(foreign: Foreign, given: str | Path | Tokenizer | None = None) -> Tokenizer:
+    """The given tokenizer (or the one in a file or folder), else the folder's own, else the published one of its kind.
+
+    Raises UserError where its vocabulary or its end token is not the model's.
+    """
+    kind, tower = foreign.preset.tokenizer, foreign.preset.architecture.text
+    # OpenCLIP cleans a text before Transformers' tokenizer reads it; Transformers does not.
+    clean = "whitespace" if foreign.layout == "openclip" else "none"
+    if given is not None:
+        return tokenizer_files.given(given, kind, tower, clean)
+    found = tokenizer_files.open_tokenizer(foreign.folder, kind, tower, clean)
+    if found is not None:
+        return found
+    names = ", ".join(tokenizers.files.FILES.get(kind, (tokenizers.files.JSON,)))
+    reason = "give the tokenizer that it was trained with: load(..., tokenizer=PATH)"
+    if kind in tokenizers.hub.REPOSITORIES:
         try:
-            file = tokenizers.hub.download(kind, foreign.preset.architecture.text.vocab_size)
+            return tokenizer_files.published(kind, tower)
         except UserError as error:
-            raise UserError(
-                f"{foreign.folder}: has none of {', '.join(tokenizers.files.FILES[kind])}, which the texts of this "
-                f"model need (images do not); {error}"
-            ) from error
-    return tokenizers.KINDS[kind](file, length)
+            reason = str(error)
+    raise UserError(
+        f"{foreign.folder}: has none of {names}, which the texts of this model need (images do not); {reason}"
+    )

@@ -33,7 +33,7 @@ def is_siglip(architecture: Architecture) -> bool:
         if image.pooling == "attention" and not image.class_token and text.pooling == "last" and text.projection_bias:
             return True
         plain = image.pooling == "class" and image.norm_pre and not image.patch_bias and image.layer_scale is None
-        if plain and text.pooling == "argmax":
+        if plain and text.causal and text.projection and text.pooling in ("argmax", "eos"):
             return False
     raise UserError("this architecture is neither Transformers' CLIPModel nor its SiglipModel; use --format=openclip")
 

@@ -3,15 +3,15 @@
 from typing import Any
 
 from clip_jax.errors import UserError
+from clip_jax.interop import preprocessing
 from clip_jax.interop.huggingface import is_siglip
 from clip_jax.models.clip import Architecture
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
-from clip_jax.presets import OPENAI, Preprocess, Preset, siglip_image
+from clip_jax.presets import Preprocess, Preset, siglip_image
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-RESAMPLE = {2: "bilinear", 3: "bicubic"}
-"""Pillow's constants."""
+CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 GEMMA_VOCABULARY = 256_000
 """The vocabulary size of SigLIP 2, whose folders have the same ``model_type`` as SigLIP's."""
 
@@ -29,19 +29,30 @@ _SIGLIP = {
 _CLIP_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77}
 _CLIP_IMAGE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "patch_size": 32}
 DEFAULTS = {
-    ("clip", "text"): {**_CLIP, **_CLIP_TEXT, "vocab_size": 49408},
+    ("clip", "text"): {**_CLIP, **_CLIP_TEXT, "vocab_size": 49408, "eos_token_id": 49407},
     ("clip", "vision"): {**_CLIP, **_CLIP_IMAGE, "image_size": 224},
     ("siglip", "text"): {**_SIGLIP, "vocab_size": 32000, "max_position_embeddings": 64},
     ("siglip", "vision"): {**_SIGLIP, "image_size": 224, "patch_size": 16, "vision_use_head": True},
 }
 
 
-def to_preset(config: dict[str, Any], preprocessor: dict[str, Any] | None, origin: str) -> Preset:
-    """The preset of a ``config.json`` and a ``preprocessor_config.json``; ``origin`` names the former in errors."""
+def to_preset(
+    config: dict[str, Any],
+    preprocessor: dict[str, Any] | None,
+    origin: str,
+    preprocessor_origin: str = "preprocessor_config.json",
+) -> Preset:
+    """The preset of a ``config.json`` and the settings of an image processor; each origin is a name in errors."""
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         raise UserError(
             f"{origin}: model_type {kind!r} is not supported; CLIPModel (clip) and SiglipModel (siglip) are"
+        )
+    classes = config.get("architectures") or [CLASSES[kind]]
+    if classes[0] != CLASSES[kind]:
+        raise UserError(
+            f"{origin}: {classes[0]} is not {CLASSES[kind]}: it lacks a tower, or has other parts, so that it cannot "
+            "compare images with texts; give the model that it was made from"
         )
     # Old configs have a second, complete dict, which takes precedence in Transformers too.
     text, image = (
@@ -55,18 +66,42 @@ def to_preset(config: dict[str, Any], preprocessor: dict[str, Any] | None, origi
             )
         if tower["layer_norm_eps"] != DEFAULTS[kind, name]["layer_norm_eps"]:
             raise UserError(f"{origin}: {name}_config.layer_norm_eps {tower['layer_norm_eps']} is not supported")
-    preprocess = _preprocess(preprocessor or {}, origin)
-    return (_siglip if kind == "siglip" else _clip)(config, text, image, preprocess)
+    for setting, supported in (("num_channels", 3), ("vision_use_head", True)):
+        if image.get(setting, supported) != supported:
+            raise UserError(f"{origin}: vision_config.{setting} {image[setting]} is not supported")
+    family = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+    preprocess = preprocessing.from_transformers(preprocessor, family, image["image_size"], preprocessor_origin)
+    if kind == "siglip":
+        return _siglip(text, image, preprocess)
+    return _clip(config, text, image, preprocess, origin)
 
 
-def _clip(config: dict[str, Any], text: dict[str, Any], image: dict[str, Any], preprocess: Preprocess) -> Preset:
+def _clip(
+    config: dict[str, Any], text: dict[str, Any], image: dict[str, Any], preprocess: Preprocess, origin: str
+) -> Preset:
     image_tower = ImageTower(image["image_size"], image["patch_size"], **_sizes(image))
-    text_tower = TextTower(text["max_position_embeddings"], text["vocab_size"], **_sizes(text))
+    pooling = _end_token(text, origin)
+    text_tower = TextTower(text["max_position_embeddings"], text["vocab_size"], **_sizes(text), **pooling)
     return Preset(Architecture(image_tower, text_tower, config.get("projection_dim", 512)), preprocess, "clip")
 
 
-def _siglip(config: dict[str, Any], text: dict[str, Any], image: dict[str, Any], preprocess: Preprocess) -> Preset:
-    del config
+def _end_token(text: dict[str, Any], origin: str) -> dict[str, Any]:
+    """How the text is pooled: at the first end token, which Transformers names by its id.
+
+    The id 2 was a mistake in the configs of OpenAI's models, and means the highest id there too.
+    """
+    end, vocab_size = text["eos_token_id"], text["vocab_size"]
+    if end in (2, vocab_size - 1):
+        return {"pooling": "argmax"}
+    if not isinstance(end, int) or not 0 <= end < vocab_size:
+        raise UserError(
+            f"{origin}: text_config.eos_token_id {end!r}, where a text is pooled, is not one of the {vocab_size} ids "
+            "of the tower; set it to the end token of the model's tokenizer"
+        )
+    return {"pooling": "eos", "eos_id": end}
+
+
+def _siglip(text: dict[str, Any], image: dict[str, Any], preprocess: Preprocess) -> Preset:
     image_tower = siglip_image(image["image_size"], image["patch_size"], **_sizes(image))
     text_tower = TextTower(
         text["max_position_embeddings"],
@@ -93,14 +128,14 @@ def from_preset(preset: Preset) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _clip_config(architecture: Architecture) -> dict[str, Any]:
-    last, projection = architecture.text.vocab_size - 1, {"projection_dim": architecture.embed_dim}
-    # The two highest ids are the start and the end token: Transformers pools the first end token, clip_jax the first
-    # highest id.
-    ids = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+    text, projection = architecture.text, {"projection_dim": architecture.embed_dim}
+    # Transformers pools the first end token; where clip_jax pools the first highest id, the end token is that one.
+    end = text.vocab_size - 1 if text.pooling == "argmax" else text.eos_id
+    ids = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        "text_config": {"model_type": "clip_text_model", **_text_config(architecture.text), **projection, **ids},
+        "text_config": {"model_type": "clip_text_model", **_text_config(text), **projection, **ids},
         "vision_config": {"model_type": "clip_vision_model", **_image_config(architecture.image), **projection},
         **projection,
         "logit_scale_init_value": architecture.init_logit_scale,
@@ -125,7 +160,7 @@ def _preprocessor(preset: Preset) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": square if squash else {"shortest_edge": size},
-        "resample": {name: number for number, name in RESAMPLE.items()}[preset.preprocess.interpolation],
+        "resample": {name: number for number, name in preprocessing.RESAMPLE.items()}[preset.preprocess.interpolation],
         **({} if squash else {"do_center_crop": True, "crop_size": square}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -163,16 +198,3 @@ def _tower_config(tower: ImageTower | TextTower) -> dict[str, Any]:
         "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[tower.activation],
         "layer_norm_eps": tower.norm_epsilon,
     }
-
-
-def _preprocess(config: dict[str, Any], origin: str) -> Preprocess:
-    size = config.get("size", {"shortest_edge": 224})
-    resample = config.get("resample", 3)
-    if resample not in RESAMPLE:
-        raise UserError(f"{origin}: preprocessor_config.json: resample {resample} is none of {RESAMPLE}")
-    return Preprocess(
-        mean=tuple(config.get("image_mean", OPENAI.mean)),
-        std=tuple(config.get("image_std", OPENAI.std)),
-        resize="squash" if isinstance(size, dict) and "height" in size else "shortest",
-        interpolation=RESAMPLE[resample],
-    )

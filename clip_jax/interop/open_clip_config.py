@@ -8,12 +8,13 @@ import math
 from typing import Any
 
 from clip_jax.errors import UserError
+from clip_jax.interop import preprocessing
 from clip_jax.interop.open_clip import is_timm
 from clip_jax.models.clip import Architecture
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
-from clip_jax.presets import OPENAI, PRESETS, Preprocess, Preset
+from clip_jax.presets import PRESETS, Preset
 
 # OpenCLIP's defaults (open_clip/model.py: CLIPVisionCfg, CLIPTextCfg) of the settings that clip_jax implements.
 VISION = {
@@ -48,6 +49,9 @@ TEXT = {
     "hf_tokenizer_name": None,
     "tokenizer_kwargs": None,
 }
+# Of a model_cfg: what is read below; and custom_text, cast_dtype and output_dict, which change no number.
+MODEL = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
+MODEL += ("custom_text", "cast_dtype", "output_dict")
 POOLING = {"tok": "class", "avg": "average"}
 
 ANY = None
@@ -90,12 +94,16 @@ TIMM = {
 def to_preset(config: dict[str, Any], origin: str) -> Preset:
     """The preset of an ``open_clip_config.json``; ``origin`` is its name in error messages."""
     try:
-        model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+        model = config["model_cfg"]
+        _check_towers(model["vision_cfg"], model["text_cfg"], origin)
         vision = _settings(model["vision_cfg"], VISION, f"{origin}: model_cfg.vision_cfg")
         text = _settings(model["text_cfg"], TEXT, f"{origin}: model_cfg.text_cfg")
         embed_dim = model["embed_dim"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{origin}: not a configuration of OpenCLIP ({error!r} is missing)") from error
+    for name, value in model.items():
+        if name not in MODEL and value not in (None, False):
+            raise UserError(f"{origin}: model_cfg.{name}={value!r:.60} is not supported")
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     architecture = Architecture(
         _image(vision, activation, f"{origin}: model_cfg.vision_cfg"),
@@ -104,19 +112,25 @@ def to_preset(config: dict[str, Any], origin: str) -> Preset:
         model.get("init_logit_scale", math.log(1 / 0.07)),
         model.get("init_logit_bias"),
     )
-    preprocess = Preprocess(
-        mean=tuple(preprocess.get("mean", OPENAI.mean)),
-        std=tuple(preprocess.get("std", OPENAI.std)),
-        resize=preprocess.get("resize_mode", "shortest"),
-        interpolation=preprocess.get("interpolation", "bicubic"),
-    )
-    return Preset(architecture, preprocess, _tokenizer(text))
+    tokenizer = _tokenizer(text, f"{origin}: model_cfg.text_cfg")
+    pixels = preprocessing.from_open_clip(config.get("preprocess_cfg"), tokenizer, f"{origin}: preprocess_cfg")
+    return Preset(architecture, pixels, tokenizer)
+
+
+def _check_towers(vision: dict[str, Any], text: dict[str, Any], origin: str) -> None:
+    """UserError for a tower of another library, which its settings, many and different, would hide."""
+    timm, transformers = vision.get("timm_model_name"), text.get("hf_model_name")
+    if timm and timm not in TIMM:
+        raise UserError(
+            f"{origin}: the image tower is timm's {timm}, which is not supported; of timm's, SigLIP's and EVA-02's "
+            "ViTs are (clip_jax.list_models())"
+        )
+    if transformers:
+        raise UserError(f"{origin}: the text tower is Transformers' {transformers}, which is not supported")
 
 
 def _image(vision: dict[str, Any], activation: str, origin: str) -> ImageTower | ResNetTower:
     if name := vision["timm_model_name"]:
-        if name not in TIMM:
-            raise UserError(f"{origin}.timm_model_name={name!r} is not supported")
         return dataclasses.replace(TIMM[name], image_size=vision["image_size"])
     width = vision["width"]
     if isinstance(vision["layers"], list):
@@ -161,13 +175,20 @@ def _text(text: dict[str, Any], activation: str, origin: str) -> TextTower:
     )
 
 
-def _tokenizer(text: dict[str, Any]) -> str:
+def _tokenizer(text: dict[str, Any], origin: str) -> str:
     """The kind of tokenizer, or for a kind that clip_jax does not implement, the repository that OpenCLIP names."""
-    name = text["hf_tokenizer_name"]
+    name, arguments = text["hf_tokenizer_name"], text["tokenizer_kwargs"] or {}
+    if unknown := sorted(arguments.keys() - {"clean", "strip_sep_token"}):
+        raise UserError(f"{origin}.tokenizer_kwargs.{unknown[0]}={arguments[unknown[0]]!r:.60} is not supported")
     if not name:
+        if arguments:  # Cleaned in another way than CLIP's.
+            raise UserError(f"{origin}.tokenizer_kwargs={arguments!r:.60} is not supported")
         return "clip"
-    if (text["tokenizer_kwargs"] or {}).get("strip_sep_token"):
+    if arguments.get("strip_sep_token"):
         return "clipa"
+    usual = {"sentencepiece": "lower"}.get(name, "canonicalize" if "SigLIP" in name else "whitespace")
+    if arguments.get("clean", usual) != usual:
+        raise UserError(f"{origin}.tokenizer_kwargs.clean={arguments['clean']!r:.60} is not supported")
     if "SigLIP" not in name and name != "google/mt5-base":  # the vocabulary of the multilingual SigLIP
         return name
     return "siglip2" if text["vocab_size"] == 256_000 else "siglip"
@@ -284,7 +305,8 @@ def _text_config(text: TextTower, tokenizer: str) -> dict[str, Any]:
 
 TOKENIZER_CONFIGS = {
     "clip": {},
-    "sentencepiece": {},
+    # A name that means the folder's own: OpenCLIP reads a local folder's files whatever the name.
+    "sentencepiece": {"hf_tokenizer_name": "sentencepiece", "tokenizer_kwargs": {"clean": "lower"}},
     "clipa": {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}},
     "siglip": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "tokenizer_kwargs": {"clean": "canonicalize"}},
     "siglip2": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP2", "tokenizer_kwargs": {"clean": "canonicalize"}},

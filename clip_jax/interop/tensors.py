@@ -53,6 +53,32 @@ class Tensors(Mapping[str, np.ndarray]):
         return self.entries[name].shape
 
 
+LEADING = ("module.", "model.")
+"""What data parallelism, averaging and trainers put before every name, also more than once."""
+ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What compiling, sharding and rematerializing a module of PyTorch put before its own names."""
+COUNTS = ("n_averaged",)
+"""What an AveragedModel of PyTorch has beside the model's own tensors."""
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name as the bare model has it -> the name in the file. Unchanged where two would become one."""
+    names = [name for name in names if name not in COUNTS]
+    bare = names
+    for part in ANYWHERE:
+        bare = [name.replace(part, "") for name in bare]
+    while prefix := next((prefix for prefix in LEADING if bare and all(x.startswith(prefix) for x in bare)), ""):
+        bare = [name.removeprefix(prefix) for name in bare]
+    found = dict(zip(bare, names, strict=True))
+    return found if len(found) == len(names) else {name: name for name in names}
+
+
+def unwrapped(tensors: Tensors) -> Tensors:
+    """The tensors under the names of the bare model."""
+    names = unwrapped_names(tensors.entries)
+    return Tensors(tensors.source, {bare: tensors.entries[name] for bare, name in names.items()})
+
+
 def from_arrays(source: str, arrays: Mapping[str, np.ndarray]) -> Tensors:
     """Arrays that are already in memory, as ``Tensors``."""
     return Tensors(source, {name: Entry(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()})

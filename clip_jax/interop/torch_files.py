@@ -2,7 +2,8 @@
 
 Only ``clip-jax import`` uses this. Such a file is a zip of a pickle and the bytes of its tensors, and a pickle is a
 program. This unpickler accepts only a few harmless names (``ALLOWED``) and stops at any other, before anything is
-called. The classes of a TorchScript archive (``__torch__...``) become bags of attributes without any behavior.
+called. The classes of a TorchScript archive (``__torch__...``) become bags of attributes without any behavior, and the
+settings, dates and schedules that trainers save beside a model (``DATA``) become nothing at all.
 """
 
 import io
@@ -17,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from clip_jax.errors import UserError
-from clip_jax.interop.tensors import Entry, Tensors
+from clip_jax.interop.tensors import Entry, Tensors, unwrapped_names
 
 MAX_PICKLE_BYTES = 64 << 20  # The pickle holds names and shapes: 0.3 MB for the largest CLIP.
 
@@ -34,11 +35,8 @@ STORAGES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """The keys under which training checkpoints store the model; the rest (optimizer, epoch) is not read."""
-
-PREFIXES = ("module.", "_orig_mod.")
-"""The prefixes that data-parallel and compiled modules of PyTorch add to every name."""
 
 
 class _Storage(NamedTuple):
@@ -56,6 +54,28 @@ class _Tensor(NamedTuple):
 
 class _Bag:
     """An object of a TorchScript archive: attributes without methods."""
+
+
+class _Nothing:
+    """Stands for an object that is not a tensor: takes whatever its pickle does with it, and keeps nothing."""
+
+    def __new__(cls, *_, **__):
+        return object.__new__(cls)
+
+    def __init__(self, *_, **__): ...
+
+    def __call__(self, *_, **__):
+        return self
+
+    def __setstate__(self, _): ...
+
+    def __setitem__(self, _, __): ...
+
+    def append(self, _): ...
+
+    def extend(self, _): ...
+
+    def add(self, _): ...
 
 
 def _tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None) -> _Tensor:
@@ -86,6 +106,28 @@ ALLOWED = {
 }
 
 
+DATA = (
+    *("argparse", "collections", "datetime", "decimal", "enum", "pathlib", "types", "typing", "uuid"),
+    *("easydict", "ml_collections", "numpy", "omegaconf", "yacs"),
+    *("torch.optim", "torch.amp", "torch.cuda.amp", "torch.torch_version"),
+    *("copyreg", "_codecs", "__main__"),
+)
+"""Modules whose objects lie beside the tensors of training checkpoints. Nothing of theirs is imported or called, only
+``_Nothing`` is; so this is a list of what is expected, and what is not stops the reading."""
+BUILTINS = (
+    *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list"),
+    *("object", "range", "set", "slice", "str", "tuple"),
+)
+
+
+def _is_data(module: str, name: str) -> bool:
+    if module in ("builtins", "__builtin__"):
+        return name in BUILTINS
+    if module == "torch":  # dtypes, devices, layouts; an unknown storage would be a tensor that is left out
+        return not name.endswith("Storage")
+    return any(f"{module}.".startswith(f"{known}.") for known in DATA)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
@@ -94,6 +136,8 @@ class _Unpickler(pickle.Unpickler):
             return STORAGES[name]
         if module.startswith("__torch__."):
             return type(name, (_Bag,), {})
+        if _is_data(module, name):
+            return type(name.split(".")[-1], (_Nothing,), {})
         raise _Refused(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -111,17 +155,18 @@ def read(path: str | Path) -> Tensors:
     """The tensors of a file written by torch. Raises UserError, naming the reason, if it holds anything else."""
     path = Path(path)
     found = _unpickle(path)
-    tensors = _strip(_flatten(_model(found.root)))
+    tensors = _flatten(_model(found.root))
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     entries = {}
-    for name, tensor in tensors.items():
+    for bare, name in unwrapped_names(tensors).items():
+        tensor = tensors[name]
         member = found.members.get(f"{found.folder}data/{tensor.storage.key}")
         if member is None:
             raise UserError(f"{path}: the data of {name} is missing; the file is damaged")
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != _storage_bytes(tensor.storage):
             raise UserError(f"{path}: the data of {name} has the wrong size; the file is damaged")
-        entries[name] = Entry(tensor.shape, tensor.storage.dtype, _reader(path, member.filename, tensor))
+        entries[bare] = Entry(tensor.shape, tensor.storage.dtype, _reader(path, member.filename, tensor))
     return Tensors(str(path), entries)
 
 
@@ -192,13 +237,6 @@ def _flatten(value: Any) -> dict[str, _Tensor]:
         if children and id(value) not in seen:  # A pickle can contain itself.
             seen.add(id(value))
             stack += [(f"{prefix}{name}.", child) for name, child in reversed(list(children.items()))]
-    return tensors
-
-
-def _strip(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
-    for prefix in PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 

@@ -51,7 +51,9 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
         return _cost(settings["loss"], model, batch_size, mesh, slices)
 
     objective = Objective(embed=embed, across=across, cost=cost)
-    return objective._replace(constrain=constrain) if largest > 0 else objective
+    # SigLIP's scale has no bound (big_vision), and its published models exceed 100: clamped, they would change at once.
+    clamped = largest > 0 and settings["loss"] == "softmax"
+    return objective._replace(constrain=constrain) if clamped else objective
 
 
 def loss(
@@ -122,7 +124,7 @@ SPEC = ObjectiveSpec(
     weight=1.0,
     defaults={
         "loss": "softmax",  # CLIP's; or sigmoid, SigLIP's, which gives the model a bias
-        "max_logit_scale": 100.0,  # clamp of exp(logit_scale) after each update (Radford et al. 2021); 0: none
+        "max_logit_scale": 100.0,  # softmax: clamp of exp(logit_scale) after each update (Radford et al. 2021); 0: none
     },
     choices={"loss": ("softmax", "sigmoid")},
     ranges={"max_logit_scale": (0, math.inf)},

@@ -117,21 +117,28 @@ def checkpoint_dir(workdir: str | Path) -> epath.Path:
     return epath.Path(workdir) / FOLDER
 
 
-def latest_step(workdir: str | Path) -> int | None:
-    """The step of a run folder's newest complete checkpoint, without opening any."""
+def complete_steps(workdir: str | Path) -> list[int]:
+    """The steps of a run folder's complete checkpoints, ascending, without opening any."""
     folder = checkpoint_dir(workdir)
     found = [p for p in folder.iterdir() if re.fullmatch(r"\d+", p.name)] if folder.is_dir() else []
     if buckets.is_bucket(workdir):
         found = [p for p in found if (p / COMMITTED).exists()]
-    return max((int(p.name) for p in found), default=None)
+    return sorted(int(p.name) for p in found)
 
 
-def need_latest_step(workdir: str | Path) -> int:
-    """The same; raises UserError where there is no checkpoint."""
-    step = latest_step(workdir)
-    if step is None:
+def latest_step(workdir: str | Path) -> int | None:
+    """The step of a run folder's newest complete checkpoint."""
+    return max(complete_steps(workdir), default=None)
+
+
+def need_step(workdir: str | Path, step: int | None = None) -> int:
+    """The given step, or the newest one; raises UserError where there is no such checkpoint."""
+    kept = complete_steps(workdir)
+    if not kept:
         raise UserError(f"{workdir}: no checkpoint yet; let the run reach its first one")
-    return step
+    if step is not None and step not in kept:
+        raise UserError(f"{workdir}: no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}")
+    return kept[-1] if step is None else step
 
 
 def load_model(workdir: str | Path, step: int, params: Any, batch_stats: Any) -> tuple[Any, Any]:

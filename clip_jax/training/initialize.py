@@ -1,13 +1,17 @@
 """The state that a run starts from: its newest checkpoint, or a fresh one, with other weights where asked."""
 
+import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from clip_jax import presets
-from clip_jax.data.tokenizers import files
+from clip_jax.data.tokenizers.sentence_pieces import Pieces
+from clip_jax.errors import UserError
 from clip_jax.interop.merge import Report, differences, merge
 from clip_jax.model import Model, load
+from clip_jax.models.clip import Params
 from clip_jax.storage.atomic import write_text
 from clip_jax.storage.checkpoints import Checkpoints
 from clip_jax.training.phases import convert
@@ -38,7 +42,7 @@ def with_weights(run: Run, state: TrainState) -> TrainState:
     A line says what they lacked; ``init_from.txt`` has a line for every tensor. Raises UserError.
     """
     source, preset = run.config.model.init_from, run.phases[0].preset
-    names_no_model = Path(source).is_file()
+    names_no_model = Path(source).expanduser().is_file()
     loaded = load(run.config.model.name, weights=source) if names_no_model else load(source)
     differing = {} if names_no_model else differences(preset, loaded.preset)
     differing |= _vocabulary(run, preset, loaded)
@@ -47,6 +51,8 @@ def with_weights(run: Run, state: TrainState) -> TrainState:
     merged, report = merge(model, loaded.params, run.config.model.init_from_allow, differing)
     if jax.process_index() == 0:
         _describe(run, source, report)
+        if line := _limited_scale(run, merged):
+            print(line)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.batch_stats))
     params = jax.device_put(merged | objectives, shardings[0])
     return state._replace(
@@ -61,13 +67,28 @@ def _vocabulary(run: Run, preset: presets.Preset, loaded: Model) -> dict[str, st
     """Two SentencePiece vocabularies learned from different captions give the same ids to other words."""
     if not preset.tokenizer == loaded.preset.tokenizer == "sentencepiece":
         return {}
-    ours, theirs = (
-        tokenizer.codec.processor.serialized_model_proto() for tokenizer in (run.tokenizer, loaded.tokenizer)
-    )
-    if ours == theirs:
+    try:
+        theirs = loaded.tokenizer.codec
+    except UserError:  # nothing beside the weights says what their ids mean
+        theirs = None
+    ours = run.tokenizer.codec.processor.serialized_model_proto()
+    if isinstance(theirs, Pieces) and theirs.processor.serialized_model_proto() == ours:
         return {}
-    file = f"{run.config.model.init_from}/tokenizer/{files.native_name('sentencepiece')}"
-    return {"tokenizer": f"another vocabulary; --config.tokenizer.vocab={file} takes that of the weights"}
+    return {"tokenizer": "another vocabulary than that of the weights, which an empty --config.tokenizer.vocab= takes"}
+
+
+def _limited_scale(run: Run, params: Params) -> str:
+    """A line if the first step would change the loaded logit scale, whatever the gradient; else nothing."""
+    limited = params
+    for objective in run.phases[0].learner.objectives.values():
+        limited = objective.constrain(limited)
+    loaded, after = (float(jnp.exp(tree["logit_scale"])) for tree in (params, limited))
+    if math.isclose(loaded, after, rel_tol=1e-5):
+        return ""
+    return (
+        f"logit scale: {loaded:.4g} in the weights, {after:.4g} from the first step on "
+        "(config.objectives.contrastive.max_logit_scale; 0: no limit)"
+    )
 
 
 def _describe(run: Run, source: str, report: Report) -> None:

@@ -13,6 +13,7 @@ from clip_jax.data import tokenizers
 from clip_jax.data.sources.sample import BadSampleError, Source
 from clip_jax.data.stream import read
 from clip_jax.data.tokenizers import Tokenizer, stored
+from clip_jax.interop import folders
 
 
 def prepare_tokenizer(workdir: Path, config: ConfigDict, source: Source) -> Tokenizer:
@@ -32,20 +33,31 @@ def prepare_tokenizer(workdir: Path, config: ConfigDict, source: Source) -> Toke
 
 
 def _make_tokenizer(workdir: Path, kind: str, config: ConfigDict, source: Source, vocab_size: int) -> bytes:
-    """The content of the file: trained on the run's captions, or published (from a path, the cache or the hub)."""
-    if kind == "sentencepiece" and not config.tokenizer.vocab:
+    """The content of the file: given, that of the initial weights, trained on the run's captions, or published."""
+    vocab = Path(config.tokenizer.vocab).expanduser() if config.tokenizer.vocab else _of_weights(config, kind)
+    if kind == "sentencepiece" and vocab is None:
         file = workdir / "tokenizer" / "training.model"
         tokenizers.train_sentencepiece(_captions(source, config.tokenizer.train_captions), vocab_size, file)
         made = file.read_bytes()
         file.unlink()
         return made
     if kind == "clip":
-        merges = tokenizers.clip(config.tokenizer.vocab or None).codec.merges
+        merges = tokenizers.clip(vocab).codec.merges
         lines = ["#version: CLIP", *(" ".join(pair) for pair in merges)]
         return ("\n".join(lines) + "\n").encode()
-    file = Path(config.tokenizer.vocab) if config.tokenizer.vocab else tokenizers.hub.download(kind, vocab_size)
+    file = vocab or tokenizers.hub.download(kind, vocab_size)
     tokenizers.KINDS[kind](file, 64)  # raises UserError where it is not a vocabulary of this kind
     return file.read_bytes()
+
+
+def _of_weights(config: ConfigDict, kind: str) -> Path | None:
+    """The file of this kind beside the weights that the run starts from: in another vocabulary ids mean other words."""
+    if not config.model.init_from:
+        return None
+    source = folders.local(config.model.init_from)
+    folder = source.parent if source.is_file() else source
+    found = [tokenizers.files.find(place, kind) for place in (folder, folder / stored.FOLDER)]
+    return next((file for file in found if file is not None), None)
 
 
 def _captions(source: Source, examples: int) -> Iterator[str]:

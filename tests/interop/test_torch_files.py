@@ -82,8 +82,9 @@ def test_the_canary_does_appear_where_the_same_pickle_is_opened_as_usual(tmp_pat
     [
         Named("torch.nn.modules.linear", "Linear"),
         Named("torch._utils", "_rebuild_sparse_tensor"),
-        Named("numpy.core.multiarray", "scalar"),
-        Named("collections", "defaultdict"),
+        Named("torch", "Float8_e4m3fnStorage"),
+        Named("torchvision.models", "resnet50"),
+        Named("os", "PathLike"),
         Named("builtins", "getattr"),
         Named("torch.hub", "load"),
     ],
@@ -91,6 +92,54 @@ def test_the_canary_does_appear_where_the_same_pickle_is_opened_as_usual(tmp_pat
 def test_any_name_that_is_not_a_tensors_is_refused(tmp_path, value):
     with pytest.raises(UserError, match=f"{value.module}.{value.name}"):
         torch_files.read(pickles.write(tmp_path / "model.pt", {"a": value}))
+
+
+def test_harmless_objects_beside_the_tensors_are_passed_over(tmp_path):
+    """What trainers save with a model; nothing of it is imported or called."""
+    weight = numbers(3)
+    beside = {
+        "args": Call("argparse", "Namespace"),
+        "best": Call("numpy._core.multiarray", "scalar", Named("numpy", "dtype"), b"12345678"),
+        "folder": Call("pathlib", "PosixPath", "/", "runs"),
+        "started": Call("datetime", "datetime", b"0123456789"),
+        "config": Call("omegaconf.dictconfig", "DictConfig"),
+        "mine": Call("__main__", "Settings", 1, 2),
+        "dtype": Named("torch", "bfloat16"),
+        "device": Call("torch", "device", "cuda", 0),
+        "schedule": Call("torch.optim.lr_scheduler", "CosineAnnealingLR"),
+        "seen": Call("builtins", "set", [1, 2]),
+        "history": Call("collections", "defaultdict", Named("builtins", "list")),
+    }
+    state = collections.OrderedDict({"visual.proj": tensor(weight)})
+    read = torch_files.read(pickles.write(tmp_path / "model.pt", {"state_dict": state, **beside}))
+    assert list(read) == ["visual.proj"]
+    np.testing.assert_array_equal(read["visual.proj"], weight)
+
+
+PREFIXES = ("module.", "_orig_mod.module.", "module.module.", "_orig_mod.", "module._orig_mod.", "model.", "")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_the_names_of_a_wrapped_model_are_those_of_the_bare_one(tmp_path, prefix):
+    """Compiled, parallel, averaged (with its count), sharded; in a .pt, a safetensors and an npz."""
+    arrays = {f"{prefix}visual.proj": numbers(2), f"{prefix}transformer._fsdp_wrapped_module.ln.weight": numbers(3)}
+    state = {name: tensor(array) for name, array in arrays.items()}
+    pickles.write(tmp_path / "model.pt", state | {"n_averaged": tensor(np.array(7, np.int64))})
+    files.write_safetensors(tmp_path / "model.safetensors", arrays)
+    files.write_npz(tmp_path / "model.npz", arrays)
+    for read in (
+        torch_files.read(tmp_path / "model.pt"),
+        files.read(tmp_path / "model.safetensors"),
+        files.read(tmp_path / "model.npz"),
+    ):
+        assert set(read) == {"visual.proj", "transformer.ln.weight"}
+        np.testing.assert_array_equal(read["visual.proj"], numbers(2))
+
+
+def test_names_that_would_meet_stay_as_they_are(tmp_path):
+    arrays = {"a._orig_mod.weight": numbers(2), "a.weight": numbers(3)}
+    files.write_safetensors(tmp_path / "model.safetensors", arrays)
+    assert set(files.read(tmp_path / "model.safetensors")) == set(arrays)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from clip_jax import __version__
+from clip_jax.data.tokenizers import train_sentencepiece
 from clip_jax.errors import UserError
 from clip_jax.training import loop
 from clip_jax.training.metrics import Writer, truncate
@@ -201,9 +202,11 @@ def test_a_run_that_starts_from_another_takes_its_vocabulary_or_is_refused(small
     recipe, workdir = str(small_run.parent / "recipe.py"), tmp_path / "run"
     start = {"model.init_from": str(small_run), "steps": "1", "optimizer.warmup_steps": "0"}
     start |= {"data.train": f"folder:{folder}", "eval.held_out.source": f"folder:{folder}"}
-    with pytest.raises(UserError, match=r"tokenizer \(another vocabulary; --config\.tokenizer\.vocab=") as refused:
-        loop.run(workdir=str(tmp_path / "refused"), recipe=recipe, overrides=start)
-    vocabulary = re.search(r"--config\.tokenizer\.vocab=(.*sentencepiece\.model)", str(refused.value))[1]
-    assert loop.run(workdir=str(workdir), recipe=recipe, overrides=start | {"tokenizer.vocab": vocabulary}) == 0
+    other = tmp_path / "other.model"
+    train_sentencepiece([f"something else, {i} of them" for i in range(16)], 320, other)
+    with pytest.raises(UserError, match=r"tokenizer \(another vocabulary than.*empty --config\.tokenizer\.vocab= "):
+        overrides = start | {"tokenizer.vocab": str(other), "model.init_from_allow": "('text/token_embedding',)"}
+        loop.run(workdir=str(tmp_path / "refused"), recipe=recipe, overrides=overrides)
+    assert loop.run(workdir=str(workdir), recipe=recipe, overrides=start | {"tokenizer.vocab": ""}) == 0
     ours, theirs = (folder / "tokenizer" / "sentencepiece.model" for folder in (workdir, small_run))
     assert ours.read_bytes() == theirs.read_bytes()

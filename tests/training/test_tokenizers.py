@@ -10,9 +10,11 @@ from huggingface_hub import constants
 import clip_jax
 from clip_jax import commands
 from clip_jax.config import load, resolve_preset
+from clip_jax.data import tokenizers
 from clip_jax.data.tokenizers import files
 from clip_jax.errors import UserError
 from clip_jax.training import loop
+from clip_jax.training.tokenizer import prepare_tokenizer
 from tests.data.shards import write_shards
 
 RECIPE = '''"""A test."""
@@ -87,6 +89,26 @@ def test_clipa_trains_with_words_of_bert_from_the_hugging_face_cache(tmp_path, m
     assert loop.run(workdir=str(workdir), recipe=str(path), overrides={"model.image.image_size": "28"}) == 0
     assert (workdir / "tokenizer" / "vocab.txt").read_text() == (tmp_path / "vocab.txt").read_text()
     assert clip_jax.load(workdir).tokenize(["Picture number 12"])[0, :6].tolist() == [2, 5, 6, 8, 18, 0]
+
+
+@pytest.mark.parametrize("kind", ["clip", "sentencepiece"])
+def test_a_run_that_starts_from_weights_takes_the_tokenizer_beside_them(tmp_path, monkeypatch, shared_data, kind):
+    """Neither the hub is asked for merges that lie in the folder, nor is a vocabulary trained that has other ids."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    weights, workdir = tmp_path / "weights", tmp_path / "run"
+    folder = weights / "tokenizer" if kind == "sentencepiece" else weights  # a run's folder, and Transformers'
+    folder.mkdir(parents=True)
+    workdir.mkdir()
+    if kind == "sentencepiece":
+        tokenizers.train_sentencepiece(["a red circle", "a blue square"] * 3, 280, folder / "sentencepiece.model")
+    else:
+        shutil.copy(shared_data / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz", folder)
+    overrides = {"model.init_from": str(weights), "tokenizer.kind": kind}
+    config = load(str(recipe(tmp_path, "ViT-B/32", rows=-1, loss="softmax")), overrides)
+    made = prepare_tokenizer(workdir, config, [])
+    expected = tokenizers.KINDS[kind](tokenizers.files.find(folder, kind), 77)
+    np.testing.assert_array_equal(made(["a red square"]), expected(["a red square"]))
 
 
 def test_a_vocabulary_that_is_nowhere_is_one_line(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def canonicalize(text: str) -> str:
     return " ".join(repair(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
-CLEANERS = {"whitespace": whitespace, "lower": lower, "canonicalize": canonicalize}
+CLEANERS = {"none": str, "whitespace": whitespace, "lower": lower, "canonicalize": canonicalize}
 
 
 def versions() -> dict[str, str]:
