@@ -2,9 +2,11 @@
 
 JPEGs are decoded by libjpeg-turbo (``simplejpeg``; the same bits as Pillow's decoder, about 1.5 times as fast),
 everything else by Pillow, which also resizes: its bicubic filter is antialiased and is what OpenAI's, OpenCLIP's
-and Hugging Face's preprocessing use. Both release the interpreter lock.
+and Hugging Face's preprocessing use. Both release the interpreter lock. No step makes an image of more than
+``MAX_PIXELS``, whatever the shape of the file.
 """
 
+import functools
 import io
 
 import numpy as np
@@ -14,6 +16,9 @@ from PIL import Image
 MAX_PIXELS = 128 * 1024 * 1024  # a decompression bomb is refused from its header; the same bound as OpenCLIP's
 
 Image.MAX_IMAGE_PIXELS = None  # replaced by the bound above, which has an error of its own
+
+ENDINGS = ("jpg", "jpeg", "jfif", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+"""Names of image files end in one of these, in lower or upper case; the content decides how a file is read."""
 
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -34,21 +39,84 @@ def decode(data: bytes | np.ndarray, min_size: int | None = None) -> Image.Image
         return Image.fromarray(data)
     if not data:
         raise BadImageError("empty image file")
+    pixels = _decode_jpeg(data, min_size) if data[:3] == b"\xff\xd8\xff" else None
+    return _decode_with_pillow(data) if pixels is None else Image.fromarray(pixels)
+
+
+def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
+    """uint8[height, width, 3]; None for what only Pillow can judge."""
     try:
-        if data[:3] == b"\xff\xd8\xff":
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_pixels(width, height)
-            if colorspace in ("YCbCr", "RGB", "Gray"):  # CMYK needs Pillow's conversion
-                smallest = min(min_size or 0, height, width)
-                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=smallest, min_width=smallest)
-                return Image.fromarray(pixels)
-        image = Image.open(io.BytesIO(data))
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(width, height)
+        if colorspace not in ("YCbCr", "RGB", "Gray"):  # CMYK needs Pillow's conversion
+            return None
+        smallest = min(min_size or 0, height, width)
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=smallest, min_width=smallest)
+    except BadImageError:
+        raise
+    except Exception:  # harmless warnings (stray bytes before a marker) as well as truncation: Pillow tells them apart
+        return None
+
+
+def _decode_with_pillow(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
         _check_pixels(*image.size)
-        return image.convert("RGB")
+        return to_rgb(image)
     except BadImageError:
         raise
     except Exception as error:  # on broken files decoders raise OSError, ValueError, SyntaxError and others
         raise BadImageError(f"undecodable image ({type(error).__name__})") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that are read. Of Pillow's others, EPS would start Ghostscript on a file from the internet."""
+    Image.init()  # Pillow may have been built without one of them
+    wanted = [
+        "JPEG",
+        "MPO",
+        "PNG",
+        "WEBP",
+        "GIF",
+        "BMP",
+        "DIB",
+        "TIFF",
+        "AVIF",
+        "JPEG2000",
+        "PPM",
+        "ICO",
+        "QOI",
+        "TGA",
+        "PCX",
+        "SGI",
+        "PSD",
+    ]
+    return tuple(name for name in wanted if name in Image.OPEN)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits per channel. Deep gray images are scaled: Pillow's own conversion clips them, mostly to white.
+
+    16 bits keep their upper 8, as Pillow does for 16-bit color. Wider integers and floats have no fixed range: values
+    within 0..1 (floats), 0..255 or 0..65535 (integers) are taken for what they seem. Raises BadImageError for others.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode not in ("I", "F"):
+        return image.convert("RGB")
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 255):  # so that NaN is refused too
+            raise BadImageError("image of floats outside 0..1 and 0..255")
+        values = np.rint(values * 255 if high <= 1 else values)
+    else:
+        if low < 0 or high > 65535:
+            raise BadImageError("image of integers outside 0..65535")
+        # Pillow scales a 16-bit PGM to 0..65535, even one that is nearly black.
+        values = values >> 8 if high > 255 or image.format == "PPM" else values
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -74,8 +142,7 @@ def random_resized_crop(
     image = decode(data, min_size=wanted)
     width, height = image.size
     left, top, right, bottom = _crop_box(width, height, rng, scale, ratio)
-    box = (left, top, right, bottom)
-    return np.asarray(image.resize((size, size), INTERPOLATIONS[interpolation], box=box))
+    return np.asarray(_resize(image, (size, size), INTERPOLATIONS[interpolation], (left, top, right, bottom)))
 
 
 def _crop_box(
@@ -104,17 +171,36 @@ def resize_and_crop(
 
     ``resize``: ``shortest`` scales the shorter side to ``size`` and crops the center; ``squash`` scales both sides.
     """
-    image = data.convert("RGB") if isinstance(data, Image.Image) else decode(data)
+    image = to_rgb(data) if isinstance(data, Image.Image) else decode(data)
     width, height = image.size
     filter_ = INTERPOLATIONS[interpolation]
     if resize == "squash":
-        return np.asarray(image.resize((size, size), filter_))
+        return np.asarray(_resize(image, (size, size), filter_, (0, 0, width, height)))
     # torchvision's rule: the longer side is truncated, and the crop's offset rounded, half to even. Transformers
     # rounds down, so that its crop of one image in four begins a pixel earlier.
     short, long = min(width, height), max(width, height)
     long = int(size * long / short)
     width, height = (size, long) if width <= height else (long, size)
+    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+    if width * height > MAX_PIXELS:
+        # The longer side of a strip would become gigabytes, of which the crop keeps a square: resize that part alone.
+        x, y = image.width / width, image.height / height
+        right, bottom = min((left + size) * x, image.width), min((top + size) * y, image.height)
+        return np.asarray(_resize(image, (size, size), filter_, (left * x, top * y, right, bottom)))
     if image.size != (width, height):
         image = image.resize((width, height), filter_)
-    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _resize(
+    image: Image.Image, size: tuple[int, int], filter_: Image.Resampling, box: tuple[float, float, float, float]
+) -> Image.Image:
+    """Pillow's resize of a part of the image, without a huge image in between.
+
+    Pillow resizes rows first: a strip of 1 x 10^8 pixels would first become 224 x 10^8. Columns go first there.
+    """
+    left, top, right, bottom = box
+    if size[0] * (bottom - top) > MAX_PIXELS:
+        image = image.resize((image.width, size[1]), filter_, box=(0, top, image.width, bottom))
+        box = (left, 0, right, size[1])
+    return image.resize(size, filter_, box=box)
