@@ -20,6 +20,12 @@ Image.MAX_IMAGE_PIXELS = None  # replaced by the bound above, which has an error
 ENDINGS = ("jpg", "jpeg", "jfif", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 """Names of image files end in one of these, in lower or upper case; the content decides how a file is read."""
 
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"),
+    *("PPM", "ICO", "QOI", "TGA", "PCX", "SGI", "PSD"),
+)
+"""Of Pillow's formats, those that are read: EPS would start Ghostscript on a file from the internet."""
+
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -71,28 +77,8 @@ def _decode_with_pillow(data: bytes) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """The formats that are read. Of Pillow's others, EPS would start Ghostscript on a file from the internet."""
     Image.init()  # Pillow may have been built without one of them
-    wanted = [
-        "JPEG",
-        "MPO",
-        "PNG",
-        "WEBP",
-        "GIF",
-        "BMP",
-        "DIB",
-        "TIFF",
-        "AVIF",
-        "JPEG2000",
-        "PPM",
-        "ICO",
-        "QOI",
-        "TGA",
-        "PCX",
-        "SGI",
-        "PSD",
-    ]
-    return tuple(name for name in wanted if name in Image.OPEN)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
