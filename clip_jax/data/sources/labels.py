@@ -1,27 +1,60 @@
 """Labels of tar shards: every ``.cls`` is a line of ``classnames.txt``, counted from 0, or the source is refused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple, Self
 
-import numpy as np
-
-from clip_jax.data.sources.members import BAD_LABEL, NO_LABEL
 from clip_jax.errors import UserError
 
 FILE = "classnames.txt"
 """One line per class, beside the shards, as CLIP_benchmark and OpenCLIP have it."""
 
 
-def class_names(
-    where: str, folders: Sequence[Path], labels: np.ndarray, key: Callable[[int], str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the classes, empty without labels; and notes for the header. Raises UserError.
+class Labels(NamedTuple):
+    """What there is to know of the labels of shards before their classes are known; can be stored as JSON."""
 
-    ``labels`` has NO_LABEL for samples without ``.cls``; where these are mixed with others, no label is used.
-    """
+    count: int = 0
+    bad: int = 0
+    """Labels that are no number from 0."""
+    first_bad: str = ""
+    lowest: int = 2**31
+    lowest_name: str = ""
+    highest: int = -1
+    highest_name: str = ""
+
+    def with_label(self, data: bytes, name: str) -> Self:
+        """One more label, the content of a ``.cls``."""
+        number = parse(data)
+        if number < 0:
+            return self.with_labels(Labels(count=1, bad=1, first_bad=name))
+        return self.with_labels(Labels(1, 0, "", number, name, number, name))
+
+    def with_labels(self, more: Self) -> Self:
+        """These and those of another shard."""
+        low, high = min(self, more, key=lambda s: s.lowest), max(self, more, key=lambda s: s.highest)
+        return Labels(
+            self.count + more.count,
+            self.bad + more.bad,
+            self.first_bad or more.first_bad,
+            low.lowest,
+            low.lowest_name,
+            high.highest,
+            high.highest_name,
+        )
+
+
+def parse(data: bytes) -> int:
+    """The number in a ``.cls``; -1 for what is no number from 0."""
+    text = data.strip()
+    return int(text) if text.isdigit() and len(text) < 10 else -1
+
+
+def class_names(
+    where: str, folders: Sequence[Path], labels: Labels, samples: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the classes, empty where labels are not used; and notes for the header. Raises UserError."""
     tables = {folder / FILE: _read(folder / FILE) for folder in folders if (folder / FILE).is_file()}
-    labeled = int((labels != NO_LABEL).sum())
-    if not tables or not labeled:
+    if not tables or not labels.count:
         return (), ()
     file, names = next(iter(tables.items()))
     for other, others in tables.items():
@@ -29,21 +62,20 @@ def class_names(
             raise UserError(
                 f"{where}: {file} and {other} have other classes; a label can only be a line of one of them"
             )
-    used = labels[labels != NO_LABEL]
-    wrong = np.flatnonzero(((labels < 0) | (labels >= len(names))) & (labels != NO_LABEL))
-    if len(wrong):
-        value = int(labels[wrong[0]])
-        said = "is no number" if value == BAD_LABEL else f"is {value}"
-        one_based = BAD_LABEL not in used and used.min() == 1 and used.max() == len(names)
-        hint = "; these labels count from 1: subtract 1" if one_based else ""
+    problem = ""
+    if labels.bad:
+        problem = f"{labels.bad} of {labels.count} labels are no numbers from 0 (first: {labels.first_bad})"
+    elif labels.highest >= len(names):
+        problem = f"the label of {labels.highest_name} is {labels.highest}"
+        if (labels.lowest, labels.highest) == (1, len(names)):
+            problem += " and none is 0: they count from 1, subtract 1"
+    if problem:
         raise UserError(
-            f"{where}: {len(wrong)} of {labeled} labels are not in 0..{len(names) - 1}, the lines of {file}; the "
-            f"first, the .cls of {key(int(wrong[0]))}, {said}{hint}; correct them, or rename that file to ignore labels"
+            f"{where}: {problem}; labels are 0..{len(names) - 1}, the lines of {file}: correct them, or rename that "
+            "file to ignore labels"
         )
-    if labeled < len(labels):
-        missing = key(int(np.flatnonzero(labels == NO_LABEL)[0]))
-        note = f"labels are not used: only {labeled} of {len(labels)} samples have a .cls ({missing} has none)"
-        return (), (note,)
+    if labels.count < samples:
+        return (), (f"labels are not used: only {labels.count} of {samples} samples have a .cls",)
     return names, ()
 
 

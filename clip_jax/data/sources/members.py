@@ -5,38 +5,34 @@ A name is a key and an ending: the key ends at the last dot that leaves a known 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clip_jax.data import images
+from clip_jax.data.sources.labels import Labels
 from clip_jax.data.sources.left_out import LeftOut
 from clip_jax.data.valid_text import shown
 
 KINDS = ("image", "txt", "json", "cls")
 MAX_BYTES = 256 * 1024 * 1024
-NO_LABEL, BAD_LABEL = -1, -2
-"""Labels of a sample without ``.cls``, and of one whose ``.cls`` is no number from 0."""
 
 
 class Member(NamedTuple):
     """A file in a shard."""
 
     name: str
+    regular: bool
+    """A file, no link or device."""
     offset: int
+    """Of its data, in bytes."""
     size: int
-    is_link: bool = False
-    data: bytes = b""
-    """The content of ``.cls``."""
 
 
 class Group(NamedTuple):
     """The members of one key."""
 
     key: str
-    members: dict[str, tuple[int, int]]
-    """Kind -> offset and size."""
-    names: dict[str, str]
-    label: list[int]
-    """One number, or none."""
+    members: dict[str, Any]
+    """Kind -> Member, or anything else with a name, a size and ``regular``."""
 
     @property
     def is_pair(self) -> bool:
@@ -50,7 +46,7 @@ def split(name: str) -> tuple[str, str]:
     return (key, kind) if dot and kind in KINDS else (name, "")
 
 
-def pairs(members: Iterable[Member]) -> tuple[list[Group], LeftOut]:
+def pairs(members: Iterable[Any]) -> tuple[list[Group], LeftOut]:
     """The pairs in the order of their first members, and what is left out.
 
     Of several members of one kind and key the first one counts; but a name that is repeated after its pair is complete
@@ -61,42 +57,54 @@ def pairs(members: Iterable[Member]) -> tuple[list[Group], LeftOut]:
     left_out = LeftOut()
     for member in members:
         key, kind = split(member.name)
-        name = shown(member.name)
-        parts = member.name.split("/")
-        if parts[-1].startswith(".") or "__MACOSX" in parts:
-            left_out.other("hidden files", name)
-        elif member.is_link:
-            left_out.other("links (tar --dereference stores the files that they lead to)", name)
-        elif not kind:
-            left_out.other(f"files that are not read, {_ending(name)}", name)
-        elif member.size > MAX_BYTES:
-            left_out.other(f"files larger than {MAX_BYTES >> 20} MiB", name)
-        else:
-            group = current.get(key)
-            if group is not None and kind in group.members:
-                if not (group.is_pair and group.names[kind] == member.name):
-                    left_out.other(f"further {kind} files of the same key", name)
-                    continue
-                group = None
-            if group is None:
-                group = current[key] = Group(key, {}, {}, [])
-                groups.append(group)
-            group.members[kind], group.names[kind] = (member.offset, member.size), member.name
-            if kind == "cls":
-                group.label.append(_label(member.data))
+        if reason := _unread(member, kind):
+            left_out.other(reason, shown(member.name))
+            continue
+        group = current.get(key)
+        if group is not None and kind in group.members:
+            if not (group.is_pair and group.members[kind].name == member.name):
+                left_out.other(f"further {kind} files of the same key", shown(member.name))
+                continue
+            group = None
+        if group is None:
+            group = current[key] = Group(key, {})
+            groups.append(group)
+        group.members[kind] = member
     made = [group for group in groups if group.is_pair]
     keys = {group.key for group in made}
     for group in groups:
+        name = shown(next(iter(group.members.values())).name)
         if group.is_pair:
             continue
-        name = shown(next(iter(group.names.values())))
-        if keys & set(_shorter(group.key)):  # webdataset's compound endings: 000.seg.png beside 000.jpg
+        if not keys.isdisjoint(_shorter(group.key)):  # webdataset's compound endings: 000.seg.png beside 000.jpg
             left_out.other("further files of a pair", name)
         elif "image" in group.members:
             left_out.pair("images without a .txt, .json or .cls", name)
         else:
             left_out.pair(f"captions or labels without an image (images end in {', '.join(images.ENDINGS)})", name)
     return made, left_out
+
+
+def labels(groups: Iterable[Group], read: Callable[[Any], bytes]) -> Labels:
+    """The labels of pairs; ``read`` gives the content of a member."""
+    found = Labels()
+    for group in groups:
+        member = group.members.get("cls")
+        if member is not None:
+            found = found.with_label(read(member) if member.size <= 32 else b"", shown(member.name))
+    return found
+
+
+def _unread(member: Any, kind: str) -> str:
+    """Why a member is not read; empty if it is."""
+    parts = member.name.split("/")
+    if parts[-1].startswith(".") or "__MACOSX" in parts:
+        return "hidden files"
+    if not member.regular:
+        return "links (tar --dereference stores the files that they lead to)"
+    if not kind:
+        return f"files that are not read, {_ending(member.name)}"
+    return f"files larger than {MAX_BYTES >> 20} MiB" if member.size > MAX_BYTES else ""
 
 
 def _shorter(key: str) -> Iterator[str]:
@@ -109,11 +117,6 @@ def _shorter(key: str) -> Iterator[str]:
 def _ending(name: str) -> str:
     _, dot, ending = name.rpartition("/")[2].rpartition(".")
     return f"ending in .{ending}" if dot and ending.isalnum() and len(ending) <= 8 else "without a usual ending"
-
-
-def _label(data: bytes) -> int:
-    text = data.strip()
-    return int(text) if text.isdigit() and len(text) < 10 else BAD_LABEL
 
 
 def name_of(read: Callable[[int, int], bytes], data_offset: int) -> str:

@@ -22,21 +22,19 @@ from pathlib import Path
 import numpy as np
 
 from clip_jax.data.sources import captions, labels, members
+from clip_jax.data.sources.labels import Labels
 from clip_jax.data.sources.left_out import MAX_SHARE, LeftOut
-from clip_jax.data.sources.members import KINDS, NO_LABEL, Member
+from clip_jax.data.sources.members import KINDS, Member
 from clip_jax.data.sources.paths import expand
 from clip_jax.data.sources.sample import BadSampleError, Sample
 from clip_jax.data.valid_text import shown
 from clip_jax.errors import UserError
 
-# Offset and size of each member of one sample (size -1: the sample has no such member), and its label.
-ENTRY = np.dtype(
-    [
-        ("shard", "<i4"),
-        *((f"{kind}_{what}", "<i8") for kind in KINDS for what in ("offset", "size")),
-        ("label", "<i4"),
-    ]
-)
+RULES = 2
+"""Raised when other members make a sample: older indexes are then not read."""
+
+# Offset and size of each member of one sample; size -1: the sample has no such member.
+ENTRY = np.dtype([("shard", "<i4"), *((f"{kind}_{what}", "<i8") for kind in KINDS for what in ("offset", "size"))])
 TRIED = 32
 """Samples, spread over all of them, in whose JSON a field must have text once."""
 
@@ -58,7 +56,7 @@ class TarSource:
         return len(self.index)
 
     def __getitem__(self, i: int) -> Sample:
-        key, label = self.key(i), int(self.index[i]["label"]) if self.class_names else -1
+        key, label = self.key(i), labels.parse(self.member(i, "cls")) if self.class_names else -1
         return Sample(self.member(i, "image"), self._captions(i, key, label), key, label)
 
     def key(self, i: int) -> str:
@@ -98,20 +96,20 @@ def open_tar(
     """
     shards = expand(where)
     files = [(str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
-    cached = hashlib.sha256(json.dumps([files, truncated, ENTRY.descr]).encode()).hexdigest()[:24]
+    cached = hashlib.sha256(json.dumps([files, truncated, RULES]).encode()).hexdigest()[:24]
     folder = _cache_folder() / cached
     if not (folder / "index.npy").exists():
         _build(shards, truncated, folder)
     index = np.load(folder / "index.npy", mmap_mode="r")
-    left_out = LeftOut.from_json(json.loads((folder / "left_out.json").read_text(encoding="utf-8")))
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    left_out = LeftOut.from_json(facts["left_out"])
     left_out.check(f"tar:{where}", len(index), max_bad_share)
     # Names and sizes, but no times or folders: a copy of the shards is the same data.
     content = hashlib.sha256(json.dumps([[Path(f).name, size] for f, size, _ in files]).encode())
     content.update(np.int64(len(index)).tobytes() + caption.encode())
     source = TarSource(f"tar:{where}", content.hexdigest()[:16], tuple(shards), caption, (), left_out.notes(), index)
-    class_names, more = labels.class_names(
-        where, sorted({shard.parent for shard in shards}), index["label"], source.key
-    )
+    folders = sorted({shard.parent for shard in shards})
+    class_names, more = labels.class_names(where, folders, Labels(*facts["labels"]), len(index))
     source = replace(source, class_names=class_names, notes=(*source.notes, *more))
     _check_captions(where, source)
     return source
@@ -150,11 +148,12 @@ def _build(shards: list[Path], truncated: str, folder: Path) -> None:
     Other processes may do so at the same time. The first index stays: a file that a process on another machine has
     mapped must not be replaced on a network file system.
     """
-    scanned, left_out = [], LeftOut()
+    scanned, left_out, found_labels = [], LeftOut(), Labels()
     for number, shard in enumerate(shards):
-        entries, more = _scan(shard, number, truncated)
+        entries, more, more_labels = _scan(shard, number, truncated)
         scanned.append(entries)
         left_out.update(more)
+        found_labels = found_labels.with_labels(more_labels)
     entries = np.concatenate(scanned)
     if not len(entries):
         reasons = "".join(f"; {note}" for note in left_out.notes())
@@ -165,7 +164,8 @@ def _build(shards: list[Path], truncated: str, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         np.save(temporary / "index.npy", entries)
-        (temporary / "left_out.json").write_text(json.dumps(left_out.to_json()), encoding="utf-8")
+        facts = {"left_out": left_out.to_json(), "labels": found_labels}
+        (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         temporary.rename(folder)
     except OSError:
         if not folder.exists():  # else another process was first, and its index is the same
@@ -174,15 +174,17 @@ def _build(shards: list[Path], truncated: str, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _scan(shard: Path, number: int, truncated: str) -> tuple[np.ndarray, LeftOut]:
-    """ENTRY[samples] of one shard, and what is left out of it."""
+def _scan(shard: Path, number: int, truncated: str) -> tuple[np.ndarray, LeftOut, Labels]:
+    """ENTRY[samples] of one shard, what is left out of it, and its labels."""
     found: list[Member] = []
     problem, size = "", shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as archive:
             for entry in archive:
                 if not entry.isdir():
-                    found.append(_member(archive, entry))
+                    # A sparse file lies in the shard in pieces, so it is no more a file than a link.
+                    regular = entry.isreg() and not entry.issparse()
+                    found.append(Member(entry.name, regular, entry.offset_data, entry.size if regular else 0))
         # tarfile accepts a file that ends between two members; a complete one ends with blocks of zeros.
         if (found and found[-1].offset + found[-1].size > size) or not _ends_with_zeros(shard, size):
             problem = f"truncated at byte {size}"
@@ -196,22 +198,11 @@ def _scan(shard: Path, number: int, truncated: str) -> tuple[np.ndarray, LeftOut
     groups, left_out = members.pairs(member for member in found if member.offset + member.size <= size)
     if problem:
         left_out.other("shards that are truncated or no tar files, with what is after the cut", shown(shard.name))
-    rows = [
-        (
-            number,
-            *(value for kind in KINDS for value in group.members.get(kind, (0, -1))),
-            group.label[0] if group.label else NO_LABEL,
-        )
-        for group in groups
-    ]
-    return np.array(rows, ENTRY), left_out
-
-
-def _member(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> Member:
-    # A sparse file lies in the shard in pieces, like a link without its content.
-    is_link = not entry.isreg() or entry.issparse()
-    label = archive.extractfile(entry).read(32) if entry.name.lower().endswith(".cls") and not is_link else b""
-    return Member(entry.name, entry.offset_data, 0 if is_link else entry.size, is_link, label)
+    absent = Member("", False, 0, -1)
+    places = [[group.members.get(kind, absent)[2:] for kind in KINDS] for group in groups]
+    rows = [(number, *(value for place in sample for value in place)) for sample in places]
+    found_labels = members.labels(groups, lambda member: _read(shard, member.offset, member.size))
+    return np.array(rows, ENTRY), left_out, found_labels
 
 
 def _reason(shard: Path, size: int, error: tarfile.TarError) -> str:
