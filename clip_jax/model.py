@@ -170,9 +170,11 @@ class Model:
                 raise UserError(f"{image}: cannot be read ({error.strerror})") from error
         else:
             data = image
-        resize, interpolation = self.preset.preprocess.resize, self.preset.preprocess.interpolation
+        how = self.preset.preprocess
         try:
-            return image_files.resize_and_crop(data, self.image_size, resize=resize, interpolation=interpolation)
+            return image_files.resize_and_crop(
+                data, self.image_size, resize=how.resize, interpolation=how.interpolation, exif=how.exif
+            )
         except image_files.BadImageError as error:
             raise UserError(f"{image if isinstance(image, str | Path) else 'image'}: {error}") from error
 

@@ -48,6 +48,7 @@ def defaults() -> ConfigDict:
                 "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
                 "links_to": "",  # a folder that links in an image folder may lead to; empty: into the folder only
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
+                "exif_orientation": False,  # turn photos as their cameras marked them; peers do not
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle

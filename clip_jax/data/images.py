@@ -11,7 +11,7 @@ import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
 MAX_PIXELS = 128 * 1024 * 1024  # a decompression bomb is refused from its header; the same bound as OpenCLIP's
 
@@ -26,6 +26,13 @@ FORMATS = (
 )
 """Of Pillow's formats, those that are read: EPS would start Ghostscript on a file from the internet."""
 
+_T = Image.Transpose
+TURNS = {
+    **{2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE},
+    **{6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90},
+}
+"""EXIF orientation -> what makes the image upright."""
+
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -33,11 +40,11 @@ class BadImageError(ValueError):
     """An image that cannot be used; the message is the reason."""
 
 
-def decode(data: bytes | np.ndarray, min_size: int | None = None) -> Image.Image:
+def decode(data: bytes | np.ndarray, min_size: int | None = None, exif: bool = False) -> Image.Image:
     """Decodes an encoded file (or uint8[H, W, 3]) to an RGB image. Raises BadImageError.
 
     With ``min_size`` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster for photos, as long as
-    both sides keep at least ``min_size`` pixels.
+    both sides keep at least ``min_size`` pixels. ``exif``: turned as its EXIF orientation says.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
@@ -46,7 +53,22 @@ def decode(data: bytes | np.ndarray, min_size: int | None = None) -> Image.Image
     if not data:
         raise BadImageError("empty image file")
     pixels = _decode_jpeg(data, min_size) if data[:3] == b"\xff\xd8\xff" else None
-    return _decode_with_pillow(data) if pixels is None else Image.fromarray(pixels)
+    image = _decode_with_pillow(data) if pixels is None else Image.fromarray(pixels)
+    return _turned(image, _orientation(data)) if exif else image
+
+
+def _orientation(file: bytes | Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, which turns nothing, where there is none."""
+    try:
+        image = file if isinstance(file, Image.Image) else Image.open(io.BytesIO(file), formats=_formats())
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF data of web images is often broken; the image is not
+        return 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
@@ -118,6 +140,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
+    exif: bool = False,
 ) -> np.ndarray:
     """uint8[size, size, 3]: a random part of the image of relative area ``scale`` and aspect ``ratio``, resized.
 
@@ -125,7 +148,7 @@ def random_resized_crop(
     """
     # A crop of the smallest area still has at least ``size`` pixels on its shorter side after scaled decoding.
     wanted = int(np.ceil(size / (scale[0] * ratio[0]) ** 0.5))
-    image = decode(data, min_size=wanted)
+    image = decode(data, min_size=wanted, exif=exif)
     width, height = image.size
     left, top, right, bottom = _crop_box(width, height, rng, scale, ratio)
     return np.asarray(_resize(image, (size, size), INTERPOLATIONS[interpolation], (left, top, right, bottom)))
@@ -151,13 +174,21 @@ def _crop_box(
 
 
 def resize_and_crop(
-    data: bytes | np.ndarray | Image.Image, size: int, *, resize: str = "shortest", interpolation: str = "bicubic"
+    data: bytes | np.ndarray | Image.Image,
+    size: int,
+    *,
+    resize: str = "shortest",
+    interpolation: str = "bicubic",
+    exif: bool = False,
 ) -> np.ndarray:
     """uint8[size, size, 3], for evaluation: nothing random, the same pixels as OpenCLIP's Pillow transforms.
 
     ``resize``: ``shortest`` scales the shorter side to ``size`` and crops the center; ``squash`` scales both sides.
     """
-    image = to_rgb(data) if isinstance(data, Image.Image) else decode(data)
+    if isinstance(data, Image.Image):
+        image = _turned(to_rgb(data), _orientation(data)) if exif else to_rgb(data)
+    else:
+        image = decode(data, exif=exif)
     width, height = image.size
     filter_ = INTERPOLATIONS[interpolation]
     if resize == "squash":

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clip_jax.data import images
 from tests.data.shards import jpeg
@@ -178,6 +178,26 @@ def test_a_truncated_jpeg_stays_an_error_also_with_harmless_warnings(bytes_left)
         cut = data[:-bytes_left] if bytes_left == 2 else data[: int(len(data) * bytes_left)]
         with pytest.raises(images.BadImageError):
             images.decode(cut)
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 2, 3, 4, 5, 6, 7, 8, 99])
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_images_are_turned_by_their_exif_orientation_where_this_is_asked_for(orientation, format_):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[274] = orientation
+    data = saved(Image.open(io.BytesIO(jpeg(5, (48, 32)))), format_, exif=exif)
+    opened = Image.open(io.BytesIO(data))
+    upright = ImageOps.exif_transpose(opened).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(images.decode(data)), np.asarray(opened.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(images.decode(data, exif=True)), np.asarray(upright))
+    expected = images.resize_and_crop(upright, 16)
+    for given in (data, opened):
+        np.testing.assert_array_equal(images.resize_and_crop(given, 16, exif=True), expected)
+    crops = [
+        images.random_resized_crop(x, 32, np.random.default_rng(0), exif=True) for x in (data, np.asarray(upright))
+    ]
+    np.testing.assert_array_equal(*crops)
 
 
 def test_training_crops_from_jpegs_decoded_smaller_are_near_those_of_the_whole_image(shared_data):
