@@ -195,13 +195,13 @@ def _scan(shard: Path, number: int, truncated: str) -> tuple[np.ndarray, LeftOut
             f"{shard}: {problem}; download it again or remove it, or set config.data.truncated=keep to use "
             f"{'the samples before the cut' if found else 'the other shards'}"
         )
-    groups, left_out = members.pairs(member for member in found if member.offset + member.size <= size)
+    groups, left_out = members.pairs((member for member in found if member.offset + member.size <= size), shard.name)
     if problem:
         left_out.other("shards that are truncated or no tar files, with what is after the cut", shown(shard.name))
     absent = Member("", False, 0, -1)
     places = [[group.members.get(kind, absent)[2:] for kind in KINDS] for group in groups]
     rows = [(number, *(value for place in sample for value in place)) for sample in places]
-    found_labels = members.labels(groups, lambda member: _read(shard, member.offset, member.size))
+    found_labels = members.labels(groups, shard.name, lambda member: _read(shard, member.offset, member.size))
     return np.array(rows, ENTRY), left_out, found_labels
 
 
