@@ -172,9 +172,11 @@ class Model:
 
     def _pixels(self, image: OneImage) -> np.ndarray:
         data, name = inputs.image(image)
-        resize, interpolation = self.preset.preprocess.resize, self.preset.preprocess.interpolation
+        how = self.preset.preprocess
         try:
-            return image_files.resize_and_crop(data, self.image_size, resize=resize, interpolation=interpolation)
+            return image_files.resize_and_crop(
+                data, self.image_size, resize=how.resize, interpolation=how.interpolation, exif=how.exif
+            )
         except image_files.BadImageError as error:
             raise UserError(f"{name}: {error}") from error
 

@@ -25,6 +25,8 @@ class Preprocess(NamedTuple):
     resize: str
     """In evaluation: ``shortest`` (scale the shorter side, crop the center) or ``squash`` (scale both sides)."""
     interpolation: str
+    exif: bool = False
+    """Whether images are turned as their EXIF orientation says. OpenCLIP and Transformers do not turn them."""
 
     def normalize(self, pixels: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
         """uint8 -> float32: ``(pixels / 255 - mean) / std``."""

@@ -42,14 +42,18 @@ def defaults() -> ConfigDict:
             "data": {
                 "train": "shapes:train",  # kind:where, see clip_jax/data/sources
                 "samples": AUTO,  # examples in the dataset, for a plan without the data; training counts them
-                "caption": "txt",  # tar shards: txt, or a dotted path into the sample's JSON
+                # Of tar shards and folders: txt, txt_lines (each line of the .txt is a caption), or a dotted path into
+                # the sample's JSON, such as caption or captions.de.
+                "caption": "txt",
                 "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
+                "links_to": "",  # a folder that links in an image folder may lead to; empty: into the folder only
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
+                "exif_orientation": False,  # turn photos as their cameras marked them; peers do not
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
-                "max_bad_share": 0.01,  # share of unusable examples at which the run stops
+                "max_bad_share": 0.01,  # share of unusable examples, and of incomplete pairs, at which the run stops
                 "workers": 2,  # threads, each decoding a batch of its own
                 "prefetch": 4,  # batches ready before they are needed
             },

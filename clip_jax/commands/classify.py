@@ -4,6 +4,8 @@ import argparse
 
 import numpy as np
 
+from clip_jax.data import templates
+
 HELP = "Print the probability of each label for each image."
 
 
@@ -19,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from clip_jax.model import load  # after parsing: JAX takes a second to import
 
+    prompts = arguments.template or ("{}",)
+    templates.check("--template", prompts)
     labels = [label.strip() for label in arguments.labels.split(",") if label.strip()]
     model = load(arguments.model)
-    probabilities = model.classify(arguments.image, labels, arguments.template or ("{}",))
+    probabilities = model.classify(arguments.image, labels, prompts)
     for image, row in zip(arguments.image, probabilities, strict=True):
         print(image)
         for label in np.argsort(-row, kind="stable"):

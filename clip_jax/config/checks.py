@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from clip_jax import presets
 from clip_jax.config import phases
 from clip_jax.config.flat import flatten, known_settings, set_value, siblings, typed
+from clip_jax.data import templates
 from clip_jax.errors import UserError, nearest
 from clip_jax.settings import (
     AUTO,
@@ -116,14 +117,7 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
         if not all(isinstance(pattern, str) for pattern in given[key]):
             raise UserError(f"{where}: {key}={given[key]}: patterns of parameters' names, such as ('image/*',)")
     for name in evaluations:
-        templates = given[f"eval.{name}.templates"]
-        if not templates:
-            raise UserError(f"{where}: eval.{name}.templates: give at least one, such as ('a photo of a {{}}.',)")
-        for template in templates:
-            if str(template).count("{}") != 1 or set(str(template).replace("{}", "")) & set("{}"):
-                raise UserError(
-                    f"{where}: eval.{name}.templates: {template!r} has no {{}} for the class name, or others"
-                )
+        templates.check(f"{where}: eval.{name}.templates", given[f"eval.{name}.templates"])
     for key, highest, meaning in (
         ("crop_scale", 1, "two areas, 0 < smallest <= largest <= 1"),
         ("crop_ratio", math.inf, "two aspect ratios, 0 < smallest <= largest"),

@@ -53,7 +53,9 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
         if config.objectives[name].weight > 0:
             architecture = objective.adapt(config.objectives[name], architecture)
     preprocess = named.preprocess._replace(
-        mean=config.model.mean or named.preprocess.mean, std=config.model.std or named.preprocess.std
+        mean=config.model.mean or named.preprocess.mean,
+        std=config.model.std or named.preprocess.std,
+        exif=config.data.exif_orientation,
     )
     check_architecture(architecture, named.architecture)
     if config.model.attention == "cudnn":

@@ -2,18 +2,36 @@
 
 JPEGs are decoded by libjpeg-turbo (``simplejpeg``; the same bits as Pillow's decoder, about 1.5 times as fast),
 everything else by Pillow, which also resizes: its bicubic filter is antialiased and is what OpenAI's, OpenCLIP's
-and Hugging Face's preprocessing use. Both release the interpreter lock.
+and Hugging Face's preprocessing use. Both release the interpreter lock. No step makes an image of more than
+``MAX_PIXELS``, whatever the shape of the file.
 """
 
+import functools
 import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
 MAX_PIXELS = 128 * 1024 * 1024  # a decompression bomb is refused from its header; the same bound as OpenCLIP's
 
 Image.MAX_IMAGE_PIXELS = None  # replaced by the bound above, which has an error of its own
+
+ENDINGS = ("jpg", "jpeg", "jfif", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+"""Names of image files end in one of these, in lower or upper case; the content decides how a file is read."""
+
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"),
+    *("PPM", "ICO", "QOI", "TGA", "PCX", "SGI", "PSD"),
+)
+"""Of Pillow's formats, those that are read: EPS would start Ghostscript on a file from the internet."""
+
+_T = Image.Transpose
+TURNS = {
+    **{2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE},
+    **{6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90},
+}
+"""EXIF orientation -> what makes the image upright."""
 
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -22,11 +40,11 @@ class BadImageError(ValueError):
     """An image that cannot be used; the message is the reason."""
 
 
-def decode(data: bytes | np.ndarray, min_size: int | None = None) -> Image.Image:
+def decode(data: bytes | np.ndarray, min_size: int | None = None, exif: bool = False) -> Image.Image:
     """Decodes an encoded file (or uint8[H, W, 3]) to an RGB image. Raises BadImageError.
 
     With ``min_size`` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster for photos, as long as
-    both sides keep at least ``min_size`` pixels.
+    both sides keep at least ``min_size`` pixels. ``exif``: turned as its EXIF orientation says.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
@@ -34,21 +52,79 @@ def decode(data: bytes | np.ndarray, min_size: int | None = None) -> Image.Image
         return Image.fromarray(data)
     if not data:
         raise BadImageError("empty image file")
+    pixels = _decode_jpeg(data, min_size) if data[:3] == b"\xff\xd8\xff" else None
+    image = _decode_with_pillow(data) if pixels is None else Image.fromarray(pixels)
+    return _turned(image, _orientation(data)) if exif else image
+
+
+def _orientation(file: bytes | Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, which turns nothing, where there is none."""
     try:
-        if data[:3] == b"\xff\xd8\xff":
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            _check_pixels(width, height)
-            if colorspace in ("YCbCr", "RGB", "Gray"):  # CMYK needs Pillow's conversion
-                smallest = min(min_size or 0, height, width)
-                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=smallest, min_width=smallest)
-                return Image.fromarray(pixels)
-        image = Image.open(io.BytesIO(data))
+        image = file if isinstance(file, Image.Image) else Image.open(io.BytesIO(file), formats=_formats())
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF data of web images is often broken; the image is not
+        return 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
+    """uint8[height, width, 3]; None for what only Pillow can judge."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(width, height)
+        if colorspace not in ("YCbCr", "RGB", "Gray"):  # CMYK needs Pillow's conversion
+            return None
+        smallest = min(min_size or 0, height, width)
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=smallest, min_width=smallest)
+    except BadImageError:
+        raise
+    except Exception:  # harmless warnings (stray bytes before a marker) as well as truncation: Pillow tells them apart
+        return None
+
+
+def _decode_with_pillow(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
         _check_pixels(*image.size)
-        return image.convert("RGB")
+        return to_rgb(image)
     except BadImageError:
         raise
     except Exception as error:  # on broken files decoders raise OSError, ValueError, SyntaxError and others
         raise BadImageError(f"undecodable image ({type(error).__name__})") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()  # Pillow may have been built without one of them
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits per channel. Deep gray images are scaled: Pillow's own conversion clips them, mostly to white.
+
+    16 bits keep their upper 8, as Pillow does for 16-bit color. Wider integers and floats have no fixed range: values
+    within 0..1 (floats), 0..255 or 0..65535 (integers) are taken for what they seem. Raises BadImageError for others.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode not in ("I", "F"):
+        return image.convert("RGB")
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 255):  # so that NaN is refused too
+            raise BadImageError("image of floats outside 0..1 and 0..255")
+        values = np.rint(values * 255 if high <= 1 else values)
+    else:
+        if low < 0 or high > 65535:
+            raise BadImageError("image of integers outside 0..65535")
+        # Pillow scales a 16-bit PGM to 0..65535, even one that is nearly black.
+        values = values >> 8 if high > 255 or image.format == "PPM" else values
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -64,6 +140,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
+    exif: bool = False,
 ) -> np.ndarray:
     """uint8[size, size, 3]: a random part of the image of relative area ``scale`` and aspect ``ratio``, resized.
 
@@ -71,11 +148,10 @@ def random_resized_crop(
     """
     # A crop of the smallest area still has at least ``size`` pixels on its shorter side after scaled decoding.
     wanted = int(np.ceil(size / (scale[0] * ratio[0]) ** 0.5))
-    image = decode(data, min_size=wanted)
+    image = decode(data, min_size=wanted, exif=exif)
     width, height = image.size
     left, top, right, bottom = _crop_box(width, height, rng, scale, ratio)
-    box = (left, top, right, bottom)
-    return np.asarray(image.resize((size, size), INTERPOLATIONS[interpolation], box=box))
+    return np.asarray(_resize(image, (size, size), INTERPOLATIONS[interpolation], (left, top, right, bottom)))
 
 
 def _crop_box(
@@ -98,23 +174,50 @@ def _crop_box(
 
 
 def resize_and_crop(
-    data: bytes | np.ndarray | Image.Image, size: int, *, resize: str = "shortest", interpolation: str = "bicubic"
+    data: bytes | np.ndarray | Image.Image,
+    size: int,
+    *,
+    resize: str = "shortest",
+    interpolation: str = "bicubic",
+    exif: bool = False,
 ) -> np.ndarray:
     """uint8[size, size, 3], for evaluation: nothing random, the same pixels as OpenCLIP's Pillow transforms.
 
     ``resize``: ``shortest`` scales the shorter side to ``size`` and crops the center; ``squash`` scales both sides.
     """
-    image = data.convert("RGB") if isinstance(data, Image.Image) else decode(data)
+    if isinstance(data, Image.Image):
+        image = _turned(to_rgb(data), _orientation(data)) if exif else to_rgb(data)
+    else:
+        image = decode(data, exif=exif)
     width, height = image.size
     filter_ = INTERPOLATIONS[interpolation]
     if resize == "squash":
-        return np.asarray(image.resize((size, size), filter_))
+        return np.asarray(_resize(image, (size, size), filter_, (0, 0, width, height)))
     # torchvision's rule: the longer side is truncated, and the crop's offset rounded, half to even. Transformers
     # rounds down, so that its crop of one image in four begins a pixel earlier.
     short, long = min(width, height), max(width, height)
     long = int(size * long / short)
     width, height = (size, long) if width <= height else (long, size)
+    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+    if width * height > MAX_PIXELS:
+        # The longer side of a strip would become gigabytes, of which the crop keeps a square: resize that part alone.
+        x, y = image.width / width, image.height / height
+        right, bottom = min((left + size) * x, image.width), min((top + size) * y, image.height)
+        return np.asarray(_resize(image, (size, size), filter_, (left * x, top * y, right, bottom)))
     if image.size != (width, height):
         image = image.resize((width, height), filter_)
-    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _resize(
+    image: Image.Image, size: tuple[int, int], filter_: Image.Resampling, box: tuple[float, float, float, float]
+) -> Image.Image:
+    """Pillow's resize of a part of the image, without a huge image in between.
+
+    Pillow resizes rows first: a strip of 1 x 10^8 pixels would first become 224 x 10^8. Columns go first there.
+    """
+    left, top, right, bottom = box
+    if size[0] * (bottom - top) > MAX_PIXELS:
+        image = image.resize((image.width, size[1]), filter_, box=(0, top, image.width, bottom))
+        box = (left, 0, right, size[1])
+    return image.resize(size, filter_, box=box)

@@ -43,6 +43,7 @@ def pair_views(
     crop_scale: tuple[float, float],
     crop_ratio: tuple[float, float],
     interpolation: str,
+    exif: bool = False,
 ) -> dict[str, View]:
     """The caption (one of the example's, at random) and the image (a random crop).
 
@@ -55,7 +56,13 @@ def pair_views(
 
     def fill_image(sample: Sample, rng: np.random.Generator, arrays: Arrays) -> None:
         arrays["image"][:] = images.random_resized_crop(
-            sample.image, image_size, rng, scale=crop_scale, ratio=crop_ratio, interpolation=interpolation
+            sample.image,
+            image_size,
+            rng,
+            scale=crop_scale,
+            ratio=crop_ratio,
+            interpolation=interpolation,
+            exif=exif,
         )
 
     return {

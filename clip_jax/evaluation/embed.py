@@ -126,7 +126,11 @@ def embed_images(
     def decode(sample: Sample) -> tuple[np.ndarray | None, str]:
         try:
             return images.resize_and_crop(
-                sample.image, size, resize=preprocess.resize, interpolation=preprocess.interpolation
+                sample.image,
+                size,
+                resize=preprocess.resize,
+                interpolation=preprocess.interpolation,
+                exif=preprocess.exif,
             ), ""
         except images.BadImageError as error:
             return None, str(error)

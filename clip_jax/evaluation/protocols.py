@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_jax.data.sources.sample import Source
+from clip_jax.data.sources.sample import Source, notes
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
 from clip_jax.evaluation.retrieval import recall
@@ -50,6 +50,7 @@ def retrieval(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
 def zero_shot(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
     """Accuracy among the source's classes."""
     embedded = embed_source(evaluation.embedder, weights, evaluation.source)
+    _check_labels(evaluation, embedded)
 
     def encode(prompts: Sequence[str]) -> np.ndarray:
         return embed_texts(evaluation.embedder, weights, prompts)
@@ -73,17 +74,32 @@ def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embed
 def check(evaluation: Evaluation) -> None:
     """Raises UserError for a source that the protocol cannot use."""
     if evaluation.protocol == "zero_shot" and not evaluation.source.class_names:
+        reasons = "".join(f"; {note}" for note in notes(evaluation.source))
         raise UserError(
             f"config.eval.{evaluation.name}.source={evaluation.source.name}: its examples have no labels to classify"
+            f"{reasons}"
         )
 
 
 def try_one_batch(evaluation: Evaluation, weights: Variables) -> None:
     """Embeds one batch, so that a source without usable examples is reported before training and not after it."""
     try:
-        embed_source(evaluation.embedder, weights, evaluation.source, limit=evaluation.embedder.batch_size)
+        embedded = embed_source(evaluation.embedder, weights, evaluation.source, limit=evaluation.embedder.batch_size)
+        if evaluation.protocol == "zero_shot":
+            _check_labels(evaluation, embedded)
     except UserError as error:
         raise UserError(f"config.eval.{evaluation.name}: {error}") from error
+
+
+def _check_labels(evaluation: Evaluation, embedded: Embedded) -> None:
+    """Raises UserError for a label that is no class: counted as wrong, it would only lower the accuracy."""
+    classes = len(evaluation.source.class_names)
+    wrong = np.flatnonzero((embedded.labels < 0) | (embedded.labels >= classes))
+    if len(wrong):
+        raise UserError(
+            f"{evaluation.source.name}: {len(wrong)} of {len(embedded.labels)} labels are not in 0..{classes - 1} "
+            f"(example {embedded.indices[wrong[0]]} has {embedded.labels[wrong[0]]}); correct or remove these examples"
+        )
 
 
 def _counts(embedded: Embedded) -> Metrics:

@@ -47,9 +47,12 @@ def recall(
     owner: Int[np.ndarray, " texts"],
     at: tuple[int, ...] = (1, 5, 10),
 ) -> dict[str, float]:
-    """``{"i2t_R@1": ..., "t2i_R@1": ..., ...}``, shares of queries."""
+    """``{"i2t_R@1": ..., "t2i_R@1": ..., ...}``, shares of queries.
+
+    A k that reaches the number of candidates is left out: any model finds everything among them.
+    """
     image_to_text, text_to_image = ranks(images, texts, owner)
     result = {}
-    for name, rank in (("i2t", image_to_text), ("t2i", text_to_image)):
-        result |= {f"{name}_R@{k}": float(np.mean(rank < k)) for k in at}
+    for name, rank, candidates in (("i2t", image_to_text, len(texts)), ("t2i", text_to_image, len(images))):
+        result |= {f"{name}_R@{k}": float(np.mean(rank < k)) for k in at if k < candidates}
     return result

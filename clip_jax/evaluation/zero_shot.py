@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from clip_jax.data.templates import check, fill
+
 
 def classifier(
     class_names: Sequence[str],
     templates: Sequence[str],
     encode: Callable[[Sequence[str]], Float[np.ndarray, "prompts dim"]],
 ) -> Float[np.ndarray, "classes dim"]:
-    """One unit vector per class; ``encode`` gives unit embeddings of texts."""
-    prompts = [template.format(name) for name in class_names for template in templates]
+    """One unit vector per class; ``encode`` gives unit embeddings of texts. Raises UserError for a template."""
+    check("templates", templates)
+    prompts = [fill(template, name) for name in class_names for template in templates]
     embeddings = np.asarray(encode(prompts)).reshape(len(class_names), len(templates), -1)
     mean = embeddings.mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)

@@ -61,7 +61,11 @@ def make_gallery(
     _, first = np.unique(owner, return_index=True)
     pixels = [
         image_files.resize_and_crop(
-            source[int(index)].image, image_size, resize=preprocess.resize, interpolation=preprocess.interpolation
+            source[int(index)].image,
+            image_size,
+            resize=preprocess.resize,
+            interpolation=preprocess.interpolation,
+            exif=preprocess.exif,
         )
         for index in indices[chosen]
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from clip_jax.data.sources.sample import notes
 from clip_jax.devices import xla_flags
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.reports import history, page, terminal
@@ -28,8 +29,10 @@ def header(run: Run) -> list[tuple[str, str]]:
         ("mesh", f"{axes} on {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
         ("XLA flags", xla_flags.describe(jax.default_backend())),
         ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} per device"),
+        *(("", note) for note in repeated_pairs(run)),
         ("steps", f"{run.steps} ({run.steps * batch / len(train):.1f} epochs)"),
         ("data", f"{train.name}, {len(train)} examples"),
+        *(("", note) for note in notes(train)),
     ]
     for number, phase in enumerate(run.phases[1:], start=2):
         size = phase.preset.architecture.image.image_size
@@ -38,7 +41,19 @@ def header(run: Run) -> list[tuple[str, str]]:
         source = evaluation.source
         classes = f", {len(source.class_names)} classes" if evaluation.protocol == "zero_shot" else ""
         rows.append((evaluation.name, f"{evaluation.protocol}: {source.name}, {len(source)} examples{classes}"))
+        rows += [("", note) for note in notes(source)]
     return [*rows, ("folder", str(run.folder))]
+
+
+def repeated_pairs(run: Run) -> tuple[str, ...]:
+    """A warning where a batch is larger than the data: it holds some pairs twice, each as a negative of itself."""
+    batch, examples, shards = run.config.batch_size, len(run.train), batch_shards(run.mesh)
+    if batch <= examples:
+        return ()
+    fits = examples // shards * shards
+    way_out = f"set config.batch_size={fits}" if fits else f"train on fewer devices, or on {shards} pairs or more"
+    times = -(-batch // examples)
+    return (f"WARNING: only {examples} pairs: each is up to {times} times in a batch, as its own negative; {way_out}",)
 
 
 def summary(step: int, values: Mapping[str, float]) -> str:

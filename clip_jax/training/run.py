@@ -171,6 +171,8 @@ def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Sour
         image_size=image_size,
         caption=caption,
         truncated=config.data.truncated,
+        links_to=config.data.links_to,
+        max_bad_share=config.data.max_bad_share,
         tfds_dir=config.data.tfds_dir,
     )
     if not len(opened):

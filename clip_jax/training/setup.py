@@ -49,6 +49,7 @@ def make_learner(
         crop_scale=config.data.crop_scale,
         crop_ratio=config.data.crop_ratio,
         interpolation=preset.preprocess.interpolation,
+        exif=preset.preprocess.exif,
     )
     for objective in objectives.values():
         views |= objective.views

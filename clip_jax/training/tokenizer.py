@@ -1,5 +1,6 @@
 """The tokenizer of a run: trained or fetched once, stored in the run folder, the same on every process."""
 
+import collections
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from clip_jax.data import tokenizers
 from clip_jax.data.sources.sample import BadSampleError, Source
 from clip_jax.data.stream import read
 from clip_jax.data.tokenizers import Tokenizer, stored
+from clip_jax.errors import UserError
 from clip_jax.interop import folders
 
 
@@ -61,12 +63,17 @@ def _of_weights(config: ConfigDict, kind: str) -> Path | None:
 
 
 def _captions(source: Source, examples: int) -> Iterator[str]:
-    """The captions of the first examples, without those of bad ones."""
-    for index in range(min(examples, len(source))):
+    """The captions of the first examples, without those of bad ones; UserError where all are bad."""
+    faults: collections.Counter = collections.Counter()
+    count = min(examples, len(source))
+    for index in range(count):
         try:
             yield from read(source, index).captions
-        except BadSampleError:
-            continue
+        except BadSampleError as error:
+            faults[error.reason] += 1
+    if faults.total() == count:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in faults.most_common())
+        raise UserError(f"{source.name}: no captions to train a tokenizer on in {count} examples ({reasons})")
 
 
 def _broadcast(data: bytes) -> bytes:

@@ -53,7 +53,7 @@ def recipe(tmp_path, body: str) -> str:
         ("    config.examples = 100\n", "are both given"),
         ("    config.steps = -1\n", "give one of steps, examples, epochs"),
         ("    config.data.crop_scale = (2.0, 1.0)\n", "data.crop_scale"),
-        ("    config.eval.a = evaluation(templates=('a photo',))\n", "has no {} for the class name"),
+        ("    config.eval.a = evaluation(templates=('a photo',))\n", "write {} once, for the class name"),
         ("    config.eval.a = 'folder:x'\n", "eval.a is a section: config.eval.a = evaluation(source='folder:x'"),
         ("    config.eval.a = evaluation()\n    config.eval.a.sorce = 'x'\n", "nearest: eval.a.source"),
         ("    config.loss.name = 'sigmoid'\n", "config.loss is config.objectives.contrastive now"),

@@ -224,7 +224,7 @@ def test_captions_in_two_places_are_refused(tmp_path):
     ("text", "said"),
     [
         ("", "line 1: the columns are none; it needs file and caption"),
-        ("path,text\na.jpg,an a\n", "line 1: the columns are path, text; it needs file and caption"),
+        ("name,words\na.jpg,an a\n", "line 1: the columns are name, words; it needs file and caption"),
         ("file,caption\na.jpg,an a, red\n", 'line 2: not 2 fields; put a caption with commas in it between "quotes"'),
         ("file,caption\na.jpg\n", "line 2: not 2 fields"),
         ("file,caption\n\na.jpg,an a\n\na.jpg\n", "line 5: not 2 fields"),
@@ -260,6 +260,10 @@ def test_split_folders_are_not_taken_for_classes(tmp_path):
     assert open_folder(str(tmp_path / "train")).class_names == ("cat", "dog")
 
 
+def test_numbered_split_folders_are_not_taken_for_classes(tmp_path):
+    assert "train2017, val2017 are splits" in refusal(write(tmp_path, "train2017/1.jpg", "val2017/2.jpg"))
+
+
 def test_a_class_without_images_is_refused_because_it_would_renumber_the_others(tmp_path):
     write(tmp_path, "cat/1.jpg", "dog/2.jpg", texts={"bird/.keep": ""})
     assert "bird: a class without images" in refusal(tmp_path)
@@ -285,3 +289,133 @@ def test_a_folder_that_is_itself_a_link_is_read(tmp_path):
     write(tmp_path / "real", "a.jpg", texts={"a.txt": "an a"})
     (tmp_path / "alias").symlink_to("real")
     assert captions(tmp_path / "alias") == {"a.jpg": ("an a",)}
+
+
+def test_a_link_to_another_disk_is_followed_within_the_bound_that_the_message_names(tmp_path):
+    write(tmp_path / "disk/deep", "a.jpg", "b.jpg"), write(tmp_path / "disk/more", "c.jpg")
+    folder = write(tmp_path / "subset", texts={"a.txt": "an a", "sub/c.txt": "a c"})
+    (folder / "a.jpg").symlink_to(tmp_path / "disk/deep/a.jpg")
+    (folder / "sub/c.jpg").symlink_to(tmp_path / "disk/more/c.jpg")
+    assert f"(2 in all); set config.data.links_to={tmp_path}/disk or copy the files there" in refusal(folder)
+    source = open_folder(str(folder), links_to=f"{tmp_path}/disk")
+    assert [source[i].captions for i in range(len(source))] == [("an a",), ("a c",)]
+    with pytest.raises(UserError, match="leads out"):
+        open_folder(str(folder), links_to=f"{tmp_path}/disk/deep")
+
+
+def test_linked_folders_are_followed_and_circles_end(tmp_path):
+    write(tmp_path / "disk", "cats/a.jpg", texts={"cats/a.txt": "a cat"})
+    folder = write(tmp_path / "subset", "own/b.jpg", texts={"own/b.txt": "a b"})
+    (folder / "linked").symlink_to(tmp_path / "disk/cats")
+    (folder / "own/up").symlink_to(folder)
+    (tmp_path / "disk/cats/round").symlink_to(folder / "own")
+    source = open_folder(str(folder), links_to=str(tmp_path))
+    names = [os.path.relpath(source[i].key, folder) for i in range(len(source))]
+    assert {"linked/a.jpg", "own/b.jpg"} <= set(names) and len(names) < 20
+
+
+@pytest.mark.parametrize("ending", ["gif", "bmp", "tiff", "jfif", "avif", "JPE"])
+def test_images_of_all_usual_endings_are_read(tmp_path, ending):
+    write(tmp_path, f"x.{ending}", texts={"x.TXT": "an x"})
+    assert captions(tmp_path) == {f"x.{ending}": ("an x",)}
+
+
+def test_an_image_that_is_not_read_is_named_beside_its_text(tmp_path):
+    write(tmp_path, "a.jpg", "b.heic", texts={"a.txt": "an a", "b.txt": "a b"})
+    assert "b.txt: 1 text files have no image of the same name beside them, this is the first (b.heic is not read;" in (
+        refusal(tmp_path)
+    )
+
+
+def test_a_few_without_their_other_half_are_left_out_and_reported(tmp_path):
+    write(
+        tmp_path, *(f"{i}.jpg" for i in range(12)), "clip.mov", texts={f"{i}.txt": f"number {i}" for i in range(2, 14)}
+    )
+    source = open_folder(str(tmp_path))
+    assert len(source) == 10
+    assert source.notes == (
+        "left out: 2 captions without an image (first: 12.txt)",
+        "left out: 2 images without a caption (first: 0.jpg)",
+        "left out: 1 files that are not read, ending in .mov (first: clip.mov)",
+    )
+    with pytest.raises(UserError, match="2 images have no caption"):
+        open_folder(str(tmp_path), max_bad_share=0.003)
+
+
+def test_lines_of_a_table_without_a_file_are_left_out_and_reported(tmp_path):
+    lines = "".join(f"{i}.jpg,number {i}\n" for i in range(8))
+    write(tmp_path, *(f"{i}.jpg" for i in range(6)), texts={"captions.csv": f"file,caption\n{lines}"})
+    source = open_folder(str(tmp_path))
+    assert len(source) == 6
+    assert source.notes == ("left out: 2 lines of captions.csv without an image (first: line 8)",)
+
+
+def test_names_of_folders_as_captions_are_reported(tmp_path):
+    write(tmp_path, "cat/1.jpg", "dog/2.jpg", "owl/3.jpg", "pig/4.jpg")
+    assert open_folder(str(tmp_path)).notes == ("captions are the names of its 4 folders: cat, dog, owl, ...",)
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ("metadata.jsonl", '{"file_name": "deep/a.jpg", "text": "an a"}\n{"file_name": "b.jpg", "text": "a b"}\n'),
+        ("metadata.csv", "file_name,text\nb.jpg,a b\ndeep/a.jpg,an a\n"),
+        ("train.csv", "filepath\ttitle\n{root}/deep/a.jpg\tan a\n{root}/b.jpg\ta b\n"),
+        ("pairs.tsv", "filepath\ttitle\n{cwd}/deep/a.jpg\tan a\n{cwd}/b.jpg\ta b\n"),
+        ("captions.tsv", "file\tcaption\ndeep/a.jpg\tan a\nb.jpg\ta b\n"),
+    ],
+)
+def test_the_tables_of_other_libraries_are_read(tmp_path, table, text):
+    text = text.replace("{root}", str(tmp_path)).replace("{cwd}", os.path.relpath(tmp_path))
+    write(tmp_path, "deep/a.jpg", "b.jpg", texts={table: text})
+    assert captions(tmp_path) == {"b.jpg": ("a b",), "deep/a.jpg": ("an a",)}
+
+
+def test_a_table_may_name_images_without_their_folder_where_only_one_has_that_name(tmp_path):
+    text = "image,caption\na.jpg,an a\na.jpg,still an a\nb.jpg,a b\n"
+    write(tmp_path, "Images/a.jpg", "Images/b.jpg", texts={"captions.txt": text})
+    assert captions(tmp_path) == {"Images/a.jpg": ("an a", "still an a"), "Images/b.jpg": ("a b",)}
+    write(tmp_path, "more/a.jpg")
+    assert "captions.txt, line 2: a.jpg is not an image" in refusal(tmp_path)
+
+
+def test_a_table_of_something_else_leaves_captions_where_they_are_and_is_reported(tmp_path):
+    write(tmp_path, "cat/a.jpg", "dog/b.jpg", texts={"sizes.csv": "name,bytes\na.jpg,3\n"})
+    source = open_folder(str(tmp_path))
+    assert source.class_names == ("cat", "dog")
+    assert "left out: 1 tables that are not read (first: sizes.csv)" in source.notes
+    both = write(tmp_path / "both", "a.jpg", texts={"a.txt": "an a", "credits.csv": "file,title\na.jpg,Sunset No. 3\n"})
+    assert captions(both) == {"a.jpg": ("an a",)}
+
+
+def test_img2dataset_files_are_read_from_their_json_and_never_taken_for_classes(tmp_path):
+    about = {f"0000{i}/{i}.json": json.dumps({"caption": f"number {i}", "url": f"http://{i}"}) for i in range(2)}
+    write(tmp_path, "00000/0.jpg", "00001/1.jpg", texts=about | {"00000_stats.json": "{}"})
+    assert "0.json: a .json beside each image" in refusal(tmp_path)
+    assert "set config.data.caption to a field of it (caption, url)" in refusal(tmp_path)
+    source = open_folder(str(tmp_path), caption="caption")
+    assert [source[i].captions for i in range(2)] == [("number 0",), ("number 1",)] and source.class_names == ()
+    with pytest.raises(UserError, match=r"captoin: .* \(nearest: caption\); with text there are caption, url"):
+        open_folder(str(tmp_path), caption="captoin")
+
+
+def test_a_text_may_have_a_caption_per_line(tmp_path):
+    write(tmp_path, "x.jpg", texts={"x.txt": "an x\n\n a cross \n"})
+    assert open_folder(str(tmp_path), caption="txt_lines")[0].captions == ("an x", "a cross")
+    assert open_folder(str(tmp_path))[0].captions == ("an x\n\n a cross",)
+
+
+def test_a_name_that_is_not_utf8_is_a_file_like_others_and_valid_in_messages(tmp_path):
+    for ending, data in ((b"jpg", jpeg(1)), (b"txt", b"a cafe")):
+        (tmp_path / os.fsdecode(b"caf\xe9." + ending)).write_bytes(data)
+    source = open_folder(str(tmp_path))
+    assert source[0] == Sample(image=jpeg(1), captions=("a cafe",), key=f"{tmp_path}/caf\\xe9.jpg", label=-1)
+    write(tmp_path / "classes", os.fsdecode(b"caf\xe9/a.jpg"), "dog/b.jpg")
+    assert refusal(tmp_path / "classes").endswith("caf\\xe9: the name of a class is not valid text; rename the folder")
+
+
+def test_captions_are_valid_unicode(tmp_path):
+    write(
+        tmp_path, "a.jpg", texts={"captions.jsonl": r'{"file": "a.jpg", "caption": "half \ud83d, whole \ud83d\ude00"}'}
+    )
+    assert open_folder(str(tmp_path))[0].captions == ("half \ufffd, whole \U0001f600",)

@@ -338,3 +338,9 @@ def test_a_wrong_file_or_setting_is_one_line_that_names_it(tmp_path, siglip_mode
         with pytest.raises(UserError, match=re.escape(message)) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_valid_unicode_has_the_ids_of_its_replacement(siglip_models):
+    tokenizer = tokenizers.siglip(siglip_models[1], 16)
+    broken = ["caf\udce9", "\ud83d alone", "a pair \ud83d\ude00"]
+    np.testing.assert_array_equal(tokenizer(broken), tokenizer(["caf\ufffd", "\ufffd alone", "a pair \U0001f600"]))

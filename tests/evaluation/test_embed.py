@@ -7,7 +7,9 @@ import pytest
 from clip_jax import presets
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.devices.sharding import make_mesh
+from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Variables, embed_source, make_embedder
+from clip_jax.evaluation.protocols import Evaluation, try_one_batch
 from tests.data.shards import jpeg, sample, write_shard
 from tests.models.test_clip import SMALL, computed, params_of
 
@@ -62,6 +64,25 @@ def test_what_is_left_out_is_counted_by_reason(on_eight):
     skipped = on_eight.skipped
     assert skipped.total() == 2 and skipped["empty caption"] == 1
     assert any("undecodable image" in reason for reason in skipped)
+
+
+def test_a_label_that_is_no_class_is_refused_in_the_first_batch(source):
+    class Labeled:
+        name, fingerprint, class_names = "tfds:pets/test", "", ("cat", "dog")
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return source[index]._replace(label=(0, 1, -1)[index])
+
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    embedder = make_embedder(computed(SMALL, mesh=mesh), presets.HALF, Letters(), mesh, 4, workers=1)
+    evaluation = Evaluation("pets", "zero_shot", Labeled(), ("{}",), None, embedder, None)
+    with pytest.raises(
+        UserError, match=r"config.eval.pets: tfds:pets/test: 1 of 3 labels are not in 0\.\.1 \(example 2 "
+    ):
+        try_one_batch(evaluation, Variables(params_of(computed(SMALL)), {}))
 
 
 def test_all_captions_of_an_image_are_embedded_and_owned(source):

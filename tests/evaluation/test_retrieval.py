@@ -45,9 +45,15 @@ def test_a_constant_model_finds_nothing():
     assert set(retrieval.recall(ones, ones, np.arange(10), at=(1, 5)).values()) == {0.0}
 
 
-def test_a_perfect_model_finds_everything_however_many_are_asked_for():
+def test_a_perfect_model_finds_everything():
     images, _, _ = random(8, 8)
-    assert set(retrieval.recall(images, images, np.arange(8), at=(1, 100)).values()) == {1.0}
+    assert set(retrieval.recall(images, images, np.arange(8), at=(1, 5)).values()) == {1.0}
+
+
+def test_recall_among_so_few_candidates_that_any_model_has_it_is_left_out():
+    images, texts, owner = random(4, 8)
+    assert set(retrieval.recall(images, texts, owner, at=(1, 4, 5, 8))) == {"i2t_R@1", "i2t_R@4", "i2t_R@5", "t2i_R@1"}
+    assert retrieval.recall(images[:1], images[:1], np.arange(1)) == {}
 
 
 def test_the_order_of_pairs_does_not_matter():

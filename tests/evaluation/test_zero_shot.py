@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from clip_jax.commands import main
+from clip_jax.errors import UserError
 from clip_jax.evaluation import zero_shot
 
 VECTORS = {"a cat": [1, 0, 0], "one cat": [0, 1, 0], "a dog": [0, 0, 1], "one dog": [0, 0, -1 / 2]}
@@ -34,3 +36,22 @@ def test_top_5_exists_where_there_are_more_than_five_classes():
 def test_a_constant_model_scores_chance():
     same = np.ones((40, 4), np.float32)
     assert zero_shot.accuracy(same, np.arange(40) % 4, same[:4])["zero_shot_top1"] == 0.25
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} {}", "{c}", "a {} {c}", "{", "{}}", "{0}", 3])
+def test_a_template_has_one_place_for_the_class_name_in_recipes_commands_and_calls(template, capsys):
+    with pytest.raises(UserError, match=r"write \{\} once, for the class name"):
+        zero_shot.classifier(["cat"], [template], lambda prompts: np.ones((1, 2)))
+    assert main(["classify", "--model=nowhere", "--image=x", "--labels=a", f"--template={template}"]) == 2
+    assert f"--template: {str(template)!r}: write {{}} once" in capsys.readouterr().err
+
+
+def test_a_template_alone_is_not_taken_for_a_list_of_letters():
+    with pytest.raises(UserError, match="give a list"):
+        zero_shot.classifier(["cat"], "a {}", lambda prompts: np.ones((1, 2)))
+
+
+def test_braces_in_the_name_of_a_class_are_characters():
+    seen = []
+    zero_shot.classifier(["f{x}", "{}"], ["a {}"], lambda prompts: seen.extend(prompts) or np.ones((2, 2)))
+    assert seen == ["a f{x}", "a {}"]

@@ -1,14 +1,17 @@
 """What a run leaves behind, and what it refuses before it starts."""
 
 import json
+import os
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from clip_jax import __version__
 from clip_jax.data.tokenizers import train_sentencepiece
+from clip_jax.devices.sharding import make_mesh
 from clip_jax.errors import UserError
-from clip_jax.training import loop
+from clip_jax.training import console, loop
 from clip_jax.training.metrics import Writer, truncate
 from tests.data.shards import jpeg, sample, write_shard
 from tests.training import runs
@@ -69,6 +72,8 @@ def test_the_first_loss_is_about_the_logarithm_of_the_batch(small_run):
             {"eval.pets.source": "shapes:train", "eval.pets.protocol": "zero_shot"},
             "its examples have no labels to classify",
         ),
+        ({"data.caption": "captoin"}, "captoin: no .json that was tried has text in this field (nearest: caption)"),
+        ({"data.caption": "tag", "eval.held_out.caption": "tags"}, "with text there are caption, captions.de, tags"),
         ({"model.text.vocab_size": "40"}, "vocab_size=40 is too small"),
         ({"tokenizer.kind": "clip", "tokenizer.vocab": "nowhere.gz"}, "nowhere.gz: no such file"),
     ],
@@ -116,6 +121,47 @@ def test_a_run_that_older_code_began_goes_on(small_run, tmp_path, capsys, with_r
     recipe = str(small_run.parent / "recipe.py") if with_recipe else None
     assert loop.run(workdir=str(copy), recipe=recipe, overrides={}) == 0
     assert "begun by older code, which had no ema_decay, mesh.slices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (256, None),
+        (12, "only 12 pairs: each is up to 22 times in a batch, as its own negative; set config.batch_size=8"),
+        (3, "train on fewer devices, or on 8 pairs or more"),
+    ],
+)
+def test_a_batch_larger_than_the_data_is_warned_of_with_the_batch_to_take(pairs, said):
+    run = SimpleNamespace(config=SimpleNamespace(batch_size=256), train=range(pairs), mesh=make_mesh())
+    warnings = console.repeated_pairs(run)
+    assert warnings == () if said is None else said in warnings[0]
+
+
+def test_a_run_reports_what_it_leaves_out_and_evaluates_on_labels_alone(tmp_path, capsys):
+    """Captions for training are in the .json, the classes have none; a name is Latin-1, an image broken."""
+    recipe, photos = str(runs.write_recipe(tmp_path)), tmp_path / "photos"
+    photos.mkdir()
+    for i in range(20):
+        (photos / f"{i}.jpg").write_bytes(jpeg(i))
+        (photos / f"{i}.json").write_text(json.dumps({"caption": f"picture number {i}"}))
+    broken = os.fsdecode(b"caf\xe9")
+    (photos / f"{broken}.jpg").write_bytes(b"<html>")
+    (photos / f"{broken}.json").write_text('{"caption": "not an image"}')
+    (photos / "alone.gif").write_bytes(b"")
+    (tmp_path / "pets").mkdir()
+    write_shard(tmp_path / "pets" / "0.tar", [{"jpg": jpeg(i), "cls": str(i % 2).encode()} for i in range(4)])
+    (tmp_path / "pets" / "classnames.txt").write_text("cat\ndog\n")
+    overrides = {
+        **{"steps": "2", "optimizer.warmup_steps": "0", "batch_size": "24", "data.caption": "caption"},
+        **{"data.train": f"folder:{photos}", "eval.held_out.source": "", "checkpoint.every_steps": "-1"},
+        **{"eval.pets.source": f"tar:{tmp_path}/pets", "eval.pets.protocol": "zero_shot"},
+    }
+    assert loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides=overrides) == 0
+    printed = capsys.readouterr().out
+    assert "left out: 1 images without a caption (first: alone.gif)" in " ".join(printed.split())
+    assert "set config.batch_size=16" in " ".join(printed.split())
+    assert "caf\\xe9.jpg: undecodable image" in (tmp_path / "run" / "bad_samples.txt").read_text()
+    assert 0 <= runs.metrics(tmp_path / "run")[-1]["eval/pets/zero_shot_top1"] <= 1
 
 
 def test_main_answers_a_mistake_with_one_line_and_code_2(tmp_path):

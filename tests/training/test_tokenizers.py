@@ -11,11 +11,12 @@ import clip_jax
 from clip_jax import commands
 from clip_jax.config import load, resolve_preset
 from clip_jax.data import tokenizers
+from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.tokenizers import files
 from clip_jax.errors import UserError
 from clip_jax.training import loop
-from clip_jax.training.tokenizer import prepare_tokenizer
-from tests.data.shards import write_shards
+from clip_jax.training.tokenizer import _captions, prepare_tokenizer
+from tests.data.shards import jpeg, write_shard, write_shards
 
 RECIPE = '''"""A test."""
 from clip_jax.config import defaults, evaluation
@@ -149,3 +150,12 @@ def test_the_embedding_has_a_row_for_each_token(tmp_path, name, kind, tokens, ro
 @pytest.mark.parametrize("recipe", ["siglip_b16", "siglip_so400m14"])
 def test_siglips_recipes_train_with_the_papers_tokenizer(recipe):
     assert resolve_preset(load(f"configs/{recipe}.py")).tokenizer == "siglip"
+
+
+def test_captions_that_are_all_bad_are_counted_by_reason(tmp_path):
+    empty = [{"jpg": jpeg(i), "txt": b" " if i else b"\xff\xfe"} for i in range(3)]
+    source = open_tar(str(write_shard(tmp_path / "0.tar", empty)))
+    with pytest.raises(
+        UserError, match=r"in 3 examples \(2 empty caption, 1 unreadable caption \(UnicodeDecodeError\)\)"
+    ):
+        list(_captions(source, 100))

@@ -29,21 +29,22 @@ class Kind(NamedTuple):
 
 KINDS = {
     "shapes": Kind(open_shapes, ("image_size",), "the bundled dataset: shapes:train, shapes:heldout, shapes:zero_shot"),
-    "tar": Kind(open_tar, ("caption", "truncated"), "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar"),
+    "tar": Kind(
+        open_tar, ("caption", "truncated", "max_bad_share"), "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar"
+    ),
     "tfds": Kind(
         open_tfds,
         ("tfds_dir",),
         "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
     ),
-    "folder": Kind(open_folder, (), "images with a .txt each: folder:DIR"),
+    "folder": Kind(open_folder, ("caption", "links_to", "max_bad_share"), "images with a .txt each: folder:DIR"),
 }
 
 
 def open_source(where: str, **options: Any) -> Source:
     """``kind:where`` -> Source. Raises UserError for an unknown kind and for anything missing or malformed.
 
-    ``options`` are those of all kinds (``image_size``, ``caption``, ``truncated``, ``tfds_dir``); each kind takes its
-    own and has a default for every one of them.
+    ``options`` are those of all kinds (``KINDS``); each kind takes its own and has a default for every one of them.
     """
     name, _, rest = where.partition(":")
     if name not in KINDS:

@@ -3,32 +3,35 @@
 Captions are in exactly one of these:
 
 - a text file beside each image: ``dog.jpg``, ``dog.txt``;
-- ``captions.csv`` at the top of the folder, with the columns ``file`` and ``caption``; a file may have several rows;
-- ``captions.jsonl`` there, with lines like ``{"file": "pets/dog.jpg", "caption": "a dog"}``, or a list of captions.
+- a JSON file beside each image, where ``config.data.caption`` is a path into it (img2dataset's ``files`` layout);
+- a table at the top of the folder: ``captions.csv``, ``captions.jsonl`` or one of another library (``tables.py``).
 
 With none of them, subfolders are classes, as for torchvision's ImageFolder, and the class name is the caption.
 Captions are read once, when the folder is opened, and images each time they are indexed. Names that start with a dot
-are ignored, and links are followed only where they stay in the folder.
+are ignored; links are followed where they lead into the folder or below ``config.data.links_to``.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from clip_jax.data import images
+from clip_jax.data.sources import captions as caption_files
+from clip_jax.data.sources import tables
+from clip_jax.data.sources.folder_files import Files, find_files
+from clip_jax.data.sources.left_out import MAX_SHARE, LeftOut
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
+from clip_jax.data.valid_text import shown, valid
 from clip_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-CAPTION_FILES = ("captions.csv", "captions.jsonl")
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-NOT_CAPTIONS = {"readme", "license", "licence", "notice"}  # .txt files of a download that are not captions
+NOT_CAPTIONS = {"readme", "license", "licence", "notice"}  # files of a download that are not captions
 
 
 class _Row(NamedTuple):
@@ -43,6 +46,7 @@ class _Folder:
     name: str
     fingerprint: str
     class_names: tuple[str, ...]
+    notes: tuple[str, ...]
     root: Path
     rows: tuple[_Row, ...] = field(repr=False)
 
@@ -53,194 +57,210 @@ class _Folder:
         row = self.rows[index]
         path = self.root / row.file
         if not row.captions:
-            raise BadSampleError("empty caption", str(path))
-        return Sample(image=path.read_bytes(), captions=row.captions, key=str(path), label=row.label)
+            raise BadSampleError("empty caption", shown(path))
+        return Sample(image=path.read_bytes(), captions=row.captions, key=shown(path), label=row.label)
 
 
-def open_folder(where: str) -> Source:
-    """The images of a folder in the order of their names, each with its captions and, in class folders, a label."""
+class _Opening(NamedTuple):
+    """What the readers of captions share."""
+
+    root: Path
+    files: Files
+    caption: str
+    max_bad_share: float
+    left_out: LeftOut
+
+
+def open_folder(
+    where: str, *, caption: str = caption_files.TXT, links_to: str = "", max_bad_share: float = MAX_SHARE
+) -> Source:
+    """The images of a folder in the order of their names, each with its captions and, in class folders, a label.
+
+    Raises UserError for a folder that cannot be read so, and where too many images or captions lack the other.
+    """
     root = Path(where).expanduser()
     if not where or not root.is_dir():
         problem = "is a file" if where and root.exists() else "no such folder"
         raise UserError(f"folder:{where}: {problem}; give a folder of images, such as folder:photos")
-    sizes, texts = _search(root)
-    if not sizes:
-        raise UserError(f"folder:{where}: no images in it or below it; images end in {', '.join(IMAGE_SUFFIXES)}")
-
-    tables = [name for name in CAPTION_FILES if (root / name).is_file()]
-    beside = sorted({_text_beside(image) for image in sizes} & set(texts))
-    texts = [text for text in texts if PurePosixPath(text).stem.lower() not in NOT_CAPTIONS or text in beside]
-    found = tables + beside[:1]
-    class_names: tuple[str, ...] = ()
-    if len(found) > 1:
-        raise UserError(f"folder:{where}: captions in {' and in '.join(found)}; remove or rename one of them")
-    if tables:
-        rows = _from_table(root / tables[0], sizes)
-    elif texts:
-        rows = _from_texts(root, texts, sizes)
-    else:
-        class_names = _class_folders(root, sizes)
-        labels = {class_name: label for label, class_name in enumerate(class_names)}
-        rows = [_Row(file, (_top(file),), labels[_top(file)]) for file in sizes]
-
+    files = find_files(root, links_to)
+    if not files.images:
+        raise UserError(
+            f"folder:{where}: no images in it or below it; images end in "
+            f"{', '.join(f'.{ending}' for ending in images.ENDINGS)}"
+        )
+    opening = _Opening(root, files, caption, max_bad_share, LeftOut())
+    rows, class_names, notes = _read_captions(where, opening)
+    for name in files.others:
+        if PurePosixPath(name).stem.lower() not in NOT_CAPTIONS:
+            ending = PurePosixPath(name).suffix
+            opening.left_out.other(
+                f"files that are not read, {f'ending in {ending}' if ending else 'without an ending'}", shown(name)
+            )
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.file, sizes[row.file], row.captions]).encode())
-    return _Folder(f"folder:{where}", digest.hexdigest()[:16], class_names, root, tuple(rows))
+        digest.update(json.dumps([row.file, files.images[row.file], row.captions]).encode())
+    notes = (*notes, *opening.left_out.notes())
+    return _Folder(f"folder:{where}", digest.hexdigest()[:16], class_names, notes, root, tuple(rows))
 
 
-def _search(root: Path) -> tuple[dict[str, int], list[str]]:
-    """Image -> size in bytes, and the text files that may be captions; sorted by name, in the same order anywhere.
-
-    Raises UserError for links that are broken or lead out of the folder: a copy of the folder would be other data.
-    """
-
-    def refuse(error: OSError):
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
-
-    def leads_out(path: Path) -> bool:
-        return path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(inside))
-
-    sizes, texts, links = {}, [], []
-    inside = root.resolve()
-    for folder, subfolders, files in os.walk(root, onerror=refuse):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        links += [path for s in subfolders if leads_out(path := Path(folder, s))]
-        for name in files:
-            path = Path(folder, name)
-            is_image, is_text = path.suffix.lower() in IMAGE_SUFFIXES, path.suffix.lower() == ".txt"
-            if name.startswith(".") or not (is_image or is_text):
-                continue
-            if leads_out(path):
-                links.append(path)
-            elif is_image:
-                sizes[path.relative_to(root).as_posix()] = path.stat().st_size
-            else:
-                texts.append(path.relative_to(root).as_posix())
-    if links:
+def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str, ...], tuple[str, ...]]:
+    """Rows, class names and notes, from wherever the captions are."""
+    root, files, caption = opening.root, opening.files, opening.caption
+    beside = [files.texts[key] for key in map(_key, files.images) if key in files.texts]
+    with_json = [image for image in files.images if _key(image) in files.jsons]
+    if with_json and caption_files.is_json(caption):
+        return _from_jsons(where, opening), (), ()
+    found = [name for name in files.tables if name in tables.OURS]
+    if not found and not beside:  # other libraries' tables, where nothing of ours is there
+        candidates = [*files.tables, *(text for text in files.texts.values() if text == tables.KAGGLE)]
+        found = [name for name in candidates if tables.is_table(root / name, caption)]
+    others = [name for name in files.tables if name not in found]
+    if others:
+        opening.left_out.other("tables that are not read", shown(others[0]), len(others))
+    texts = {
+        key: text
+        for key, text in files.texts.items()
+        if PurePosixPath(text).stem.lower() not in NOT_CAPTIONS or text in beside
+    }
+    if len(found) + bool(beside) > 1:
         raise UserError(
-            f"{min(links)}: a link that is broken or leads out of {root} ({len(links)} in all); copy the files there"
+            f"folder:{where}: captions in {' and in '.join([*found, *beside[:1]])}; remove or rename one of them"
         )
-    return dict(sorted(sizes.items())), sorted(texts)
+    if found:
+        return _from_table(root / found[0], opening), (), ()
+    if texts:
+        return _from_texts(texts, opening), (), ()
+    if with_json:
+        first = root / files.jsons[_key(with_json[0])]
+        there = ", ".join(caption_files.fields(first.read_bytes())) or "none has text"
+        raise UserError(
+            f"{shown(first)}: a .json beside each image and no captions elsewhere; set config.data.caption to a field "
+            f"of it ({there}), or move these files away to take the names of the folders as captions"
+        )
+    class_names = _class_folders(opening)
+    labels = {class_name: label for label, class_name in enumerate(class_names)}
+    rows = [_Row(file, (_top(file),), labels[_top(file)]) for file in files.images]
+    names = ", ".join(class_names[:3]) + (", ..." if class_names[3:] else "")
+    return rows, class_names, (f"captions are the names of its {len(class_names)} folders: {names}",)
 
 
-def _text_beside(image: str) -> str:
-    return str(PurePosixPath(image).with_suffix(".txt"))
+def _key(file: str) -> str:
+    return file.rpartition(".")[0]
 
 
 def _top(file: str) -> str:
     return file.split("/", 1)[0]
 
 
-def _from_texts(root: Path, texts: list[str], sizes: Iterable[str]) -> list[_Row]:
-    known = {_text_beside(image) for image in sizes}
-    orphans, present = [text for text in texts if text not in known], set(texts)
-    _refuse_images_without_captions(root, [image for image in sizes if _text_beside(image) not in present], orphans)
-    if orphans:
+def _from_texts(texts: dict[str, str], opening: _Opening) -> list[_Row]:
+    root, files = opening.root, opening.files
+    known = set(map(_key, files.images))
+    used = [image for image in files.images if _key(image) in texts]
+    orphans = [text for key, text in texts.items() if key not in known]
+    missing = [image for image in files.images if _key(image) not in texts]
+    if orphans and not _count(opening, "captions without an image", orphans, len(used)) and not missing:
+        first, beside = orphans[0], [name for name in files.others if _key(name) == _key(orphans[0])]
+        unread = f" ({beside[0]} is not read; images end in {', '.join(images.ENDINGS)})" if beside else ""
         raise UserError(
-            f"{root / orphans[0]}: {len(orphans)} text files have no image of the same name beside them, this is the "
-            "first; add the image or remove the text"
+            f"{shown(root / first)}: {len(orphans)} text files have no image of the same name beside them, this is the "
+            f"first{unread}; add the image or remove the text"
         )
-    return [_Row(image, _clean([_read_text(root / _text_beside(image))])) for image in sizes]
+    _refuse_images_without_captions(opening, missing, orphans, len(used))
+    return [_Row(image, _from_text(root / texts[_key(image)], opening.caption)) for image in used]
 
 
-def _from_table(path: Path, sizes: Iterable[str]) -> list[_Row]:
+def _from_text(path: Path, caption: str) -> tuple[str, ...]:
+    setting = caption_files.TXT if caption_files.is_json(caption) else caption
+    return caption_files.from_text(tables.read_text(path).encode(), setting)
+
+
+def _from_jsons(where: str, opening: _Opening) -> list[_Row]:
+    root, files = opening.root, opening.files
+    used = [image for image in files.images if _key(image) in files.jsons]
+    beside = [root / files.jsons[_key(image)] for image in used]
+    found = [_from_json(file.read_bytes(), opening.caption) for file in beside]
+    if not any(found):
+        caption_files.check_path(f"folder:{where}", opening.caption, (file.read_bytes() for file in beside[:100]))
+    missing = [image for image in files.images if _key(image) not in files.jsons]
+    _refuse_images_without_captions(opening, missing, [files.jsons[_key(used[0])]], len(used))
+    return [_Row(image, captions) for image, captions in zip(used, found, strict=True)]
+
+
+def _from_json(content: bytes, path: str) -> tuple[str, ...]:
+    try:
+        return caption_files.from_json(content, path)
+    except ValueError:
+        return ()
+
+
+def _from_table(path: Path, opening: _Opening) -> list[_Row]:
     """Rows in the order of the images, whatever the order of the table."""
     # macOS spells an accented letter in two characters, a spreadsheet in one.
-    by_name = {unicodedata.normalize("NFC", image): image for image in sizes}
-    captions: dict[str, list[str]] = {}
+    by_name = {unicodedata.normalize("NFC", image): image for image in opening.files.images}
+    bases = Counter(name.rpartition("/")[2] for name in by_name)
+    by_name = {base: image for name, image in by_name.items() if bases[base := name.rpartition("/")[2]] == 1} | by_name
+    found: dict[str, list[str]] = {}
     absent: list[tuple[int, str]] = []
-    read = _read_csv if path.suffix == ".csv" else _read_jsonl
-    for line, file, texts in read(path):
-        image = by_name.get(unicodedata.normalize("NFC", os.path.normpath(file)))
+    top = os.path.abspath(path.parent)
+    for line, file, texts in tables.read(path, opening.caption):
+        # As we write it; as OpenCLIP does: absolute, or relative to the working directory; or without its folder, where
+        # only one file has that name (Flickr8k).
+        names = (os.path.normpath(file), os.path.relpath(os.path.abspath(file), top))
+        image = next((by_name[n] for n in (unicodedata.normalize("NFC", name) for name in names) if n in by_name), None)
         if image is None:
             absent.append((line, file))
         else:
-            captions.setdefault(image, []).extend(texts)
-    if absent:
+            found.setdefault(image, []).extend(texts)
+    if absent and not _count(
+        opening, f"lines of {path.name} without an image", [f"line {absent[0][0]}"] * len(absent), len(found)
+    ):
         line, file = absent[0]
         raise UserError(
-            f"{path}, line {line}: {file} is not an image in {path.parent} ({len(absent)} such lines); add the file, "
-            "correct its name (relative to the folder) or remove the line"
+            f"{path}, line {line}: {shown(file)} is not an image in {path.parent} ({len(absent)} such lines); add the "
+            "file, correct its name (relative to the folder) or remove the line"
         )
-    _refuse_images_without_captions(path.parent, [image for image in sizes if image not in captions], [path.name])
-    return [_Row(image, _clean(captions[image])) for image in sizes]
+    missing = [image for image in opening.files.images if image not in found]
+    _refuse_images_without_captions(opening, missing, [path.name], len(found))
+    return [_Row(image, caption_files.clean(found[image])) for image in opening.files.images if image in found]
 
 
-def _refuse_images_without_captions(root: Path, images: list[str], captions_in: list[str]) -> None:
-    if images:
+def _count(opening: _Opening, reason: str, names: Sequence[str], used: int) -> bool:
+    """Counts what has no other half; False where it is too much."""
+    if names:
+        opening.left_out.pair(reason, shown(names[0]), len(names))
+    return not opening.left_out.is_too_much(used, opening.max_bad_share)
+
+
+def _refuse_images_without_captions(
+    opening: _Opening, missing: Sequence[str], captions_in: Sequence[str], used: int
+) -> None:
+    if missing and not _count(opening, "images without a caption", missing, used):
+        root, first = opening.root, missing[0]
         other = f"; because of {captions_in[0]}, subfolders are not read as classes" if captions_in else ""
         raise UserError(
-            f"{root / images[0]}: {len(images)} images have no caption, this is the first; write "
-            f"{Path(images[0]).with_suffix('.txt').name} beside it, or list it in {root / 'captions.csv'}{other}"
+            f"{shown(root / first)}: {len(missing)} images have no caption, this is the first; write "
+            f"{shown(PurePosixPath(first).with_suffix('.txt').name)} beside it, or list it in "
+            f"{root / 'captions.csv'}{other}"
         )
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """Line, file, captions."""
-    table = csv.DictReader(io.StringIO(_read_text(path)), strict=True)
-    line = 0
-    try:
-        if not {"file", "caption"} <= set(table.fieldnames or ()):
-            found = ", ".join(table.fieldnames or ()) or "none"
-            raise UserError(f"{path}, line 1: the columns are {found}; it needs file and caption")
-        for row in table:
-            line = table.reader.line_num  # DictReader's own line_num does not count empty lines.
-            if None in row or None in row.values():  # DictReader's signs of too many and of too few fields.
-                raise UserError(
-                    f"{path}, line {line}: not {len(table.fieldnames)} fields; put a caption with commas in it between "
-                    '"quotes"'
-                )
-            yield line, row["file"], [row["caption"]]
-    except csv.Error as error:  # An unclosed quote extends to the end of the file: name the line before it.
-        raise UserError(f"{path}, after line {line or 1}: {error}; close the quotes there") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """Line, file, captions."""
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            file, texts = entry["file"], entry["caption"]
-        except (ValueError, KeyError, TypeError) as error:
-            file = texts = error
-        texts = [texts] if isinstance(texts, str) else texts
-        if not (isinstance(file, str) and isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
-            raise UserError(
-                f'{path}, line {number}: not of the form {{"file": "dog.jpg", "caption": "a dog"}}; a caption may also '
-                "be a list of strings"
-            )
-        yield number, file, texts
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Spreadsheets begin with a byte-order mark.
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _clean(captions: Iterable[str]) -> tuple[str, ...]:
-    return tuple(filter(None, (caption.strip() for caption in captions)))
-
-
-def _class_folders(root: Path, sizes: Iterable[str]) -> tuple[str, ...]:
+def _class_folders(opening: _Opening) -> tuple[str, ...]:
     """The subfolders, sorted, as classes; UserError where they cannot be classes."""
+    root, files = opening.root, opening.files
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    loose = [image for image in sizes if "/" not in image]
+    loose = [image for image in files.images if "/" not in image]
     if loose or len(names) < 2:
-        _refuse_images_without_captions(root, loose or list(sizes), [])
-    if set(map(str.lower, names)) <= SPLIT_FOLDERS:
+        _refuse_images_without_captions(opening, loose or list(files.images), [], 0)
+    if {name.lower().rstrip("0123456789") for name in names} <= SPLIT_FOLDERS:  # COCO has train2017
         raise UserError(
             f"{root}: {', '.join(names)} are splits, not classes; name one of them: folder:{root / names[0]}"
         )
-    used = {_top(image) for image in sizes}
+    for name in names:
+        if valid(name) != name:
+            raise UserError(f"{shown(root / name)}: the name of a class is not valid text; rename the folder")
+    used = {_top(image) for image in files.images}
     empty = [name for name in names if name not in used]
-    if empty:  # Left out, it would give every later class another number than in a sibling folder.
+    if empty:  # left out, it would give every later class another number than in a sibling folder
         raise UserError(
             f"{root / empty[0]}: a class without images ({len(empty)} such); add images or remove the folder"
         )

@@ -21,6 +21,11 @@ class Sample(NamedTuple):
     """What a source has besides, by name: boxes, further views of the same example. Not to be written to."""
 
 
+def notes(source: "Source") -> tuple[str, ...]:
+    """What a user should know about a source before training, a line each; most sources have nothing to say."""
+    return getattr(source, "notes", ())
+
+
 class BadSampleError(Exception):
     """A sample that cannot be used (empty caption, undecodable image): counted and replaced, never fatal alone."""
 

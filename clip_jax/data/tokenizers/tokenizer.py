@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from clip_jax.data.valid_text import valid
 from clip_jax.errors import UserError
 
 
@@ -47,7 +48,7 @@ class Tokenizer:
         rows = np.full((len(texts), self.context_length), self.pad_id, np.int32)
         start = [] if self.start_id is None else [self.start_id]
         for row, text in zip(rows, texts, strict=True):
-            ids = [*start, *self.codec.encode(text), self.end_id][: self.context_length]
+            ids = [*start, *self.codec.encode(valid(text)), self.end_id][: self.context_length]
             ids[-1] = self.end_id
             row[: len(ids)] = ids
         return rows

@@ -1,0 +1,72 @@
+"""What files hold and a source does not give: counted by reason, reported at the start, refused where it is much."""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from clip_jax.errors import UserError
+
+MAX_SHARE = 0.01
+"""The default of ``config.data.max_bad_share``."""
+SMALL = 1000
+"""Of fewer pairs than this, as many may be left out as of this many: one lost pair in ten proves nothing."""
+
+MAX_NOTES = 12
+
+
+@dataclass
+class LeftOut:
+    """Counts by reason, each with the first file or member that it was."""
+
+    pairs: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Images or captions that lack their other half, and whatever else costs a pair."""
+    others: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """What was never part of a pair."""
+
+    def pair(self, reason: str, name: str, count: int = 1) -> None:
+        _add(self.pairs, reason, name, count)
+
+    def other(self, reason: str, name: str, count: int = 1) -> None:
+        _add(self.others, reason, name, count)
+
+    def update(self, more: Self) -> None:
+        for reason, (count, name) in more.pairs.items():
+            self.pair(reason, name, count)
+        for reason, (count, name) in more.others.items():
+            self.other(reason, name, count)
+
+    def notes(self) -> tuple[str, ...]:
+        """A line per reason, the most frequent ones, for the header of a run."""
+        counts = [*_by_count(self.pairs), *_by_count(self.others)]
+        lines = [f"left out: {count} {reason} (first: {name})" for reason, (count, name) in counts[:MAX_NOTES]]
+        return (*lines, *([f"left out for {len(counts) - MAX_NOTES} further reasons"] if counts[MAX_NOTES:] else []))
+
+    def is_too_much(self, used: int, max_share: float) -> bool:
+        """Whether the lost pairs are more than ``max_share`` of all, or as many as the ``used`` ones."""
+        lost = sum(count for count, _ in self.pairs.values())
+        return lost > max_share * max(used + lost, SMALL) or 0 < lost >= max(max_share, 0.5) * (used + lost)
+
+    def check(self, where: str, used: int, max_share: float) -> None:
+        """Raises UserError with the reasons where it is too much."""
+        if self.is_too_much(used, max_share):
+            lost = sum(count for count, _ in self.pairs.values())
+            reasons = "; ".join(f"{count} {reason} (first: {name})" for reason, (count, name) in _by_count(self.pairs))
+            raise UserError(
+                f"{where}: {lost} of {used + lost} pairs are incomplete: {reasons}; complete or remove them, or raise "
+                "config.data.max_bad_share"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"pairs": self.pairs, "others": self.others}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        return cls(*({reason: tuple(entry) for reason, entry in values[name].items()} for name in ("pairs", "others")))
+
+
+def _add(counts: dict[str, tuple[int, str]], reason: str, name: str, count: int) -> None:
+    before, first = counts.get(reason, (0, name))
+    counts[reason] = (before + count, first)
+
+
+def _by_count(counts: dict[str, tuple[int, str]]) -> list[tuple[str, tuple[int, str]]]:
+    return sorted(counts.items(), key=lambda item: -item[1][0])
