@@ -60,9 +60,9 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
                 continue
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
             print(
-                f"{program()}: no step finished in {seconds:g} s: the stacks of all threads are above; a host or "
-                "a disk may be gone; the same command resumes from the last checkpoint "
-                "(or raise config.log.watchdog_seconds)",
+                f"{program()}: no step finished in {seconds:g} s: the stacks of all threads are above; a host or a "
+                "disk may be gone; the same command resumes from the last checkpoint (or raise "
+                "config.log.watchdog_seconds)",
                 file=sys.__stderr__,
                 flush=True,
             )
