@@ -1,9 +1,11 @@
 """Installs clip_jax: ``pip install .`` (or ``make install``, which also makes the virtual environment)."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 REQUIREMENTS = [
     # Lower bounds are versions that the tests passed with.
@@ -63,6 +65,18 @@ EXTRAS = {
     "tfds-build": ["tensorflow"],
 }
 
+
+class BuildWithRecipes(build_py):
+    """Copies ``configs/`` into the package: ``clip-jax train --config=demo`` needs no checkout."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # an editable install reads them where they are
+            to = Path(self.build_lib, "clip_jax", "configs")
+            shutil.rmtree(to, ignore_errors=True)
+            shutil.copytree(Path(__file__).with_name("configs"), to, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 setup(
     name="clip-jax-tpu",
     version=runpy.run_path(str(Path(__file__).with_name("clip_jax") / "version.py"))["__version__"],
@@ -71,6 +85,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildWithRecipes},
     packages=find_packages(include=["clip_jax", "clip_jax.*"]),
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

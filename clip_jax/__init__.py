@@ -20,3 +20,7 @@ def __getattr__(name: str):
 
         return list_models
     raise AttributeError(f"module 'clip_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

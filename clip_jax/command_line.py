@@ -1,8 +1,15 @@
-"""Parsing shared by ``main.py`` and ``clip-jax``: the overrides of a config, taken out before any other parser runs."""
+"""What ``main.py`` and ``clip-jax`` share: the overrides of a config, taken out before any other parser runs."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from clip_jax.errors import UserError
+
+
+def program() -> str:
+    """The name of the trainer as the user started it, with which its lines to the user begin."""
+    return "clip-jax train" if Path(sys.argv[0]).stem in ("clip-jax", "__main__") else "main.py"
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

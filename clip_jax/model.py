@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from clip_jax import inputs, presets
+from clip_jax.batching import BATCH, encode_in_batches
 from clip_jax.data import images as image_files
 from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices.sharding import batch_shards
@@ -26,9 +27,6 @@ from clip_jax.models.clip import CLIP, unit
 from clip_jax.models.compute import Compute
 from clip_jax.presets import Preset
 from clip_jax.storage import buckets, checkpoints, run_folder
-
-BATCH = 64
-"""Images or texts encoded at once; a smaller last batch is padded, so that nothing is compiled twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Model:
 
         Raises UserError.
         """
-        pixels = np.stack([self._pixels(image) for image in _as_list(images)])
+        pixels = np.stack([self._pixels(image) for image in inputs.images(images)])
         return np.asarray(self.preset.preprocess.normalize(pixels))
 
     def tokenize(self, texts: str | Sequence[str]) -> Int[np.ndarray, "n length"]:
@@ -80,30 +78,51 @@ class Model:
         return self.tokenizer(inputs.texts(texts))
 
     def encode_image(
-        self, images: Images, *, normalize: bool = True, return_tokens: int | None = None
+        self,
+        images: Images,
+        *,
+        normalize: bool = True,
+        return_tokens: int | None = None,
+        batch_size: int = BATCH,
+        workers: int | None = None,
+        progress: bool | None = None,
     ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n tokens width"]:
-        """Embeddings of paths, PIL images or uint8 arrays, decoded and encoded a batch at a time.
+        """Embeddings of paths, PIL images or uint8 arrays, ``batch_size`` at a time.
+
+        ``workers`` threads (None: one per core) decode ahead of the device. A last batch is filled up to a power of
+        two, so that another number of images compiles nothing new; an embedding depends on how many there are, and on
+        the batch size, in float rounding only. ``progress``: a bar on standard error; None: for long lists on a
+        terminal. Raises UserError for an unusable image.
 
         ``return_tokens``: instead, all tokens after that block, counted from 1, or from the end: -1 is the last. LLaVA
         uses ``load("ViT-L/14-336-quickgelu", weights=...).encode_image(image, return_tokens=-2)[:, 1:]``.
         """
-        images = _as_list(images)
-        chunks = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
         encode = partial(self.encode_pixels, normalize=normalize, return_tokens=return_tokens)
-        return _in_batches(lambda chunk: encode(self.preprocess(chunk)), chunks)
+        return encode_in_batches(
+            inputs.images(images),
+            self._pixels,
+            lambda pixels: encode(self._normalize(pixels)),
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
 
     def encode_text(
-        self, texts: str | Sequence[str], *, normalize: bool = True, return_tokens: int | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        normalize: bool = True,
+        return_tokens: int | None = None,
+        batch_size: int = BATCH,
+        progress: bool | None = None,
     ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n length width"]:
-        """Embeddings of texts; ``return_tokens`` as in ``encode_image``.
+        """Embeddings of texts; all arguments as in ``encode_image``.
 
         Stable Diffusion 1 uses ``encode_text(prompts, return_tokens=-1)`` with the final norm applied to it
         (``model.clip.text_tokens(..., normalize=True)``), Stable Diffusion XL -2 without.
         """
-        tokens = self.tokenize(texts)
-        chunks = [tokens[i : i + BATCH] for i in range(0, len(tokens), BATCH)]
         encode = partial(self.encode_tokens, normalize=normalize, return_tokens=return_tokens)
-        return _in_batches(encode, chunks)
+        return encode_in_batches(self.tokenize(texts), None, encode, batch_size=batch_size, progress=progress)
 
     def encode_pixels(
         self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True, return_tokens: int | None = None
@@ -153,6 +172,10 @@ class Model:
         labels = inputs.texts(labels, "labels")
         classes = zero_shot.classifier(labels, templates, self.encode_text)
         return np.asarray(jax.nn.softmax(self.scale * self.encode_image(images) @ classes.T, axis=-1))
+
+    @cached_property
+    def _normalize(self):
+        return jax.jit(self.preset.preprocess.normalize)
 
     @cached_property
     def _encode_pixels(self):
@@ -281,19 +304,3 @@ def _foreign(
 def _given(tokenizer: Tokenizer) -> Callable[[], Tokenizer]:
     """For a tokenizer that was opened, and checked, before the weights are read."""
     return lambda: tokenizer
-
-
-def _as_list(images: Images) -> list:
-    return inputs.images(images)
-
-
-def _in_batches(encode, chunks: list) -> Float[np.ndarray, "n dim"]:
-    """The concatenated results of all chunks; a short chunk after a full one is padded by repeating its rows."""
-    out = []
-    for chunk in chunks:
-        wanted = len(chunks[0])
-        filled = [chunk[i % len(chunk)] for i in range(wanted)]
-        out.append(np.asarray(encode(np.stack(filled) if isinstance(chunk, np.ndarray) else filled))[: len(chunk)])
-    if not out:
-        raise UserError("nothing to encode: give at least one image or text")
-    return np.concatenate(out)

@@ -57,6 +57,26 @@ def test_many_are_encoded_as_each_alone(model):
     np.testing.assert_allclose(model.encode_image(images)[65], model.encode_image(images[65])[0], atol=1e-5)
 
 
+def test_another_number_of_inputs_compiles_nothing_new(model, photo):
+    texts = [f"picture number {i}" for i in range(64)]
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        model.encode_text(texts[:count])
+    compiled = model._encode_tokens._cache_size()
+    for count in (3, 5, 7, 11, 29, 63):
+        model.encode_text(texts[:count])
+    assert model._encode_tokens._cache_size() == compiled
+    model.encode_image([photo] * 3, batch_size=4)
+    compiled = model._encode_pixels._cache_size()
+    assert model.encode_image([photo] * 7, batch_size=4, workers=1).shape == (7, 24)
+    assert model._encode_pixels._cache_size() == compiled
+
+
+@pytest.mark.parametrize("encode", ["encode_image", "encode_text"])
+def test_nothing_to_encode_is_a_mistake(model, encode):
+    with pytest.raises(UserError, match="nothing to encode"):
+        getattr(model, encode)([])
+
+
 def test_similarity_is_the_cosine_of_anything(model, photo):
     image, text = model.encode_image(photo, normalize=False), model.encode_text(["one", "two"])
     assert model.similarity(image, text).shape == (1, 2)
@@ -123,6 +143,11 @@ def test_a_run_without_a_checkpoint_says_so(small_run, tmp_path):
     (tmp_path / "run.json").write_text((small_run / "run.json").read_text())
     with pytest.raises(UserError, match="no checkpoint yet"):
         clip_jax.load(tmp_path)
+
+
+def test_the_public_names_are_listed_before_they_are_imported():
+    """Completion in a notebook asks dir(); nothing is imported for it."""
+    assert {"load", "list_models", "__version__"} <= set(dir(clip_jax))
 
 
 def test_models_are_listed_by_their_usual_names():

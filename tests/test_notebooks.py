@@ -119,4 +119,4 @@ def test_images_of_any_kind_and_size_become_squares_of_one_size(tmp_path):
 
 def test_curves_are_those_of_the_report(small_run):
     html = notebook.curves(small_run).html
-    assert "chance: ln 16" in html and "held-out loss" in html and html.count("<svg") == 2
+    assert "chance: ln 16" in html and "held-out loss" in html and html.count("<svg") == 3

@@ -1,4 +1,7 @@
-"""``clip-jax COMMAND``: one file per command, with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``."""
+"""``clip-jax COMMAND``: one file per command, with ``HELP``, ``add_arguments(parser)`` and ``run(arguments)``.
+
+``run`` returns an exit code, or None for 0.
+"""
 
 import argparse
 import os
@@ -6,19 +9,28 @@ import sys
 
 from clip_jax import __version__
 from clip_jax.command_line import split_overrides
-from clip_jax.commands import classify, export, import_, plan
+from clip_jax.commands import classify, export, import_, models, plan, train
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
-COMMANDS = {"classify": classify, "import": import_, "export": export, "plan": plan}
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "models": models,
+    "classify": classify,
+    "import": import_,
+    "export": export,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code; a UserError prints one line and returns 2."""
-    parser = argparse.ArgumentParser(prog="clip-jax", description="Plan runs; use, convert and export CLIP models.")
+    parser = argparse.ArgumentParser(prog="clip-jax", description="Plan and train, use and convert CLIP models.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.HELP))
+        command.add_arguments(
+            subparsers.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False)
+        )
     try:
         given, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -28,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if overrides and "config" not in arguments:
             raise UserError(f"--config.{next(iter(overrides))}: this command takes no --config")
-        COMMANDS[arguments.command].run(arguments)
+        return COMMANDS[arguments.command].run(arguments) or 0
     except UserError as error:
         print(f"clip-jax {arguments.command}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

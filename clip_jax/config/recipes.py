@@ -1,4 +1,4 @@
-"""Recipes (``configs/*.py``) and overrides -> a config, and the form in which a run folder stores it.
+"""Recipes (``configs/*.py``, or the shipped ones by name) and overrides -> a config, and its form in a run folder.
 
 A recipe is a function ``get_config`` that starts from ``defaults()``. Everything is checked before anything heavy
 starts, and every mistake is one line.
@@ -24,16 +24,13 @@ COMPUTE_ONLY = ("model.scan", "model.remat", "model.attention")
 
 
 def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-    """``configs/name.py`` or ``configs/name.py:argument`` with ``key=value`` overrides, checked."""
+    """``configs/name.py``, or ``name`` for a shipped recipe, or either ``:argument``, with overrides, checked."""
     return override(_run_recipe(recipe), overrides or {}, recipe)
 
 
 def _run_recipe(recipe: str) -> ConfigDict:
     file, _, argument = recipe.partition(":")
-    path = Path(file)
-    if path.suffix != ".py" or not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"{file}: no such recipe{nearest(file, known)}; --config takes a local .py file")
+    path = _recipe_file(file)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -53,6 +50,27 @@ def _run_recipe(recipe: str) -> ConfigDict:
         )
     check(config, file)
     return config
+
+
+def _recipe_file(file: str) -> Path:
+    """A file of the user's, or the shipped recipe of that name. A name never means a file of the current folder."""
+    shipped = shipped_recipes()
+    if file in shipped:
+        return shipped[file]
+    path = Path(file).expanduser()
+    if path.suffix == ".py" and path.is_file():
+        return path
+    here = sorted(str(p) for p in path.parent.glob("*.py")) if path.suffix and path.parent.is_dir() else []
+    by_name = f", or a name of {', '.join(shipped)}" if shipped else ""
+    raise UserError(f"{file}: no such recipe{nearest(file, [*here, *shipped])}; --config takes a .py file{by_name}")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file. ``configs/`` lies beside the package in a checkout, and in it when installed (see ``setup.py``)."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
 def override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> ConfigDict:

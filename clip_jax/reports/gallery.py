@@ -38,6 +38,8 @@ class Gallery(NamedTuple):
     similarity: Float32[np.ndarray, "n n"]
     evaluation: str
     """Its name in the metrics, ``eval/<name>/...``: the page begins with it."""
+    of: int = 0
+    """Images of the evaluation that these are a part of; 0: these are all."""
 
 
 def make_gallery(
@@ -74,6 +76,7 @@ def make_gallery(
         captions=tuple(captions[text] for text in first[chosen]),
         similarity=(images[chosen] @ texts[first[chosen]].T).astype(np.float32),
         evaluation=name,
+        of=len(images),
     )
 
 
@@ -95,7 +98,8 @@ def matrix(gallery: Gallery) -> str:
     note = (
         f"Cosine similarity of every image (columns) and every caption (rows), {_cosine(low)} to {_cosine(high)}; "
         "matching pairs are framed. "
-        f"{captions_right} of {n} captions rank their image first, {images_right} of {n} images their caption."
+        f"{captions_right} of {n} captions rank their image first, {images_right} of {n} images their caption"
+        f"{_part(gallery, n)}."
     )
     return f'<p class="note">{note}</p>{heat_map(similarity, gallery.captions[:n], framed=range(n))}'
 
@@ -116,6 +120,13 @@ def heat_map(similarity: Float32[np.ndarray, "n m"], captions: Sequence[str], fr
     return f'<div class="scroll">{table}</div>'
 
 
+def _part(gallery: Gallery, shown: int) -> str:
+    """Says that ranks among a few are not the metrics, which are among all."""
+    if gallery.of <= shown:
+        return ""
+    return f", among these {shown} alone: the recalls above are among all {gallery.of:,} images of the evaluation"
+
+
 def _range(similarity: np.ndarray) -> tuple[float, float]:
     finite = similarity[np.isfinite(similarity)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -126,7 +137,7 @@ def retrieval(gallery: Gallery) -> str:
     ranks = caption_ranks(gallery.similarity)
     first, hardest = _shown_captions(ranks)
     total = len(ranks)
-    note = f"The most similar of {total} images, best first; the matching image is framed."
+    note = f"The most similar of {total} images, best first; the matching image is framed{_part(gallery, total)}."
     parts = [f'<p class="note">{note}</p>']
     parts.append(f'<div class="captions">{"".join(_retrieved(gallery, j, int(ranks[j])) for j in first)}</div>')
     if hardest:

@@ -1,7 +1,7 @@
 """Writes ``report.html``, a self-contained page about a run, from the run folder and a gallery of held-out pairs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ SMALL_FIGURES = {
 }
 SHARES = {"train/data_wait_share", "train/mfu"}
 LARGE_FIGURES = {"train/loss", "train/accuracy"}
+# Unusable examples that the page names.
+BAD_SAMPLES = 20
 # Sums over the run are straight lines; the header states them in words.
 CUMULATIVE = {"train/pairs", "train/flops"}
 
@@ -46,17 +48,24 @@ CUMULATIVE = {"train/pairs", "train/flops"}
 def write(workdir: Path, gallery: Gallery | None = None) -> Path:
     """Writes ``workdir/report.html`` and returns its path. Sections whose data are missing are left out."""
     history = curves(read_metrics(workdir / "metrics.jsonl"))
-    html = render(workdir.name, _read_run(workdir / "run.json"), history, gallery)
+    html = render(workdir.name, _read_run(workdir / "run.json"), history, gallery, _bad_samples(workdir))
     path = workdir / "report.html"
     atomic.write_text(path, html)  # a browser may load the page during a run
     return path
 
 
-def render(name: str, run: Mapping[str, Any], history: Mapping[str, Curve], gallery: Gallery | None) -> str:
-    """The HTML of the report of the run ``name``."""
+def render(
+    name: str,
+    run: Mapping[str, Any],
+    history: Mapping[str, Curve],
+    gallery: Gallery | None,
+    bad: Sequence[str] = (),
+) -> str:
+    """The HTML of the report of the run ``name``; ``bad`` are the lines of its ``bad_samples.txt``."""
     config = summary.mapping(run.get("config"))
     evaluations = summary.by_evaluation(history, first=gallery.evaluation if gallery is not None else "")
     body = _header(name, run, config, history)
+    body += _unusable(bad)
     body += document.cards(summary.headline(history, evaluations))
     body += learning(history, evaluations, config)
     body += _optimization(history)
@@ -94,6 +103,8 @@ def _header(name: str, run: Mapping[str, Any], config: Mapping[str, Any], histor
         facts.append(f"{formats.count(history['train/pairs'].last)} pairs seen")
     if "train/flops" in history:
         facts.append(formats.flops(history["train/flops"].last))
+    if run.get("commit"):
+        facts.append(f"commit {run['commit']}")
 
     html = f"<h1>{escape(name)}</h1>\n"
     html += f'<p class="model">{escape(" · ".join(described))}</p>\n' if described else ""
@@ -110,25 +121,34 @@ def _header(name: str, run: Mapping[str, Any], config: Mapping[str, Any], histor
 def learning(history: Mapping[str, Curve], evaluations: summary.Evaluations, config: Mapping[str, Any]) -> str:
     """The section on loss and accuracy, in training and on held-out data."""
     pairs = history.get("train/pairs")
-    losses = [Line(history["train/loss"], TRAIN_COLOR, "train")] if "train/loss" in history else []
-    held_out = {name: metrics["loss"] for name, metrics in evaluations.items() if "loss" in metrics}
-    for i, (name, curve) in enumerate(held_out.items()):
-        label = name if len(held_out) > 1 else "held out"
-        losses.append(Line(curve, HELD_OUT_COLORS[i % len(HELD_OUT_COLORS)], label))
     accuracies = [Line(history["train/accuracy"], TRAIN_COLOR, "in batch")] if "train/accuracy" in history else []
     for metric, (color, label) in ACCURACIES.items():
         evaluation = summary.leading(evaluations, metric)
         if evaluation is not None:
             accuracies.append(Line(evaluations[evaluation][metric], color, label))
 
-    chance = summary.chance_loss(config)
-    reference = None if chance is None else (chance[0], f"chance: {chance[1]} = {formats.fixed(chance[0])}")
     figures = []
-    if losses:
-        figures.append(("loss", figure(losses, description="loss", pairs=pairs, reference=reference)))
+    if "train/loss" in history:
+        batch = config.get("batch_size")
+        title = f"training loss, in batches of {batch:,}" if isinstance(batch, int) else "training loss"
+        lines, reference = [Line(history["train/loss"], TRAIN_COLOR, "train")], _chance(summary.chance_loss(config))
+        figures.append((title, figure(lines, description=title, pairs=pairs, reference=reference)))
+    # Apart from it: the loss grows with the number of texts to choose from, so that the two have different scales.
+    held_out = {name: metrics for name, metrics in evaluations.items() if "loss" in metrics}
+    for i, (name, metrics) in enumerate(held_out.items()):
+        lines = [Line(metrics["loss"], HELD_OUT_COLORS[i % len(HELD_OUT_COLORS)], "held out")]
+        count = f" {metrics['images'].last:,.0f}" if "images" in metrics else ""
+        title = f"held-out loss, among all{count} pairs" + (f" of {name}" if len(held_out) > 1 else "")
+        reference = _chance(summary.held_out_chance(config, metrics))
+        figures.append((title, figure(lines, description=title, pairs=pairs, reference=reference)))
     if accuracies:
         figures.append(("accuracy", figure(accuracies, description="accuracy", percent=True, pairs=pairs)))
     return document.section("Learning", document.panels(figures, "large")) if figures else ""
+
+
+def _chance(level: tuple[float, str] | None) -> tuple[float, str] | None:
+    """The loss of guessing with its label, to mark in a figure."""
+    return None if level is None else (level[0], f"chance: {level[1]} = {formats.fixed(level[0])}")
 
 
 def _optimization(history: Mapping[str, Curve]) -> str:
@@ -167,6 +187,23 @@ def _other(history: Mapping[str, Curve], evaluations: summary.Evaluations) -> st
         if name not in shown
     ]
     return document.section("Other metrics", document.panels(figures, "small")) if figures else ""
+
+
+def _bad_samples(workdir: Path) -> list[str]:
+    """The lines of every process's list of unusable examples."""
+    files = sorted(workdir.glob("bad_samples*.txt"))
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return [line for text in texts for line in text.splitlines() if line.strip()]
+
+
+def _unusable(bad: Sequence[str]) -> str:
+    """A warning that names the first unusable examples; empty where there is none."""
+    if not bad:
+        return ""
+    listed = "".join(f"<li>{escape(line)}</li>" for line in bad[:BAD_SAMPLES])
+    more = f"<p>and {len(bad) - BAD_SAMPLES:,} more in bad_samples.txt</p>" if len(bad) > BAD_SAMPLES else ""
+    summary_line = f"Bad samples: {len(bad):,} listed; others took their places in training."
+    return f'<details class="warning"><summary>{escape(summary_line)}</summary><ul>{listed}</ul>{more}</details>\n'
 
 
 def _read_run(path: Path) -> Mapping[str, Any]:

@@ -76,6 +76,19 @@ def chance_loss(config: Mapping[str, Any]) -> tuple[float, str] | None:
     return weight * math.log(batch_size), f"ln {batch_size:,}" if weight == 1 else f"{weight:g} ln {batch_size:,}"
 
 
+def held_out_chance(config: Mapping[str, Any], metrics: Mapping[str, Curve]) -> tuple[float, str] | None:
+    """The held-out loss of a random model, with its formula: ln(pairs), for all pairs are one batch, and no weight.
+
+    None for the sigmoid loss, or where the number of pairs was not logged or changed during the run.
+    """
+    section = mapping(mapping(config.get("objectives")).get("contrastive")) or mapping(config.get("loss"))
+    counts = {int(count) for count in metrics["images"].values} if "images" in metrics else set()
+    if section.get("loss", section.get("name")) != "softmax" or len(counts) != 1 or min(counts) < 2:
+        return None
+    (pairs,) = counts
+    return math.log(pairs), f"ln {pairs:,}"
+
+
 def mapping(value: Any) -> Mapping[str, Any]:
     """``value``, or an empty mapping where a damaged or foreign ``run.json`` has something else."""
     return value if isinstance(value, Mapping) else {}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from clip_jax.command_line import program
 from clip_jax.data.sources.sample import notes
 from clip_jax.devices import xla_flags
 from clip_jax.devices.sharding import batch_shards
@@ -83,10 +84,11 @@ def finish(run: Run, gallery: Gallery | None) -> None:
     classes = named[0] if named else ("cat", "dog")
     labels = ",".join(f"a {name}" for name in classes[:3])
     folder = shlex.quote(str(run.folder))
+    again = f"{_installed('python')} main.py" if program() == "main.py" else f"{_installed('clip-jax')} train"
     terminal.next_commands(
         [
             f'{_installed("clip-jax")} classify --model={folder} --image=PATH --labels="{labels}"',
-            f"{_installed('python')} main.py --workdir={folder}    # resumes where it stopped, or shows this again",
+            f"{again} --workdir={folder}    # resumes where it stopped, or shows this again",
         ]
     )
 

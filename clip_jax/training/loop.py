@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import config as configs
 from clip_jax import errors
+from clip_jax.command_line import program
 from clip_jax.data.stream import stream
 from clip_jax.devices import xla_flags
 from clip_jax.devices.sharding import initialize_processes, process_rows, to_devices
@@ -61,7 +62,7 @@ def run(
             gallery = train(parts, heartbeat, should_stop)
     except StoppedError as error:
         folder.push(jax.process_index())
-        print(f"main.py: {error}", flush=True)
+        print(f"{program()}: {error}", flush=True)
         return error.exit_code
     if jax.process_index() == 0:
         console.finish(parts, gallery)

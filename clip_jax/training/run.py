@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import __version__, presets
+from clip_jax import __version__, presets, version
 from clip_jax import config as configs
 from clip_jax.data.order import Order, fold
 from clip_jax.data.sources import open_source
@@ -218,6 +218,7 @@ def description(run: Run) -> dict[str, Any]:
     first, last = run.phases[0], run.phases[-1]
     values = {
         "clip_jax_version": __version__,
+        **({"commit": commit} if (commit := version.commit()) else {}),
         "config": configs.to_json(run.config),
         "steps": run.steps,
         "model": {"name": run.config.model.name, "parameters": run.parameters, **presets.to_json(last.preset)},

@@ -16,6 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from clip_jax import errors
+from clip_jax.command_line import program
 
 
 @contextlib.contextmanager
@@ -59,8 +60,9 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
                 continue
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
             print(
-                f"main.py: no step finished in {seconds:g} s: the stacks of all threads are above; a host or a disk "
-                "may be gone; the same command resumes from the last checkpoint (or raise config.log.watchdog_seconds)",
+                f"{program()}: no step finished in {seconds:g} s: the stacks of all threads are above; a host or a "
+                "disk may be gone; the same command resumes from the last checkpoint (or raise "
+                "config.log.watchdog_seconds)",
                 file=sys.__stderr__,
                 flush=True,
             )

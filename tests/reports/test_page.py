@@ -111,6 +111,39 @@ def test_the_chance_level_is_drawn_for_the_softmax_loss_only(tmp_path):
     assert "chance" not in read(page.write(write_run(tmp_path / "run", rows, sigmoid))).text
 
 
+def test_the_losses_of_a_batch_and_of_the_held_out_set_have_scales_and_chances_of_their_own(tmp_path):
+    """The loss of guessing among N texts is ln N: 5.55 in a batch of 256, 9.21 among 10,000 held-out pairs."""
+    rows = [{"step": s, "train/loss": 5.0, "eval/x/loss": 8.5, "eval/x/images": 10_000} for s in (0, 10)]
+    text = read(page.write(write_run(tmp_path / "run", rows))).text
+    training = text[
+        text.index("training loss, in batches of 256") : text.index("held-out loss, among all 10,000 pairs")
+    ]
+    assert "chance: ln 256 = 5.55" in training and "train 5" in training and "held out" not in training
+    assert "chance: ln 10,000 = 9.21" in text and "held out 8.5" in text
+    changed = [*rows, {"step": 20, "eval/x/loss": 8.0, "eval/x/images": 500}]  # the source was exchanged
+    assert text.count("chance") == 2
+    assert read(page.write(write_run(tmp_path / "changed", changed))).text.count("chance") == 1
+
+
+def test_matches_among_a_part_of_the_set_are_said_to_be_so(tmp_path, gallery):
+    rows = [{"step": 0, "train/loss": 5.6}]
+    whole = read(page.write(write_run(tmp_path / "whole", rows), gallery)).text
+    assert "images their caption." in whole and "alone" not in whole
+    part = read(page.write(write_run(tmp_path / "part", rows), gallery._replace(of=5000))).text
+    assert "among these 16 alone: the recalls above are among all 5,000 images of the evaluation." in part
+
+
+def test_bad_samples_and_the_commit_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run", [{"step": 0, "train/loss": 5.6}], RUN | {"commit": "0123456789ab-dirty"})
+    clean = read(page.write(folder)).text
+    assert "commit 0123456789ab-dirty" in clean and "Bad samples" not in clean
+    (folder / "bad_samples.txt").write_text("".join(f"<{i}>.jpg: empty image file\n" for i in range(25)))
+    (folder / "bad_samples.1.txt").write_text("other.jpg: empty image file\n")
+    shown = read(page.write(folder))
+    assert "Bad samples: 26 listed" in shown.text and "<3>.jpg: empty image file" in shown.text
+    assert "and 6 more" in shown.text and shown.open == []
+
+
 SOFTMAX, SIGMOID = {"loss": "softmax", "weight": 1.0}, {"loss": "sigmoid", "weight": 1.0}
 
 
