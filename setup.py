@@ -72,6 +72,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["clip_jax", "clip_jax.*"]),
+    package_data={"clip_jax": ["evaluation/prompts/*.json", "evaluation/prompts/LICENSE.txt"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["clip-jax = clip_jax.commands:main"]},

@@ -50,7 +50,7 @@ def retrieval(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
 
 def zero_shot(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
     """Accuracy among the source's classes."""
-    embedded = embed_source(evaluation.embedder, weights, evaluation.source)
+    embedded = embed_source(evaluation.embedder, weights, evaluation.source, texts=False)
 
     def encode(prompts: Sequence[str]) -> np.ndarray:
         return embed_texts(evaluation.embedder, weights, prompts)

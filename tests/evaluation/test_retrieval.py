@@ -23,7 +23,7 @@ def random(images, texts, dim=6, seed=0):
 
 def brute_force(similarity, positive, at, ties):
     """The metrics of one direction by sorting every row, in every order of the candidates where ties are expected."""
-    queries, candidates = similarity.shape
+    candidates = similarity.shape[1]
     found = {f"R@{k}": [] for k in at if k < candidates} | {"rank": [], "AP": []}
     for row, right in zip(np.round(similarity, 5), positive, strict=True):
         if not right.any():
