@@ -6,15 +6,17 @@ import sys
 
 from clip_jax import __version__
 from clip_jax.command_line import split_overrides
-from clip_jax.commands import classify, export, import_, plan
+from clip_jax.commands import classify, evaluate, export, import_, plan
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
-COMMANDS = {"classify": classify, "import": import_, "export": export, "plan": plan}
+COMMANDS = {"classify": classify, "evaluate": evaluate, "import": import_, "export": export, "plan": plan}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code; a UserError prints one line and returns 2."""
-    parser = argparse.ArgumentParser(prog="clip-jax", description="Plan runs; use, convert and export CLIP models.")
+    parser = argparse.ArgumentParser(
+        prog="clip-jax", description="Plan runs; use, evaluate, convert and export CLIP models."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
