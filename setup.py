@@ -37,13 +37,17 @@ REQUIREMENTS = [
 # --workdir in a bucket of Google Cloud Storage or S3.
 GCS = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17"]
 S3 = ["s3fs>=2026.9"]
+# The metadata of clip-jax embed and search.
+PARQUET = ["pyarrow>=26.0"]
 
 EXTRAS = {
     "gcs": GCS,
     "s3": S3,
+    "parquet": PARQUET,
     "test": [
         *GCS,
         *S3,
+        *PARQUET,
         "flask>=3.1",  # moto's server and flask-cors: without the rest of moto[server], a hundred megabytes
         "flask-cors>=6.0",
         "gcp-storage-emulator>=2026.7.19",

@@ -6,10 +6,19 @@ import sys
 
 from clip_jax import __version__
 from clip_jax.command_line import split_overrides
-from clip_jax.commands import classify, evaluate, export, import_, plan
+from clip_jax.commands import classify, compare, embed, evaluate, export, import_, plan, search
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
-COMMANDS = {"classify": classify, "evaluate": evaluate, "import": import_, "export": export, "plan": plan}
+COMMANDS = {
+    "classify": classify,
+    "evaluate": evaluate,
+    "compare": compare,
+    "embed": embed,
+    "search": search,
+    "import": import_,
+    "export": export,
+    "plan": plan,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

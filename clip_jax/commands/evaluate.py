@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     shares = _weights(arguments.weights, len(arguments.model))
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    subjects = [_subject(model, arguments.batch_size) for model in arguments.model]
+    subjects = [open_subject(model, arguments.batch_size) for model in arguments.model]
     records, sources = [], {}
     groups = [(name, [subject]) for name, subject in zip(arguments.model, subjects, strict=True)]
     if len(subjects) > 1:
@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{output}/report.html, results.md, results.csv, results.jsonl")
 
 
-def _subject(name: str, batch_size: int):
+def open_subject(name: str, batch_size: int):
+    """A model on all devices, with its embeddings (``runner.Subject``)."""
     from clip_jax.devices.sharding import make_mesh
     from clip_jax.evaluation.embed import Variables, make_embedder
     from clip_jax.evaluation.runner import Subject

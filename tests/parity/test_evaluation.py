@@ -1,12 +1,16 @@
-"""Metrics on the same embeddings as scikit-learn's, CLIP_benchmark's and OpenCLIP's own functions give them."""
+"""scikit-learn's and CLIP_benchmark's own numbers: on the same embeddings, and from files to the end."""
 
 import json
 
 import numpy as np
 import pytest
 
-from clip_jax.evaluation import multi_label, zero_shot
+from clip_jax.commands import main
+from clip_jax.data import tokenizers
+from clip_jax.evaluation import multi_label, probe, zero_shot
 from clip_jax.evaluation.retrieval import retrieval
+from tests.data.shards import jpeg, write_shard
+from tests.interop import folders_of
 from tests.parity.peers import MARKS, run
 
 pytestmark = MARKS
@@ -38,6 +42,14 @@ for k in (1, 5, 10):
     found[f"t2i_R@{k}"] = hits.double().mean().item()
     hits = zeroshot_retrieval.recall_at_k(scores.T[described], positives.T[described], k) > 0
     found[f"i2t_R@{k}"] = hits.double().mean().item()
+from sklearn.linear_model import LogisticRegression
+features, labels = x["images"].numpy().astype(float), x["labels"].numpy()
+found["probe"] = []
+for c in (0.01, 1.0, 100.0):
+    fitted = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(features[:120], labels[:120])
+    log_p = fitted.predict_log_proba(features[:120])[np.arange(120), np.searchsorted(fitted.classes_, labels[:120])]
+    loss = (-log_p.sum() + (fitted.coef_**2).sum() / (2 * c)) / 120
+    found["probe"].append([loss, fitted.score(features[120:], labels[120:])])
 json.dump(found, open(f"{folder}/found.json", "w"))
 """
 
@@ -86,3 +98,85 @@ def test_multi_label_metrics_are_theirs_under_ties_too(case):
     pairs = list(zip(scores.round(1).T, x["positive"].T, strict=True))
     assert [multi_label.average_precision(s, p) for s, p in pairs] == pytest.approx(theirs["ap_ties"], abs=1e-6)
     assert [multi_label.roc_auc(s, p) for s, p in pairs] == pytest.approx(theirs["auc_ties"], abs=1e-6)
+
+
+def test_the_linear_probe_is_scikit_learns(case):
+    """Within 0.2 points of accuracy and 1e-4 of the loss; the same minimum has the same accuracy here."""
+    x, theirs = case
+    features, labels = x["images"], x["labels"]
+    for c, (loss, accuracy) in zip((0.01, 1.0, 100.0), theirs["probe"], strict=True):
+        head = probe.logistic_regression(features[:120], labels[:120], 11, c, iterations=5000, tolerance=1e-8)
+        assert head.loss == pytest.approx(loss, abs=1e-4)
+        assert head.accuracy(features[120:], labels[120:]) == pytest.approx(accuracy, abs=0.002)
+
+
+END_TO_END = """
+import json, sys
+import torchvision_ops_stub, numpy as np, open_clip, torch
+from types import SimpleNamespace
+from clip_benchmark.datasets.builder import build_wds_dataset
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+zeroshot_classification.float = lambda a: np.asarray(a).item()
+folder = sys.argv[1]
+model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}/model")
+tokenizer = open_clip.get_tokenizer("ViT-B-32")
+model.eval()
+
+class Loader(list):
+    dataset = SimpleNamespace(classes=range(6))
+
+def margin(scores):
+    return scores.sort(dim=1).values.diff(dim=1).min().item()
+
+data = build_wds_dataset("pets", transform, data_dir=f"{folder}/sets/pets")
+samples = list(data)
+loader = Loader([(torch.stack([s[0] for s in samples]), torch.tensor([s[1] for s in samples]))])
+found = {"pets": zeroshot_classification.evaluate(
+    model, loader, tokenizer, data.classes, data.templates, "cpu", amp=False)}
+with torch.no_grad():
+    images = torch.nn.functional.normalize(model.encode_image(loader[0][0]), dim=-1)
+    classes = zeroshot_classification.zero_shot_classifier(model, tokenizer, data.classes, data.templates, "cpu", False)
+found["pets_margin"] = margin(images @ classes)
+data = build_wds_dataset("coco", transform, data_dir=f"{folder}/sets/coco")
+samples = list(data)
+loader = [(torch.stack([s[0] for s in samples]), [s[1] for s in samples])]
+found["coco"] = zeroshot_retrieval.evaluate(model, loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5])
+with torch.no_grad():
+    images = torch.nn.functional.normalize(model.encode_image(loader[0][0]), dim=-1)
+    texts = torch.nn.functional.normalize(model.encode_text(tokenizer([t for s in samples for t in s[1]])), dim=-1)
+found["coco_margin"] = min(margin(texts @ images.T), margin(images @ texts.T))
+json.dump(found, open(f"{folder}/found.json", "w"))
+"""
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "hugging_face"])
+def test_a_folder_of_weights_on_webdataset_folders_has_clip_benchmarks_numbers(kind, tmp_path, shared_data):
+    """From the files to the metrics: OpenCLIP preprocesses, tokenizes, encodes and averages, and so do we."""
+    preset = folders_of.PRESET
+    if kind == "hugging_face":  # has one way of resizing, and the same weights
+        preset = preset._replace(preprocess=folders_of.OPENAI)
+    folders_of.open_clip_folder(tmp_path / "model", preset)
+    own = tmp_path / "model"
+    if kind == "hugging_face":
+        own = folders_of.hugging_face_folder(tmp_path / "hf", preset)
+    merges = tokenizers.clip(shared_data / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz").codec.merges
+    (own / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+    pets, coco = tmp_path / "sets" / "pets", tmp_path / "sets" / "coco"
+    words = ("cat", "dog", "bird", "old ship", "tree", "red car", "house", "river", "stone")
+    for folder in (pets, coco):
+        (folder / "test").mkdir(parents=True)
+        (folder / "test" / "nshards.txt").write_text("1")
+    write_shard(pets / "test" / "0.tar", [{"jpg": jpeg(i), "cls": str(i % 6).encode()} for i in range(12)])
+    (pets / "classnames.txt").write_text("\n".join(words[:6]))
+    (pets / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\na bad drawing of the {c}.")
+    captions = ["\n".join(f"{words[i]} and {words[(i + j + 1) % 9]}" for j in range(2)) for i in range(6)]
+    write_shard(coco / "test" / "0.tar", [{"jpg": jpeg(i), "txt": c.encode()} for i, c in enumerate(captions)])
+    (coco / "dataset_type.txt").write_text("retrieval")
+    theirs = json.loads((run(END_TO_END, tmp_path) / "found.json").read_text())
+    out = tmp_path / "out"
+    assert main(["evaluate", f"--model={own}", f"--data={tmp_path / 'sets'}", f"--output={out}"]) == 0
+    assert min(theirs["pets_margin"], theirs["coco_margin"]) > 1e-4
+    for name in ("pets", "coco"):
+        ours = json.loads(next(out.glob(f"*/{name}.json")).read_text())["metrics"]
+        for metric, value in theirs[name].items():
+            assert ours[metric] == pytest.approx(value, abs=1e-6), metric
