@@ -39,13 +39,17 @@ REQUIREMENTS = [
 # --workdir in a bucket of Google Cloud Storage or S3.
 GCS = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17"]
 S3 = ["s3fs>=2026.9"]
+# The metadata of clip-jax embed and search.
+PARQUET = ["pyarrow>=26.0"]
 
 EXTRAS = {
     "gcs": GCS,
     "s3": S3,
+    "parquet": PARQUET,
     "test": [
         *GCS,
         *S3,
+        *PARQUET,
         "flask>=3.1",  # moto's server and flask-cors: without the rest of moto[server], a hundred megabytes
         "flask-cors>=6.0",
         "gcp-storage-emulator>=2026.7.19",
@@ -87,6 +91,7 @@ setup(
     python_requires=">=3.11",
     cmdclass={"build_py": BuildWithRecipes},
     packages=find_packages(include=["clip_jax", "clip_jax.*"]),
+    package_data={"clip_jax": ["evaluation/prompts/*.json", "evaluation/prompts/LICENSE.txt"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["clip-jax = clip_jax.commands:main"]},

@@ -9,7 +9,7 @@ import sys
 
 from clip_jax import __version__
 from clip_jax.command_line import split_overrides
-from clip_jax.commands import classify, export, import_, models, plan, train
+from clip_jax.commands import classify, compare, embed, evaluate, export, import_, models, plan, search, train
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
 COMMANDS = {
@@ -17,6 +17,10 @@ COMMANDS = {
     "plan": plan,
     "models": models,
     "classify": classify,
+    "evaluate": evaluate,
+    "compare": compare,
+    "embed": embed,
+    "search": search,
     "import": import_,
     "export": export,
 }
@@ -24,7 +28,9 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code; a UserError prints one line and returns 2."""
-    parser = argparse.ArgumentParser(prog="clip-jax", description="Plan and train, use and convert CLIP models.")
+    parser = argparse.ArgumentParser(
+        prog="clip-jax", description="Plan and train, use, evaluate and convert CLIP models."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

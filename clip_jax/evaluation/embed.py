@@ -108,13 +108,19 @@ def make_embedder(
 def embed_texts(embedder: Embedder, weights: Variables, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
     """Unit embeddings of texts, in their order."""
     rows = process_rows(embedder.mesh, embedder.batch_size)
-    out = []
+    out, running = [], collections.deque()
     for start in range(0, len(texts), embedder.batch_size):
         chunk = texts[start : start + embedder.batch_size]
         tokens = embedder.tokenizer([chunk[row % len(chunk)] for row in rows])
         batch = to_devices({"text": tokens}, embedder.mesh, embedder.batch_size)
-        out.append(np.asarray(embedder.encoders.text(weights, batch["text"]))[: len(chunk)])
-    return np.concatenate(out)
+        running.append((embedder.encoders.text(weights, batch["text"]), len(chunk)))
+        if len(running) > 1:  # the next texts are tokenized while the devices encode these
+            out.append(_take(*running.popleft()))
+    return np.concatenate(out + [_take(*batch) for batch in running])
+
+
+def _take(embeddings: jax.Array, count: int) -> np.ndarray:
+    return np.asarray(embeddings)[:count]
 
 
 def embed_images(
@@ -153,8 +159,10 @@ def embed_images(
     return embeddings[: len(samples)], valid, faults
 
 
-def embed_source(embedder: Embedder, weights: Variables, source: Source, limit: int | None = None) -> Embedded:
-    """Every usable example of a source (of its first ``limit``) with all its captions.
+def embed_source(
+    embedder: Embedder, weights: Variables, source: Source, limit: int | None = None, *, texts: bool = True
+) -> Embedded:
+    """Every usable example of a source (of its first ``limit``) with all its captions, or without embedding them.
 
     Raises UserError where none is usable.
     """
@@ -176,16 +184,16 @@ def embed_source(embedder: Embedder, weights: Variables, source: Source, limit: 
             skipped.update(faults)
             embeddings.append(arrays[valid])
             # Only captions and labels are collected: the encoded images of a large set must not stay in memory.
-            used += [(s.captions, s.label) for s, ok in zip(samples, valid, strict=True) if ok]
+            used += [(s.captions if texts else (), s.label) for s, ok in zip(samples, valid, strict=True) if ok]
             indices += [index for index, ok in zip(found, valid, strict=True) if ok]
     if not used:
         reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
         raise UserError(f"{source.name}: none of {count} examples can be used ({reasons})")
-    captions = tuple(caption for texts, _ in used for caption in texts)
+    captions = tuple(caption for found, _ in used for caption in found)
     return Embedded(
         images=np.concatenate(embeddings),
-        texts=embed_texts(embedder, weights, captions),
-        owner=np.array([i for i, (texts, _) in enumerate(used) for _ in texts], np.int64),
+        texts=embed_texts(embedder, weights, captions) if texts else np.zeros((0, embeddings[0].shape[1]), np.float32),
+        owner=np.array([i for i, (found, _) in enumerate(used) for _ in found], np.int64),
         labels=np.array([label for _, label in used], np.int64),
         captions=captions,
         indices=np.array(indices, np.int64),

@@ -12,7 +12,7 @@ import numpy as np
 from clip_jax.data.sources.sample import Source, notes
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
-from clip_jax.evaluation.retrieval import recall
+from clip_jax.evaluation.retrieval import retrieval as retrieval_metrics
 from clip_jax.evaluation.zero_shot import accuracy, classifier
 from clip_jax.models.clip import Params
 
@@ -37,19 +37,20 @@ Metrics = dict[str, float]
 
 
 def retrieval(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
-    """The loss over all pairs as one batch (the first caption of an image is its pair), and recall at 1, 5 and 10."""
+    """The metrics of ``retrieval.py``, and the loss over all pairs as one batch: of an image and its first caption."""
     embedded = embed_source(evaluation.embedder, weights, evaluation.source)
     metrics = {}
     if evaluation.loss is not None:
         _, first = np.unique(embedded.owner, return_index=True)
         metrics["loss"] = evaluation.loss(weights.params, embedded.images, embedded.texts[first])
-    metrics |= recall(embedded.images, embedded.texts, embedded.owner)
+    mesh = evaluation.embedder.mesh
+    metrics |= retrieval_metrics(embedded.images, embedded.texts, embedded.owner, mesh=mesh)
     return metrics | _counts(embedded), embedded
 
 
 def zero_shot(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
     """Accuracy among the source's classes."""
-    embedded = embed_source(evaluation.embedder, weights, evaluation.source)
+    embedded = embed_source(evaluation.embedder, weights, evaluation.source, texts=False)
     _check_labels(evaluation, embedded)
 
     def encode(prompts: Sequence[str]) -> np.ndarray:

@@ -1,58 +1,85 @@
-"""Image-text retrieval from embeddings, without a similarity matrix of the whole set.
+"""Image-text retrieval from embeddings, with any number of captions per image.
 
-Recall@k is CLIP's hit rate: a query counts when any of its positives is among the k nearest. Image to text, every
-caption of the image is a positive; text to image, the caption's one image. Ties are broken against the model: a
-candidate as near as the positive counts as nearer, so that a constant model scores 0.
+Definitions. Image to text, the query is an image with at least one caption, the candidates are all captions and every
+caption of the image is a positive. Text to image, the query is a caption and its one image the positive; images
+without a caption are candidates, too.
+
+- ``R@k``: the share of queries with any positive among the k nearest: CLIP's hit rate, not the recall of information
+  retrieval (Radford et al. 2021; ``text_retrieval_recall@k`` and ``image_retrieval_recall@k`` in CLIP_benchmark, named
+  by what is retrieved). Left out where k reaches the number of candidates: it would be 1 for any model.
+- ``mean_rank``, ``median_rank``: of the best positive among the negatives, from 1.
+- ``mAP``: mean average precision; with one positive per query, the mean reciprocal rank.
+
+Traps. Numbers with one caption per image and with five differ by 20 points: ``captions_per_image`` is reported. A
+caption that occurs for two images is a positive for its own image alone, as in CLIP. Ties are pessimistic unless asked
+otherwise (see ``ranking``); PyTorch's and NumPy's sorts order them by index, so that a constant model may look perfect.
 """
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-BLOCK = 1024
+from clip_jax.evaluation.ranking import Placed, average_precision, check_finite, first_rank, hit, place
+
+RECALL_AT = (1, 5, 10)
 
 
-def ranks(
-    images: Float[np.ndarray, "images dim"], texts: Float[np.ndarray, "texts dim"], owner: Int[np.ndarray, " texts"]
-) -> tuple[Int[np.ndarray, " queries"], Int[np.ndarray, " texts"]]:
-    """(image to text, text to image): the number of wrong candidates at least as near as the (best) right one.
-
-    ``owner[t]`` is the image that text t describes. Images without a text are no queries and are left
-    out of the first array. Raises ValueError for embeddings that are not finite.
-    """
-    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
-        raise ValueError("embeddings are not finite")
-    text_to_image = np.empty(len(texts), np.int64)
-    for start in range(0, len(texts), BLOCK):
-        block = slice(start, min(start + BLOCK, len(texts)))
-        similarity = texts[block] @ images.T
-        rows = np.arange(len(similarity))
-        right = similarity[rows, owner[block]]
-        text_to_image[block] = (similarity >= right[:, None]).sum(axis=1) - 1
-
-    queries = np.unique(owner)
-    image_to_text = np.empty(len(queries), np.int64)
-    for start in range(0, len(queries), BLOCK):
-        block = queries[start : start + BLOCK]
-        similarity = images[block] @ texts.T
-        positive = owner[None, :] == block[:, None]
-        best = np.where(positive, similarity, -np.inf).max(axis=1)
-        wrong = np.where(positive, -np.inf, similarity)
-        image_to_text[start : start + len(block)] = (wrong >= best[:, None]).sum(axis=1)
-    return image_to_text, text_to_image
-
-
-def recall(
+def place_both(
     images: Float[np.ndarray, "images dim"],
     texts: Float[np.ndarray, "texts dim"],
     owner: Int[np.ndarray, " texts"],
-    at: tuple[int, ...] = (1, 5, 10),
-) -> dict[str, float]:
-    """``{"i2t_R@1": ..., "t2i_R@1": ..., ...}``, shares of queries.
+    mesh: Mesh | None = None,
+) -> tuple[Placed, Placed]:
+    """(image to text, text to image) for unit embeddings; ``owner[t]`` is the image that text t describes.
 
-    A k that reaches the number of candidates is left out: any model finds everything among them.
+    Images without a text, and texts of no image (owner -1), are candidates and no queries. Raises ValueError for
+    embeddings that are not finite and for an owner that is no image.
     """
-    image_to_text, text_to_image = ranks(images, texts, owner)
-    result = {}
-    for name, rank, candidates in (("i2t", image_to_text, len(texts)), ("t2i", text_to_image, len(images))):
-        result |= {f"{name}_R@{k}": float(np.mean(rank < k)) for k in at if k < candidates}
-    return result
+    check_finite(images=images, texts=texts)
+    if len(owner) != len(texts) or (len(owner) and not -1 <= owner.min() <= owner.max() < len(images)):
+        raise ValueError(f"owner: {len(owner)} indices of {len(images)} images are needed, one for each text")
+    described = np.unique(owner[owner >= 0])
+    if not len(described):
+        raise ValueError("owner: no text describes any image")
+    image_to_text = place(images[described], described, _captions_of(described, owner), texts, owner, mesh)
+    queries = np.flatnonzero(owner >= 0)
+    image_numbers = np.arange(len(images))
+    text_to_image = place(texts[queries], owner[queries], owner[queries, None], images, image_numbers, mesh)
+    return image_to_text, text_to_image
+
+
+def retrieval(
+    images: Float[np.ndarray, "images dim"],
+    texts: Float[np.ndarray, "texts dim"],
+    owner: Int[np.ndarray, " texts"],
+    *,
+    at: tuple[int, ...] = RECALL_AT,
+    ties: str = "pessimistic",
+    mesh: Mesh | None = None,
+) -> dict[str, float]:
+    """``{"i2t_R@1": ..., "i2t_mean_rank": ..., "i2t_median_rank": ..., "i2t_mAP": ..., "t2i_R@1": ..., ...}``."""
+    image_to_text, text_to_image = place_both(images, texts, owner, mesh)
+    return summarize(image_to_text, len(texts), "i2t", at, ties) | summarize(
+        text_to_image, len(images), "t2i", at, ties
+    )
+
+
+def summarize(placed: Placed, candidates: int, name: str, at: tuple[int, ...], ties: str) -> dict[str, float]:
+    """The metrics of one direction, named ``<name>_R@k`` and so on."""
+    ranks = first_rank(placed, ties)
+    recalls = {f"{name}_R@{k}": float(hit(placed, k, ties).mean()) for k in at if k < candidates}
+    return recalls | {
+        f"{name}_mean_rank": float(ranks.mean()),
+        f"{name}_median_rank": float(np.median(ranks)),
+        f"{name}_mAP": float(average_precision(placed, ties).mean()),
+    }
+
+
+def _captions_of(images: np.ndarray, owner: np.ndarray) -> Int[np.ndarray, "images captions"]:
+    """The texts of each image, -1 where it has fewer than others."""
+    order = np.argsort(owner, kind="stable")
+    order = order[np.searchsorted(owner[order], 0) :]  # without the texts of no image
+    first, count = np.searchsorted(owner[order], images), np.bincount(owner[order], minlength=images[-1] + 1)[images]
+    column = np.arange(count.max())
+    inside = column < count[:, None]
+    return np.where(inside, order[np.where(inside, first[:, None] + column, 0)], -1)

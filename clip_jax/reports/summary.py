@@ -20,10 +20,18 @@ EVALUATION_NAMES = {
     "i2t_R@1": "image → text R@1",
     "i2t_R@5": "R@5",
     "i2t_R@10": "R@10",
+    "i2t_median_rank": "median rank",
+    "i2t_mean_rank": "mean rank",
+    "i2t_mAP": "mAP",
     "t2i_R@1": "text → image R@1",
     "t2i_R@5": "R@5",
     "t2i_R@10": "R@10",
+    "t2i_median_rank": "median rank",
+    "t2i_mean_rank": "mean rank",
+    "t2i_mAP": "mAP",
 }
+# What is not a share of 1.
+NUMBERS = {"loss", *(f"{way}_{rank}_rank" for way in ("i2t", "t2i") for rank in ("median", "mean"))}
 # Counts of an evaluation appear only in the table: their curves are flat.
 EVALUATION_COUNTS = {"images": "images", "skipped": "skipped", "time_seconds": "seconds"}
 # Accuracies and recalls of the headline, each with a more lenient metric for its note.
@@ -165,4 +173,4 @@ def _median(curve: Curve) -> float:
 def _cell(metric: str, value: float) -> str:
     if metric in EVALUATION_COUNTS:
         return formats.number(value)
-    return formats.fixed(value) if metric == "loss" else formats.percent(value)
+    return formats.fixed(value) if metric in NUMBERS else formats.percent(value)

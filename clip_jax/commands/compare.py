@@ -1,0 +1,58 @@
+"""``clip-jax compare A B``: two folders that evaluate wrote for a model each, on the same examples."""
+
+import argparse
+import json
+from pathlib import Path
+
+from clip_jax.errors import UserError
+
+HELP = "Compare the results of two models example by example: differences with 95 % intervals (paired bootstrap)."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="the folder of a model in an evaluation's output")
+    parser.add_argument("b", metavar="B", help="likewise; differences are B minus A")
+    parser.add_argument(
+        "--changed", type=int, default=0, help="also the first N examples that changed sides, per metric"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from clip_jax.evaluation.paired import difference
+
+    a, b = (_records(Path(folder)) for folder in (arguments.a, arguments.b))
+    shared = [name for name in a if name in b]
+    if not shared:
+        raise UserError(f"{arguments.a} and {arguments.b} have no dataset in common")
+    for name in shared:
+        same = all(a[name]["identity"][key] == b[name]["identity"][key] for key in ("source", "train", "protocol"))
+        if not same:
+            print(f"{name}: other examples or another protocol; not compared")
+            continue
+        hits = [np.load(Path(folder) / f"{name}.npz") for folder in (arguments.a, arguments.b)]
+        for metric in sorted(set(hits[0]) & set(hits[1])):
+            try:
+                found = difference(hits[0][metric], hits[1][metric])
+            except ValueError as error:
+                print(f"{name}  {metric}: {error}")
+                continue
+            print(
+                f"{name}  {metric}  {found.mean:+.4f}  [{found.low:+.4f}, {found.high:+.4f}]  "
+                f"{found.better} better, {found.worse} worse"
+            )
+            delta = hits[1][metric] - hits[0][metric]
+            for example in np.flatnonzero(delta)[: arguments.changed]:
+                print(f"  example {example}: {'gained' if delta[example] > 0 else 'lost'}")
+
+
+def _records(folder: Path) -> dict[str, dict]:
+    try:
+        found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    except ValueError as error:
+        raise UserError(f"{folder}: not the results of an evaluation ({error})") from error
+    found = {name: record for name, record in found.items() if "identity" in record}
+    if not found:
+        raise UserError(f"{folder}: no results; name a model's folder in the --output of clip-jax evaluate")
+    return found

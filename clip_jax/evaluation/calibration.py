@@ -1,0 +1,68 @@
+"""Calibration: whether a confidence of 0.8 is right eight times of ten (Guo et al. 2017).
+
+The expected calibration error is the mean, over bins of equal width and weighted by their examples, of the distance
+between accuracy and mean confidence. Traps: it depends on the number of bins (15 here, as in the paper), and a model
+that always answers with the classes' frequencies has none at all: read it beside accuracy. Under ties an image that is
+equally near to ten classes is a tenth right, so that a constant model with probabilities 1/C is calibrated at chance.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+BINS = 15
+
+
+class Bin(NamedTuple):
+    """Examples whose confidence is in (low, high]."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    """Their mean; 0 where there are none, as the accuracy."""
+    accuracy: float
+
+
+def reliability(
+    confidence: Float[np.ndarray, " n"], correct: Float[np.ndarray, " n"], bins: int = BINS
+) -> tuple[Bin, ...]:
+    """The reliability curve; ``correct`` is 0 or 1, or the probability under ties. Raises ValueError for NaN."""
+    if not (np.isfinite(confidence).all() and confidence.min() >= 0 and confidence.max() <= 1 + 1e-6):
+        raise ValueError("confidences are not all within 0 and 1")
+    edges = np.linspace(0, 1, bins + 1)
+    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(which, minlength=bins)
+    mean = [np.bincount(which, x, minlength=bins) / np.maximum(count, 1) for x in (confidence, correct)]
+    return tuple(map(Bin, edges[:-1].tolist(), edges[1:].tolist(), count.tolist(), *(m.tolist() for m in mean)))
+
+
+def expected_calibration_error(
+    confidence: Float[np.ndarray, " n"], correct: Float[np.ndarray, " n"], bins: int = BINS
+) -> float:
+    """In 0..1."""
+    curve = reliability(confidence, correct, bins)
+    return sum(b.count * abs(b.accuracy - b.confidence) for b in curve) / len(confidence)
+
+
+def fit_scale(
+    cosines: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"], low: float = 0.1, high: float = 1000.0
+) -> float:
+    """The factor of cosines (the inverse temperature) with the least cross-entropy; fit it on other data than you test.
+
+    The cross-entropy is convex in the factor, hence unimodal in its logarithm.
+    """
+    if not np.isfinite(cosines).all():
+        raise ValueError("cosines are not finite")
+    cosines = cosines.astype(np.float64)
+    right = cosines[np.arange(len(labels)), labels]
+
+    def loss(log_scale: float) -> float:
+        scale = np.exp(log_scale)
+        return float(np.mean(logsumexp(scale * cosines, axis=1) - scale * right))
+
+    found = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))

@@ -1,0 +1,103 @@
+"""Composition: does a model tell a caption from the same words bound otherwise? Strict inequality throughout.
+
+- Winoground (Thrush et al. 2022): two images, two captions of the same words. Text score: each image is more similar
+  to its own caption; image score: each caption to its own image; group score: both.
+- SugarCrepe (Hsieh et al. 2023) and swaps: the true caption is more similar to the image than the false one.
+
+Trap: CLIP_benchmark takes the argmax with the true caption first, so that a model whose similarities are all equal has
+100 %. Here equal is wrong (within ``ranking.TIE``): a constant model scores 0, below the chance of 1/2 (1/4 and 1/6 for
+Winoground's scores), and ``all_equal`` says that it is one.
+
+``swaps`` makes such pairs from the bundled scenes, so that a user sees at once where a model is a bag of words. Its
+captions are in one plain grammar, and every false one is false of the picture.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from clip_jax.data.sources.shapes.rendering import COLORS, SHAPES, Scene
+from clip_jax.data.sources.shapes.scenes import POSITIONS, generator
+from clip_jax.evaluation.ranking import TIE
+
+NUMBERS = ("one", "two", "three", "four")
+
+
+class Swap(NamedTuple):
+    """A caption of a scene and a false one of the same length."""
+
+    kind: str
+    true: str
+    false: str
+
+
+def winoground(similarity: Float[np.ndarray, "n captions=2 images=2"]) -> dict[str, float]:
+    """``{"text": ..., "image": ..., "group": ...}``; caption i belongs to image i. Raises ValueError for NaN."""
+    s = _finite(similarity)
+    text = (s[:, 0, 0] > s[:, 1, 0] + TIE) & (s[:, 1, 1] > s[:, 0, 1] + TIE)
+    image = (s[:, 0, 0] > s[:, 0, 1] + TIE) & (s[:, 1, 1] > s[:, 1, 0] + TIE)
+    return {"text": float(text.mean()), "image": float(image.mean()), "group": float((text & image).mean())}
+
+
+def true_caption_wins(true: Float[np.ndarray, " n"], false: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """1 where the true caption is strictly more similar, else 0."""
+    return (_finite(true) > _finite(false) + TIE).astype(np.float64)
+
+
+def all_equal(true: Float[np.ndarray, " n"], false: Float[np.ndarray, " n"]) -> bool:
+    """Whether no caption was told from any other: the model is constant, and its 0 means nothing else."""
+    return bool(np.all(np.abs(true - false) <= TIE))
+
+
+def swaps(scene: Scene, seed: int) -> Iterator[Swap]:
+    """The swaps that a scene allows, the same for the same seed.
+
+    ``color`` and ``shape`` put one that is nowhere in the picture; ``size`` the other size; ``binding`` exchanges the
+    colors of two objects, ``relation`` the two objects around "left of" or "above"; ``count`` names another number;
+    ``negation`` denies what is there; ``order`` shuffles the words.
+    """
+    rng = generator("swap", seed)
+    objects = scene.objects
+    nouns = [f"{each.color} {each.shape}" for each in objects]
+    color = _other(rng, tuple(COLORS), {each.color for each in objects})
+    shape = _other(rng, tuple(SHAPES), {each.shape for each in objects})
+    first = objects[0]
+    yield Swap("color", f"a {nouns[0]}", f"a {color} {first.shape}")
+    yield Swap("shape", f"a {nouns[0]}", f"a {first.color} {shape}")
+    yield Swap("negation", f"a {nouns[0]} and no {color} {shape}", f"a {color} {shape} and no {nouns[0]}")
+    number, wrong = NUMBERS[len(objects) - 1], _other(rng, NUMBERS, {NUMBERS[len(objects) - 1]})
+    yield Swap("count", *(f"a picture of {n} {'shape' if n == 'one' else 'shapes'}" for n in (number, wrong)))
+    if len(objects) == 1:
+        other = {"small": "large", "large": "small"}[first.size]
+        yield Swap("size", f"a {first.size} {nouns[0]}", f"a {other} {nouns[0]}")
+        return
+    second = objects[1]
+    if first.color != second.color and first.shape != second.shape:
+        false = f"a {second.color} {first.shape} and a {first.color} {second.shape}"
+        if {f"{second.color} {first.shape}", f"{first.color} {second.shape}"} - set(nouns):
+            yield Swap("binding", f"a {nouns[0]} and a {nouns[1]}", false)
+    (column, row), (other_column, other_row) = POSITIONS[first.position], POSITIONS[second.position]
+    words = None
+    if column != other_column:
+        words = "left of" if column < other_column else "right of"
+    elif row != other_row:
+        words = "above" if row < other_row else "below"
+    if words is not None:
+        yield Swap("relation", f"a {nouns[0]} {words} a {nouns[1]}", f"a {nouns[1]} {words} a {nouns[0]}")
+        sentence = f"a {nouns[0]} {words} a {nouns[1]}".split()
+        shuffled = sorted(sentence, key=lambda _: rng.random())
+        if shuffled != sentence:
+            yield Swap("order", " ".join(sentence), " ".join(shuffled))
+
+
+def _other(rng, options: Sequence[str], taken: set[str]) -> str:
+    left = [option for option in options if option not in taken]
+    return left[int(rng.random() * len(left))]
+
+
+def _finite(x: np.ndarray) -> np.ndarray:
+    if not np.isfinite(x).all():
+        raise ValueError("similarities are not finite")
+    return x

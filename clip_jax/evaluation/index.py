@@ -1,0 +1,132 @@
+"""Folders of embeddings in clip-retrieval's layout, written shard by shard, and read for search.
+
+    DIR/img_emb/img_emb_0.npy      float16 or float32[n, dim], unit length
+    DIR/text_emb/text_emb_0.npy    the embedding of the first caption of each image
+    DIR/metadata/metadata_0.parquet    image_path, caption, index (in the source), one row per embedding
+    DIR/index.json                 which source and model; a folder of another is refused
+
+A shard is a pure function of (source, model, its number): a shard that is there is skipped, a cluster may write them in
+any order, and the parquet, written last, says that its shard is complete. Unusable examples are left out and counted.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_jax.data.sources.sample import BadSampleError, Sample, Source
+from clip_jax.data.stream import read
+from clip_jax.errors import UserError
+from clip_jax.evaluation.embed import Embedded
+from clip_jax.storage import atomic
+
+KINDS = {"image": "img_emb", "text": "text_emb"}
+MANIFEST = "index.json"
+_INSTALL = "pyarrow is missing: pip install 'clip-jax-tpu[parquet]'"
+
+
+class Part:
+    """The examples ``start`` to ``stop`` of a source, as a source."""
+
+    def __init__(self, source: Source, start: int, stop: int):
+        self.source, self.start, self.stop = source, start, min(stop, len(source))
+        self.name, self.class_names = source.name, source.class_names
+        self.fingerprint = f"{source.fingerprint}-{start}-{self.stop}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[self.start + index]
+
+
+def prepare(output: Path, manifest: dict[str, Any]) -> None:
+    """Makes the folder, or checks that it was begun with the same model, source and shards. Raises UserError."""
+    _parquet()
+    path = output / MANIFEST
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in manifest if stored.get(key) != manifest[key]]
+        if changed:
+            raise UserError(f"{output}: begun with another {', '.join(changed)}; use a new folder")
+        return
+    for folder in (*KINDS.values(), "metadata"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, json.dumps(manifest, indent=1) + "\n")
+
+
+def is_complete(output: Path, shard: int) -> bool:
+    return (output / "metadata" / f"metadata_{shard}.parquet").is_file()
+
+
+def write_shard(
+    output: Path, shard: int, source: Source, embed: Callable[[Source], Embedded], size: int, dtype: str
+) -> int:
+    """Embeds and writes one shard; returns the number of its embeddings. Raises UserError for ones not finite."""
+    pyarrow, parquet = _parquet()
+    part = Part(source, shard * size, (shard + 1) * size)
+    found = embed(part)
+    _, first = np.unique(found.owner, return_index=True)
+    arrays = {"image": found.images, "text": found.texts[first]}
+    for kind, rows in arrays.items():
+        if not np.isfinite(rows).all():
+            raise UserError(f"{source.name}, shard {shard}: {kind} embeddings are not finite; the model is broken")
+        path = output / KINDS[kind] / f"{KINDS[kind]}_{shard}.npy"
+        with atomic.replacing(path) as temporary:
+            np.save(temporary, rows.astype(dtype))
+    keys = [_key(part, int(index)) for index in found.indices]
+    table = pyarrow.table(
+        {
+            "image_path": keys,
+            "caption": [found.captions[t] for t in first],
+            "index": (found.indices + part.start).astype(np.int64),
+        }
+    )
+    with atomic.replacing(output / "metadata" / f"metadata_{shard}.parquet") as temporary:
+        parquet.write_table(table, temporary)
+    return len(found.images)
+
+
+def embeddings(folder: Path, kind: str) -> list[np.ndarray]:
+    """The memory-mapped shards of ``image`` or ``text`` embeddings in the order of their numbers. Raises UserError."""
+    paths = _numbered(folder / KINDS[kind], f"{KINDS[kind]}_*.npy")
+    if not paths:
+        raise UserError(f"{folder}/{KINDS[kind]}: no embeddings; write them with clip-jax embed --output={folder}")
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+
+def metadata(folder: Path, numbers: list[int]) -> Iterator[dict[str, Any]]:
+    """The rows of these embeddings, which are numbered through all shards."""
+    _, parquet = _parquet()
+    files = [parquet.ParquetFile(path) for path in _numbered(folder / "metadata", "metadata_*.parquet")]
+    starts = np.cumsum([0, *(file.metadata.num_rows for file in files)])
+    tables: dict[int, Any] = {}
+    for number in numbers:
+        shard = int(np.searchsorted(starts, number, side="right")) - 1
+        if shard not in tables:
+            tables[shard] = files[shard].read()
+        row = tables[shard].slice(number - int(starts[shard]), 1).to_pylist()
+        yield row[0]
+
+
+def _numbered(folder: Path, pattern: str) -> list[Path]:
+    """clip-retrieval numbers shards with or without leading zeros."""
+    return sorted(folder.glob(pattern), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+
+
+def _key(source: Source, index: int) -> str:
+    try:
+        return read(source, index).key
+    except BadSampleError as error:  # it was readable a moment ago
+        return error.key
+
+
+def _parquet():
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(_INSTALL) from error
+    return pyarrow, parquet

@@ -1,0 +1,204 @@
+"""Where a query's positives stand among all candidates: the computation that retrieval metrics share.
+
+The matrix of all similarities never exists: queries are split over the devices of a mesh, and each device scans the
+candidates in blocks and only counts. Memory grows with queries + candidates, not with their product.
+
+Ties. Two similarities within ``TIE`` of each other are equal: float32 products of the same vectors differ in the last
+bits with the shape of the matrix that holds them, so that duplicates would otherwise be ordered by where they lie.
+What equal candidates count for is a policy, and part of a number's definition:
+
+- ``pessimistic``: every equal candidate stands before the positive; a constant model finds nothing;
+- ``optimistic``: none does; a constant model finds everything, which is why no metric here has it as its default;
+- ``expected``: the mean over all orders of equal candidates; a constant model scores exactly chance.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+from scipy.special import digamma, gammaln
+
+from clip_jax.devices.sharding import batch_sharding, batch_shards, replicated
+
+TIE = 1e-6
+"""Of cosines: three times the largest rounding error seen in a float32 product of 128 to 2,048 features (3.6e-7)."""
+TIES = ("pessimistic", "optimistic", "expected")
+QUERY_BLOCK, CANDIDATE_BLOCK = 2048, 1024
+"""Queries of a device and candidates whose similarities exist at one time: 8 MiB."""
+
+
+class Placed(NamedTuple):
+    """The positives of each query, the most similar first; -inf in ``similarity`` where a query has fewer."""
+
+    similarity: Float[np.ndarray, "queries positives"]
+    """Positives that are tied with a better one of the same query have its value."""
+    above: Int[np.ndarray, "queries positives"]
+    """The number of negatives that are more similar than this positive."""
+    tied: Int[np.ndarray, "queries positives"]
+    """The number of negatives that are equally similar."""
+
+
+def check_finite(**embeddings: Float[np.ndarray, "n dim"]) -> None:
+    """Raises ValueError, which counts the rows, for embeddings that are not finite: any order of NaN is a lie."""
+    for name, rows in embeddings.items():
+        bad = len(rows) - int(np.isfinite(rows).all(axis=1).sum())
+        if bad:
+            raise ValueError(f"{name}: {bad} of {len(rows)} embeddings are not finite")
+
+
+def place(
+    queries: Float[np.ndarray, "queries dim"],
+    group: Int[np.ndarray, " queries"],
+    positives: Int[np.ndarray, "queries positives"],
+    candidates: Float[np.ndarray, "candidates dim"],
+    candidate_group: Int[np.ndarray, " candidates"],
+    mesh: Mesh | None = None,
+) -> Placed:
+    """Counts the candidates of other groups that are as similar to a query as its positives.
+
+    ``positives[q]`` are indices of the candidates of group ``group[q]``, -1 where there are no more. Embeddings are of
+    unit length. Without a mesh everything is on one device.
+    """
+    similarity = np.full(positives.shape, -np.inf, np.float32)
+    for column in range(positives.shape[1]):
+        there = np.flatnonzero(positives[:, column] >= 0)
+        for start in range(0, len(there), QUERY_BLOCK):
+            rows = there[start : start + QUERY_BLOCK]
+            own = candidates[positives[rows, column]]
+            similarity[rows, column] = np.einsum("qd,qd->q", queries[rows], own, dtype=np.float64)
+    similarity = _join_tied(-np.sort(-similarity, axis=1))
+    above, tied = _count(queries, group, similarity, candidates, candidate_group, mesh)
+    return Placed(similarity, above, tied)
+
+
+def hit(placed: Placed, k: int, ties: str) -> Float[np.ndarray, " queries"]:
+    """Whether any positive is among the k nearest; under expected ties the probability of it, in 0..1."""
+    return hit_of(*_best(placed), k, ties)
+
+
+def hit_of(above: np.ndarray, tied: np.ndarray, own: np.ndarray, k: int, ties: str) -> Float[np.ndarray, " queries"]:
+    """``hit`` from the number of negatives above the best positive, of negatives and of positives tied with it."""
+    if ties != "expected":
+        return (above + (tied if ties == "pessimistic" else 0) < k).astype(np.float64)
+    # None of ``own`` positives among the first ``left`` of all equal ones: C(tied, left) / C(tied + own, left).
+    left = np.clip(k - above, 0, tied + own)
+    possible = left <= tied
+    left = np.where(possible, left, 0)
+    miss = np.exp(
+        gammaln(tied + 1) - gammaln(tied - left + 1) - gammaln(tied + own + 1) + gammaln(tied + own - left + 1)
+    )
+    return np.where(possible & (left > 0), 1 - miss, np.where(possible, 0.0, 1.0))
+
+
+def first_rank(placed: Placed, ties: str) -> Float[np.ndarray, " queries"]:
+    """The rank of the best positive among the negatives, from 1."""
+    above, tied, own = _best(placed)
+    return 1 + above + {"pessimistic": tied, "optimistic": 0, "expected": tied / (own + 1)}[ties]
+
+
+def average_precision(placed: Placed, ties: str) -> Float[np.ndarray, " queries"]:
+    """The mean, over the positives of a query, of the precision where each of them stands.
+
+    Under expected ties in closed form (McSherry and Najork 2008, section 3).
+    """
+    there = np.isfinite(placed.similarity)
+    order = np.arange(1, placed.similarity.shape[1] + 1)
+    if ties != "expected":
+        before = placed.above + (placed.tied if ties == "pessimistic" else 0)
+        precision = order / (order + before)
+    else:
+        # Of a group of ``own`` positives with equal similarity, ``first`` positives and ``above`` negatives come first.
+        same = placed.similarity[:, :, None] == placed.similarity[:, None, :]
+        own = (same & there[:, None, :]).sum(axis=2)
+        first = ((placed.similarity[:, None, :] > placed.similarity[:, :, None]) & there[:, None, :]).sum(axis=2)
+        # Position s of the group's n holds a positive with probability own / n, and then expects (first + 1 + (s - 1)
+        # slope) positives up to itself: a sum of (a + slope s) / (c + s), which harmonic numbers give.
+        n, c = own + placed.tied, first + placed.above
+        slope = np.divide(own - 1, n - 1, out=np.zeros(n.shape), where=n > 1)
+        a = first + 1 - slope
+        precision = (slope * n + (a - slope * c) * (digamma(c + n + 1) - digamma(c + 1))) / np.maximum(n, 1)
+    return np.where(there, precision, 0).sum(axis=1) / there.sum(axis=1)
+
+
+def _best(placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(negatives above, negatives tied, positives tied) of each query's best positive."""
+    own = (placed.similarity == placed.similarity[:, :1]).sum(axis=1)
+    return placed.above[:, 0].astype(np.float64), placed.tied[:, 0].astype(np.float64), own
+
+
+def _join_tied(similarity: Float[np.ndarray, "queries positives"]) -> Float[np.ndarray, "queries positives"]:
+    """Sorted similarities, each replaced by the first of those before it that it is tied with."""
+    for column in range(1, similarity.shape[1]):
+        before = similarity[:, column - 1]
+        similarity[:, column] = np.where(similarity[:, column] >= before - TIE, before, similarity[:, column])
+    return similarity
+
+
+def _count(queries, group, thresholds, candidates, candidate_group, mesh) -> tuple[np.ndarray, np.ndarray]:
+    """(int64[queries, positives] above, the same tied)."""
+    shards = 1 if mesh is None else batch_shards(mesh)
+    rows = min(QUERY_BLOCK, -(-len(queries) // shards)) * shards
+    block = min(CANDIDATE_BLOCK, len(candidates))
+    put = _put(mesh)
+    blocks = put(_blocks(candidates, block, 0), split=False), put(_blocks(candidate_group, block, 0), split=False)
+    padding = put(_blocks(np.zeros(len(candidates), np.float32), block, -np.inf), split=False)
+    count, found = _counter(mesh), []
+    for start in range(0, len(queries), rows):
+        part = slice(start, start + rows)
+        padded = [
+            put(np.pad(x[part], ((0, rows - len(x[part])), *((0, 0),) * (x.ndim - 1))), split=True)
+            for x in (queries.astype(np.float32), group.astype(np.int32), thresholds)
+        ]
+        found.append(jax.tree.map(np.asarray, count(*padded, blocks[0], blocks[1], padding)))
+    above, tied = (np.concatenate(parts)[: len(queries)].astype(np.int64) for parts in zip(*found, strict=True))
+    return above, tied
+
+
+@functools.cache
+def _counter(mesh: Mesh | None):
+    def count(queries, group, thresholds, candidates, candidate_group, padding):
+        def one_block(counts, block):
+            vectors, groups, minus = block
+            similarity = jnp.dot(queries, vectors.T, precision=jax.lax.Precision.HIGHEST) + minus
+            similarity = jnp.where(groups[None, :] == group[:, None], -jnp.inf, similarity)
+            # One threshold at a time over a block that is still in the cache. -inf, where a query has fewer
+            # positives, counts whatever it counts: nobody reads it.
+            above, reached = jax.lax.map(
+                lambda threshold: (
+                    jnp.sum(similarity > threshold[:, None] + TIE, axis=1),
+                    jnp.sum(similarity >= threshold[:, None] - TIE, axis=1),
+                ),
+                thresholds.T,
+            )
+            return (counts[0] + above.T, counts[1] + (reached - above).T), None
+
+        zero = jnp.zeros(thresholds.shape, jnp.int32)
+        return jax.lax.scan(one_block, (zero, zero), (candidates, candidate_group, padding))[0]
+
+    if mesh is None:
+        return jax.jit(count)
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    return jax.jit(count, in_shardings=(split,) * 3 + (whole,) * 3, out_shardings=whole)
+
+
+def _put(mesh: Mesh | None):
+    """numpy that every process has -> devices: split by rows, or whole."""
+
+    def put(x: np.ndarray, *, split: bool) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(x)
+        sharding = batch_sharding(mesh) if split else replicated(mesh)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return put
+
+
+def _blocks(x: np.ndarray, size: int, fill: float) -> np.ndarray:
+    """[n, ...] -> [blocks, size, ...]."""
+    x = x.astype(np.int32 if x.dtype.kind in "iu" else np.float32)
+    padded = np.pad(x, ((0, -len(x) % size), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+    return padded.reshape(-1, size, *x.shape[1:])

@@ -1,0 +1,171 @@
+"""Suites as data: the sets of the CLIP paper and of DataComp, their metrics, where to get them, and their averages.
+
+An average is over all sets of its suite, and None as soon as one is missing: averages over different sets are not
+comparable. Sets are folders in CLIP_benchmark's layout, named as at https://huggingface.co/clip-benchmark.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clip_jax.errors import UserError
+from clip_jax.evaluation import datasets, runner
+
+HUB = "https://huggingface.co/datasets/clip-benchmark/wds_"
+
+
+class Entry(NamedTuple):
+    """A set of a suite."""
+
+    title: str
+    folder: str
+    """CLIP_benchmark's name, with or without ``wds_``; empty: not published in its layout."""
+    metric: str
+    """Of our results; empty: the metric of the suite is not computed from this layout."""
+
+
+TOP1, MEAN = "top1", "mean_per_class"
+
+# Radford et al. 2021, table 9 and appendix A; metrics as there (templates: prompts/templates.json, by folder).
+PAPER27 = (
+    Entry("Food-101", "food101", TOP1),
+    Entry("CIFAR-10", "vtab-cifar10", TOP1),
+    Entry("CIFAR-100", "vtab-cifar100", TOP1),
+    Entry("Birdsnap", "", TOP1),
+    Entry("SUN397", "sun397", TOP1),
+    Entry("Stanford Cars", "cars", TOP1),
+    Entry("FGVC Aircraft", "fgvc_aircraft", MEAN),
+    Entry("Pascal VOC 2007", "voc2007_multilabel", ""),  # 11-point mAP
+    Entry("Describable Textures", "vtab-dtd", TOP1),
+    Entry("Oxford-IIIT Pets", "vtab-pets", MEAN),
+    Entry("Caltech-101", "vtab-caltech101", MEAN),
+    Entry("Oxford Flowers 102", "vtab-flowers", MEAN),
+    Entry("MNIST", "mnist", TOP1),
+    Entry("FER 2013", "fer2013", TOP1),
+    Entry("STL-10", "stl10", TOP1),
+    Entry("EuroSAT", "vtab-eurosat", TOP1),
+    Entry("RESISC45", "vtab-resisc45", TOP1),
+    Entry("GTSRB", "gtsrb", TOP1),
+    Entry("KITTI distance", "vtab-kitti_closest_vehicle_distance", TOP1),
+    Entry("Country211", "country211", TOP1),
+    Entry("PatchCamelyon", "vtab-pcam", TOP1),
+    Entry("UCF101", "", TOP1),
+    Entry("Kinetics-700", "", ""),  # mean of top-1 and top-5
+    Entry("CLEVR counts", "vtab-clevr_count_all", TOP1),
+    Entry("Hateful Memes", "", ""),  # ROC AUC
+    Entry("Rendered SST2", "renderedsst2", TOP1),
+    Entry("ImageNet", "imagenet1k", TOP1),
+)
+
+IMAGENET = (
+    Entry("ImageNet", "imagenet1k", TOP1),
+    Entry("ImageNet-V2", "imagenetv2", TOP1),
+    Entry("ImageNet-A", "imagenet-a", TOP1),
+    Entry("ImageNet-R", "imagenet-r", TOP1),
+    Entry("ImageNet-Sketch", "imagenet_sketch", TOP1),
+    Entry("ObjectNet", "objectnet", TOP1),
+)
+
+# DataComp's tasklist (Gadre et al. 2023, table 20), with its main metrics.
+DATACOMP38 = (
+    *IMAGENET,
+    Entry("ImageNet-O", "imagenet-o", TOP1),
+    Entry("Caltech-101", "vtab-caltech101", MEAN),
+    Entry("CIFAR-10", "vtab-cifar10", TOP1),
+    Entry("CIFAR-100", "vtab-cifar100", TOP1),
+    Entry("CLEVR counts", "vtab-clevr_count_all", TOP1),
+    Entry("CLEVR distance", "vtab-clevr_closest_object_distance", TOP1),
+    Entry("Country211", "country211", TOP1),
+    Entry("Describable Textures", "vtab-dtd", TOP1),
+    Entry("EuroSAT", "vtab-eurosat", TOP1),
+    Entry("FGVC Aircraft", "fgvc_aircraft", MEAN),
+    Entry("Food-101", "food101", TOP1),
+    Entry("GTSRB", "gtsrb", TOP1),
+    Entry("KITTI distance", "vtab-kitti_closest_vehicle_distance", TOP1),
+    Entry("MNIST", "mnist", TOP1),
+    Entry("Oxford Flowers 102", "vtab-flowers", MEAN),
+    Entry("Oxford-IIIT Pets", "vtab-pets", MEAN),
+    Entry("Pascal VOC 2007", "voc2007", TOP1),
+    Entry("PatchCamelyon", "vtab-pcam", TOP1),
+    Entry("Rendered SST2", "renderedsst2", TOP1),
+    Entry("RESISC45", "vtab-resisc45", TOP1),
+    Entry("Stanford Cars", "cars", TOP1),
+    Entry("STL-10", "stl10", TOP1),
+    Entry("SUN397", "sun397", TOP1),
+    Entry("SVHN", "vtab-svhn", TOP1),
+    Entry("Flickr30k", "flickr30k", "mean_recall@1"),
+    Entry("MS-COCO", "mscoco_captions", "mean_recall@1"),
+    Entry("WinoGAViL", "", ""),  # Jaccard index
+    Entry("iWildCam", "wilds-iwildcam", ""),  # F1, macro
+    Entry("Camelyon17", "wilds-camelyon17", TOP1),
+    Entry("FMoW", "wilds-fmow", ""),  # worst region
+    Entry("Dollar Street", "dollar_street", ""),  # worst income group, top-5
+    Entry("GeoDE", "geode", ""),  # worst region
+)
+
+SUITES = {"imagenet": IMAGENET, "paper27": PAPER27, "datacomp38": DATACOMP38}
+SUITES["full"] = tuple(dict.fromkeys((*PAPER27, *DATACOMP38)))
+
+
+def tasks(
+    suite: str, data: Sequence[str], image_size: int, templates: str | None, class_names: str | None
+) -> tuple[tuple[runner.Task, ...], list[str]]:
+    """(the tasks of a suite that can be run, a line for each set that cannot). Raises UserError where there is none."""
+    found: list[runner.Task] = []
+    missing: list[str] = []
+    if suite == "quick":
+        found += runner.quick(image_size)
+    opened = [d for where in data for d in datasets.open_dataset(where, templates, class_names)]
+    if suite in ("quick", "data"):
+        found += map(runner.task_of, opened)
+        if not found:
+            raise UserError("--suite=data: name the data, as in --data=folder:photos")
+    else:
+        by_folder = {_plain(d.name): d for d in opened}
+        for entry in SUITES[suite]:
+            dataset = by_folder.get(_plain(entry.folder)) if entry.folder else None
+            if dataset is None or not entry.metric:
+                missing.append(_where_to_get(entry, there=dataset is not None))
+            else:
+                found.append(runner.task_of(dataset)._replace(name=entry.folder, metric=entry.metric))
+        if not found:
+            roots = ", ".join(map(str, data)) or "--data"
+            raise UserError(
+                f"--suite={suite}: none of its {len(SUITES[suite])} sets is in {roots}; the first: {missing[0]}"
+            )
+    names = [task.name for task in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"--data: two sets are called {next(n for n in names if names.count(n) > 1)}")
+    return tuple(found), missing
+
+
+def averages(suite: str, records: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> list[str]:
+    """A line per model: the mean of a suite's metrics, or why there is none."""
+    if suite not in SUITES:
+        return []
+    metric = {_plain(entry.folder): entry.metric for entry in SUITES[suite] if entry.folder}
+    lines = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        values = [r["metrics"].get(metric.get(_plain(r["dataset"]), "")) for r in records if r["model"] == model]
+        mean = average(values, len(SUITES[suite]))
+        why = f"null: {len(missing)} of {len(SUITES[suite])} sets are missing"
+        lines.append(f"{model}  {suite} average  {why if mean is None else f'{mean:.4f}'}")
+    return lines
+
+
+def average(values: Sequence[float | None], expected: int) -> float | None:
+    """The mean of all values; None where one is missing."""
+    there = [value for value in values if value is not None]
+    return sum(there) / expected if len(there) == expected else None
+
+
+def _plain(name: str) -> str:
+    return Path(name).name.removeprefix("wds_").replace("_", "-").replace("/", "-")
+
+
+def _where_to_get(entry: Entry, *, there: bool) -> str:
+    if there or (entry.folder and not entry.metric):
+        return f"{entry.title}: its metric is not computed from this layout"
+    if not entry.folder:
+        return f"{entry.title}: not published in CLIP_benchmark's layout"
+    return f"{entry.title}: missing; {HUB}{entry.folder}"

@@ -1,0 +1,100 @@
+"""``clip-jax embed``, ``search`` and ``compare`` on a small run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_jax import load
+from clip_jax.commands import main
+from tests.data.shards import jpeg, sample, write_shard
+
+parquet = pytest.importorskip("pyarrow.parquet")
+OLD_RUNS = Path(__file__).parents[1] / "data" / "old_runs"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run, and thirteen pairs of which one has a broken image and another no caption."""
+    folder = tmp_path_factory.mktemp("an index")
+    shutil.copytree(OLD_RUNS / "vit", folder / "run")
+    shutil.copytree(OLD_RUNS / "tokenizer", folder / "run" / "tokenizer")
+    samples = [sample(i) for i in range(13)]
+    samples[4]["jpg"], samples[7]["txt"] = jpeg(4)[:150], b""
+    write_shard(folder / "0.tar", samples)
+    return folder
+
+
+def embed(place, output, *more):
+    model, data = f"--model={place / 'run'}", f"--data=tar:{place / '0.tar'}"
+    return main(["embed", model, data, f"--output={output}", "--shard-size=5", "--dtype=float32", *more])
+
+
+@pytest.fixture(scope="module")
+def index(place):
+    assert embed(place, place / "index") == 0
+    return place / "index"
+
+
+def rows(index):
+    return [row for i in range(3) for row in parquet.read_table(index / f"metadata/metadata_{i}.parquet").to_pylist()]
+
+
+def test_the_layout_is_clip_retrievals_with_a_row_for_every_usable_example(place, index):
+    shards = [np.load(index / f"img_emb/img_emb_{i}.npy") for i in range(3)]
+    assert [len(s) for s in shards] == [4, 4, 3]
+    assert [row["index"] for row in rows(index)] == [i for i in range(13) if i not in (4, 7)]
+    assert rows(index)[5]["caption"] == "picture number 6" and rows(index)[5]["image_path"].startswith("0.tar/")
+    (place / "6.jpg").write_bytes(jpeg(6))
+    expected = load(place / "run").encode_image(str(place / "6.jpg"))[0]
+    np.testing.assert_allclose(np.concatenate(shards)[5], expected, atol=1e-5)
+    texts = np.concatenate([np.load(index / f"text_emb/text_emb_{i}.npy") for i in range(3)])
+    np.testing.assert_allclose(texts[5], load(place / "run").encode_text("picture number 6")[0], atol=1e-5)
+
+
+def test_shards_are_written_in_any_order_once_and_of_one_model(place, index, tmp_path, capsys):
+    for shards in ("2", "0-1"):
+        assert embed(place, tmp_path, f"--shards={shards}") == 0
+    for file in index.rglob("*.npy"):
+        assert np.array_equal(np.load(file), np.load(tmp_path / file.relative_to(index)))
+    capsys.readouterr()
+    assert embed(place, tmp_path) == 0
+    assert capsys.readouterr().out.count("done before") == 3
+    assert embed(place, tmp_path, "--shards=3") == 2 and "one of 0 to 2" in capsys.readouterr().err
+    assert embed(place, tmp_path, "--dtype=float16") == 2 and "begun with another dtype" in capsys.readouterr().err
+
+
+def test_search_finds_an_image_and_a_caption_by_themselves(place, index, capsys):
+    (place / "9.jpg").write_bytes(jpeg(9))
+    assert main(["search", f"--index={index}", f"--image={place / '9.jpg'}", "-k", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["hits"]
+    assert found[0]["caption"] == "picture number 9" and found[0]["similarity"] == pytest.approx(1, abs=1e-4)
+    assert main(["search", f"--index={index}", "--text=picture number 3", "--among=text", "-k", "50"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    assert any(line.split()[0] == "1.000" and line.endswith("picture number 3") for line in lines[1:])
+
+
+def test_mistakes_are_one_line(place, tmp_path, capsys):
+    assert main(["search", f"--index={tmp_path}", "--text=a"]) == 2
+    assert "no embeddings" in capsys.readouterr().err
+    assert main(["search", f"--index={tmp_path}"]) == 2
+    assert "nothing to search for" in capsys.readouterr().err
+
+
+def test_compare_pairs_the_examples_of_two_models(place, tmp_path, capsys):
+    shutil.copytree(OLD_RUNS / "sigmoid", tmp_path / "b")
+    shutil.copytree(OLD_RUNS / "tokenizer", tmp_path / "b" / "tokenizer")
+    data, output = f"--data=tar:{place / '0.tar'}", tmp_path / "out"
+    assert main(["evaluate", f"--model={place / 'run'}", f"--model={tmp_path / 'b'}", data, f"--output={output}"]) == 0
+    a, b = (next(output.glob(name)) for name in ("*index*", "*-b"))
+    capsys.readouterr()
+    assert main(["compare", str(a), str(a)]) == 0
+    assert capsys.readouterr().out.count("+0.0000  [+0.0000, +0.0000]  0 better, 0 worse") == 2
+    assert main(["compare", str(a), str(b), "--changed=3"]) == 0
+    said = capsys.readouterr().out
+    records = [json.loads(next(folder.glob("*.json")).read_text())["metrics"]["t2i_R@1"] for folder in (a, b)]
+    assert f"t2i_R@1  {records[1] - records[0]:+.4f}" in said
+    assert main(["compare", str(a), str(tmp_path)]) == 2
