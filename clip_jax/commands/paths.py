@@ -4,6 +4,7 @@ import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from clip_jax.data.images import ENDINGS
 from clip_jax.errors import UserError
 
 
@@ -16,12 +17,10 @@ def find_images(given: Iterable[str]) -> list[Path]:
 
 
 def _found(text: str) -> Iterator[Path]:
-    from clip_jax.data.sources.folder import IMAGE_SUFFIXES
-
     path = Path(text).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        what = f"no image in this folder ({', '.join(IMAGE_SUFFIXES)})"
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in ENDINGS and p.is_file())
+        what = f"no image in this folder ({', '.join(ENDINGS)})"
     elif path.exists() or not glob.has_magic(text):
         found, what = [path], ""  # a file that is not there is reported by whoever opens it
     else:
