@@ -61,7 +61,7 @@ def test_a_teachers_weights_are_constants_sharded_like_parameters_and_not_part_o
         load_constants=lambda shardings: {"kernel": jax.device_put(np.eye(dim, dtype=np.float32), shardings["kernel"])},
     )
     model = CLIP(SMALL)
-    settings = {"loss": "softmax", "max_logit_scale": 0.0}
+    settings = contrastive.SPEC.defaults | {"max_logit_scale": 0.0}
     objectives = {"contrastive": contrastive.make(settings, model, presets.HALF, None), "teacher": teacher}
     learner = learner_of(mesh, model=model, objectives=objectives)
     constants = learner.load_constants()

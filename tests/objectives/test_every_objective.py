@@ -1,0 +1,120 @@
+"""What holds for all objectives: the same numbers on every mesh and in micro-batches, planned as the program is."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from clip_jax import presets
+from clip_jax.devices.sharding import make_mesh, to_devices
+from clip_jax.models.clip import CLIP
+from clip_jax.objectives import OBJECTIVES
+from clip_jax.planning import program
+from tests.models.test_clip import SMALL
+from tests.training.steps import learner_of
+from tests.training.test_step import MESHES
+
+PAIRS = 32
+CASES = {
+    "positives of equal captions": {"contrastive": {"positives": "captions", "label_smoothing": 0.1}},
+    "labels and hard negatives": {"contrastive": {"positives": "labels", "negatives": 2}},
+}
+"""Settings of the objectives beside their defaults; each is trained with the contrastive loss."""
+
+
+@functools.lru_cache
+def learner(case, mesh, **options):
+    model = CLIP(replace(SMALL, init_logit_bias=-10.0))
+    model = replace(model, compute=model.compute._replace(mesh=mesh))
+    given = {"contrastive": {}} | CASES[case]
+    objectives = {
+        name: OBJECTIVES[name].make({**OBJECTIVES[name].defaults, **settings}, model, presets.HALF, None)
+        for name, settings in given.items()
+    }
+    weights = {name: 1.0 if name == "contrastive" else 0.5 for name in objectives}
+    views = {name: view for objective in objectives.values() for name, view in objective.views.items()}
+    made = learner_of(mesh, model=model, optimizer=optax.sgd(0.1), objectives=objectives, weights=weights, **options)
+    return replace(made, views=made.views | views)
+
+
+def random_batches(learner, steps, pairs=PAIRS):
+    """Pixels, tokens, classes and flags; half of the texts are there twice."""
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        batch = {}
+        for name, leaf in learner.batch_spec(pairs).items():
+            high = {np.dtype(bool): 2, np.dtype(np.uint8): 256}.get(leaf.dtype, 8 if name == "label" else 100)
+            batch[name] = rng.integers(0, high, leaf.shape).astype(leaf.dtype)
+        batch["text"][1::2] = batch["text"][::2]
+        yield batch
+
+
+@functools.lru_cache
+def two_steps(case, shape, parts):
+    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    made = learner(case, mesh, micro_batches=parts)
+    step, state, constants = made.step(), made.create_state(), made.load_constants()
+    for batch in random_batches(made, 2):
+        state, metrics = step(state, to_devices(batch, mesh, PAIRS), constants)
+    metrics = {name: float(value) for name, value in metrics.items() if name != "accuracy"}  # one bit decides
+    return metrics, jax.tree.map(np.asarray, (state.params, state.aux))
+
+
+FAST = (2, 2, 2)
+
+
+@pytest.mark.parametrize("shape", [pytest.param(m, marks=() if m == FAST else pytest.mark.slow) for m in MESHES])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_exact_in_micro_batches_on_every_mesh(case, shape):
+    metrics, state = two_steps(case, (1, 1, 1), 1)
+    found, ours = two_steps(case, shape, 4)
+    assert found == pytest.approx(metrics, rel=1e-4)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1e-2, np.abs(b).max()))
+
+
+def saved(made, pairs):
+    """Saved by the forward pass of a micro-batch, by JAX's own differentiation, objectives included."""
+
+    def residuals(rows):
+        def backward(state, batch, constants):
+            def encode(params):
+                encoded = made.forward(state, params, state.batch_stats, batch, constants)
+                return encoded.cached, encoded.local
+
+            return jax.vjp(encode, state.params)[1]
+
+        batch = made.batch_spec(rows) | {"row": jax.ShapeDtypeStruct((rows,), np.int32)}
+        for objective in made.objectives.values():
+            batch |= jax.eval_shape(objective.prepare, batch)
+        found = jax.eval_shape(backward, made.abstract_state(), batch, made.abstract_constants())
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
+
+    return residuals(2 * pairs) - residuals(pairs)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_counts_it_as_the_program_does(case, parts):
+    """FLOPs of the jaxpr, and bytes that the forward pass saves."""
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    made = learner(case, mesh, micro_batches=parts)
+    plain = replace(learner_of(mesh, model=made.model, optimizer=optax.sgd(0.1), micro_batches=parts))
+
+    def flops(learner):
+        arguments = (learner.abstract_state(), learner.batch_spec(PAIRS), learner.abstract_constants())
+        return program.matmul_flops(jax.make_jaxpr(learner.step())(*arguments))
+
+    def cost(learner):
+        options = dict(batch_size=PAIRS, micro_batches=parts, mesh=mesh, slices=1)
+        costs = [objective.cost(**options) for objective in learner.objectives.values()]
+        return sum(cost.flops for cost in costs), sum(cost.activations for cost in costs)
+
+    (with_it, bytes_with), (without, bytes_without) = cost(made), cost(plain)
+    counted, all_of_it = flops(made) - flops(plain), flops(made)
+    assert with_it - without == pytest.approx(counted, rel=0.05, abs=0.01 * all_of_it)
+    saved_more = saved(made, PAIRS // parts) - saved(plain, PAIRS // parts)
+    assert bytes_with - bytes_without == pytest.approx(saved_more, rel=0.05, abs=4096)
