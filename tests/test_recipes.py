@@ -36,7 +36,9 @@ def test_a_recipe_traces_with_its_full_size_model(recipe):
     config = configs.load(str(recipe))
     learner = make_learner(config, make_mesh(), steps=100_000, examples=400_000_000)
     state = learner.abstract_state()
-    new_state, metrics = jax.eval_shape(learner.step(), state, learner.batch_spec(config.batch_size), {})
+    new_state, metrics = jax.eval_shape(
+        learner.step(), state, learner.batch_spec(config.batch_size), learner.abstract_constants()
+    )
     assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
     assert metrics["loss"].shape == ()
 
