@@ -64,7 +64,7 @@ class Sums(NamedTuple):
     """None where only pairs are positives."""
 
 
-def _of_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
+def of_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
     """Reduces a block along an axis; gives ``EMPTY`` where all logits are -inf."""
     maximum = jnp.max(logits, axis=axis)
     return OnlineSoftmax(maximum, jnp.sum(jnp.exp(logits - jnp.expand_dims(_finite(maximum), axis)), axis=axis))
@@ -73,10 +73,10 @@ def _of_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
 def _merge(one: Sums, other: Sums) -> Sums:
     """Combines two disjoint sets of logits."""
     merged = None if one.target is None else targets.merge(one.target, other.target)
-    return Sums(_merge_softmax(one.softmax, other.softmax), merged)
+    return Sums(merge_softmax(one.softmax, other.softmax), merged)
 
 
-def _merge_softmax(one: OnlineSoftmax, other: OnlineSoftmax) -> OnlineSoftmax:
+def merge_softmax(one: OnlineSoftmax, other: OnlineSoftmax) -> OnlineSoftmax:
     maximum = jnp.maximum(one.max, other.max)
     shift = _finite(maximum)
     return OnlineSoftmax(maximum, one.sum * jnp.exp(one.max - shift) + other.sum * jnp.exp(other.max - shift))
@@ -90,7 +90,7 @@ def _reduce_grid_rows(columns: Sums) -> Sums:
     return Sums(softmax, None if columns.target is None else targets.reduce_grid_rows(columns.target))
 
 
-def _log_sum_exp(state: OnlineSoftmax) -> Float[Array, "..."]:
+def log_sum_exp(state: OnlineSoftmax) -> Float[Array, "..."]:
     return _finite(state.max) + jnp.log(state.sum)
 
 
@@ -158,8 +158,8 @@ def _forward(
                 same = mesh_grid.same_group(images.embeddings, texts.embeddings)
                 of_rows = targets.of_block(logits, images.positives[:, None], same, 1)
                 of_columns = targets.of_block(logits, texts.positives[None, :], same, 0)
-            rows = _merge(rows, Sums(_of_block(logits, 1), of_rows))
-            return rows, _merge(columns, Sums(_of_block(logits, 0), of_columns))
+            rows = _merge(rows, Sums(of_block(logits, 1), of_rows))
+            return rows, _merge(columns, Sums(of_block(logits, 0), of_columns))
 
         empty = Sums(EMPTY, targets.EMPTY if has_targets else None)
 
@@ -170,7 +170,7 @@ def _forward(
         rows, columns = mesh_grid.scan_ring(scan_tile, _merge, images, columns)
         columns = mesh_grid.local_slice(_reduce_grid_rows(columns), size)
         columns = jax.tree.map(lambda x: x[: len(image)], columns)
-        row_lse, column_lse = _log_sum_exp(rows.softmax), _log_sum_exp(columns.softmax)
+        row_lse, column_lse = log_sum_exp(rows.softmax), log_sum_exp(columns.softmax)
         # Softplus is 0 for padding, which has no negatives: its log-sum-exp is -inf.
         loss = jnp.sum(jax.nn.softplus(row_lse - positives) + jax.nn.softplus(column_lse - positives))
         of_rows = of_columns = None

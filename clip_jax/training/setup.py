@@ -20,6 +20,7 @@ from clip_jax.training import optimizer as optimizers
 from clip_jax.training.learner import Learner
 from clip_jax.training.schedule import Schedule, schedule
 from clip_jax.training.state import AVERAGE
+from clip_jax.training.teacher import with_teacher
 
 OPTIMIZERS = {
     "adamw": optimizers.adamw,
@@ -47,7 +48,7 @@ def make_learner(
     preset = configs.resolve_preset(config, None if tokenizer is None else tokenizer.vocab_size)
     model, rate = make_model(config, preset, mesh), make_schedule(config, steps, examples)
     objectives = {
-        name: kind.make(config.objectives[name], model, preset.preprocess, tokenizer)
+        name: with_teacher(kind.make(config.objectives[name], model, preset.preprocess, tokenizer))
         for name, kind in OBJECTIVES.items()
         if config.objectives[name].weight > 0
     }
