@@ -1,19 +1,25 @@
 """What holds for all objectives: the same numbers on every mesh and in micro-batches, planned as the program is."""
 
 import functools
+import shutil
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 
+import clip_jax
 from clip_jax import presets
 from clip_jax.devices.sharding import make_mesh, to_devices
 from clip_jax.models.clip import CLIP
-from clip_jax.objectives import OBJECTIVES
+from clip_jax.objectives import OBJECTIVES, distillation
 from clip_jax.planning import program
+from clip_jax.training import loop
 from tests.models.test_clip import SMALL
+from tests.training import runs
 from tests.training.steps import learner_of
 from tests.training.test_step import MESHES
 
@@ -21,8 +27,17 @@ PAIRS = 32
 CASES = {
     "positives of equal captions": {"contrastive": {"positives": "captions", "label_smoothing": 0.1}},
     "labels and hard negatives": {"contrastive": {"positives": "labels", "negatives": 2}},
+    "captioning": {"captioning": {"queries": 5, "layers": 2}},
+    "parallel captioning": {"captioning": {"queries": 0, "layers": 2, "parallel": 0.5}},
+    "distillation": {"distillation": {}},
+    "all": {
+        "contrastive": {"positives": "captions", "negatives": 1, "label_smoothing": 0.1},
+        "captioning": {"queries": 3, "layers": 1, "parallel": 0.5},
+        "distillation": {},
+    },
 }
 """Settings of the objectives beside their defaults; each is trained with the contrastive loss."""
+TEACHER = replace(SMALL, image=replace(SMALL.image, width=96, heads=3), embed_dim=56)
 
 
 @functools.lru_cache
@@ -30,14 +45,20 @@ def learner(case, mesh, **options):
     model = CLIP(replace(SMALL, init_logit_bias=-10.0))
     model = replace(model, compute=model.compute._replace(mesh=mesh))
     given = {"contrastive": {}} | CASES[case]
-    objectives = {
-        name: OBJECTIVES[name].make({**OBJECTIVES[name].defaults, **settings}, model, presets.HALF, None)
-        for name, settings in given.items()
-    }
+    objectives = {name: objective(name, settings, model) for name, settings in given.items()}
     weights = {name: 1.0 if name == "contrastive" else 0.5 for name in objectives}
     views = {name: view for objective in objectives.values() for name, view in objective.views.items()}
     made = learner_of(mesh, model=model, optimizer=optax.sgd(0.1), objectives=objectives, weights=weights, **options)
     return replace(made, views=made.views | views)
+
+
+def objective(name, settings, model):
+    if name != "distillation":
+        return OBJECTIVES[name].make({**OBJECTIVES[name].defaults, **settings}, model, presets.HALF, None)
+    teacher = CLIP(TEACHER)
+    params = jax.jit(lambda key: nn.meta.unbox(teacher.init(key)))(jax.random.key(7))
+    made = distillation.from_teacher(presets.Preset(TEACHER, presets.OPENAI, "clip"), model, presets.HALF)
+    return made._replace(load_constants=lambda shardings: jax.device_put(distillation.constants(params, {}), shardings))
 
 
 def random_batches(learner, steps, pairs=PAIRS):
@@ -63,11 +84,13 @@ def two_steps(case, shape, parts):
     return metrics, jax.tree.map(np.asarray, (state.params, state.aux))
 
 
-FAST = (2, 2, 2)
+FAST = ("all", (2, 2, 2))
+RUNS = [*(("all", mesh) for mesh in MESHES), *((case, (2, 2, 2)) for case in CASES if case != "all")]
 
 
-@pytest.mark.parametrize("shape", [pytest.param(m, marks=() if m == FAST else pytest.mark.slow) for m in MESHES])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "shape"), [pytest.param(*run, marks=() if run == FAST else pytest.mark.slow) for run in RUNS]
+)
 def test_it_is_exact_in_micro_batches_on_every_mesh(case, shape):
     metrics, state = two_steps(case, (1, 1, 1), 1)
     found, ours = two_steps(case, shape, 4)
@@ -106,7 +129,9 @@ def test_the_plan_counts_it_as_the_program_does(case, parts):
 
     def flops(learner):
         arguments = (learner.abstract_state(), learner.batch_spec(PAIRS), learner.abstract_constants())
-        return program.matmul_flops(jax.make_jaxpr(learner.step())(*arguments))
+        jaxpr = jax.make_jaxpr(learner.step())(*arguments).jaxpr
+        used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # what the compiler leaves out
+        return program.matmul_flops(used)
 
     def cost(learner):
         options = dict(batch_size=PAIRS, micro_batches=parts, mesh=mesh, slices=1)
@@ -118,3 +143,33 @@ def test_the_plan_counts_it_as_the_program_does(case, parts):
     assert with_it - without == pytest.approx(counted, rel=0.05, abs=0.01 * all_of_it)
     saved_more = saved(made, PAIRS // parts) - saved(plain, PAIRS // parts)
     assert bytes_with - bytes_without == pytest.approx(saved_more, rel=0.05, abs=4096)
+
+
+SWITCHED = {
+    "steps": "6",
+    "objectives.contrastive.positives": "captions",
+    "objectives.contrastive.negatives": "1",
+    "phases": "({'start': 3, 'objectives.captioning.weight': 0.5, 'objectives.captioning.layers': 1},)",
+    "optimizer.name": "stable_adamw",
+    "optimizer.layer_decay": "0.9",
+    "checkpoint.every_steps": "1",
+    "checkpoint.keep_last": "6",
+    "log.tensorboard": "False",
+}
+
+
+@pytest.mark.slow
+def test_killed_on_either_side_of_a_switch_of_objectives_a_run_resumes_digit_for_digit(tmp_path):
+    recipe, workdir = str(runs.write_recipe(tmp_path)), tmp_path / "run"
+    assert loop.run(workdir=str(workdir), recipe=recipe, overrides=SWITCHED) == 0
+    metrics = runs.metrics(workdir)
+    with_captions = [line["step"] for line in metrics if "train/captioning/loss" in line]
+    assert with_captions == [4, 5, 6] and all("train/loss" in line for line in metrics if line["step"] < 4)
+    for last in (2, 4):
+        killed = tmp_path / f"killed_{last}"
+        shutil.copytree(workdir, killed)
+        for step in range(last + 1, 7):
+            shutil.rmtree(killed / "checkpoints" / str(step))
+        assert loop.run(workdir=str(killed), recipe=None, overrides={}) == 0
+        assert runs.metrics(killed) == metrics
+    assert "objectives" not in clip_jax.load(workdir).params
