@@ -86,16 +86,22 @@ def defaults() -> ConfigDict:
             },
             "objectives": {name: {"weight": kind.weight, **kind.defaults} for name, kind in OBJECTIVES.items()},
             "optimizer": {
-                "name": "adamw",  # or adafactor, as SigLIP was trained (big_vision's variant)
+                # Or adafactor, as SigLIP was trained (big_vision's variant); stable_adamw, without loss spikes at a
+                # beta2 of 0.99 and above; lamb, for the largest batches; muon, for the matrices of the blocks.
+                "name": "adamw",
                 "learning_rate": 5e-4,  # after warm-up
-                "schedule": "cosine",  # cosine (to zero), rsqrt or constant
+                # Factors of the rate: ({"image/*": 0.1, "text/*": 1.0},); 0 freezes, like model.frozen.
+                "rate_factors": (),
+                "layer_decay": 1.0,  # factor of the rate per block, from the last one down (fine-tuning: 0.65 to 0.9)
+                "schedule": "cosine",  # cosine (to zero), rsqrt, constant or wsd: constant, then a cooldown
                 "timescale": 10_000,  # rsqrt: steps after which the rate is 1 / sqrt(2)
                 "warmup_steps": AUTO,
                 "warmup_examples": AUTO,
                 "warmup_epochs": float(AUTO),
-                "cooldown_steps": AUTO,  # the last steps go linearly to zero: for rsqrt and constant
+                "cooldown_steps": AUTO,  # the last steps go to zero: for wsd, rsqrt and constant
                 "cooldown_examples": AUTO,
                 "cooldown_epochs": float(AUTO),
+                "cooldown_form": "linear",  # or 1-sqrt
                 "weight_decay": 0.2,  # times the learning rate; big_vision's number is this one times its peak rate
                 "decay": "matrices",  # matrices_and_positions: as OpenCLIP 3; kernels: as big_vision, no embedding
                 "beta1": 0.9,
@@ -190,8 +196,9 @@ CHOICES = {
     "model.remat": ("none", "dots", "named", "offload", "full"),
     "model.attention": tuple(ATTENTION),
     "model.activation": ("", *ACTIVATIONS),
-    "optimizer.name": ("adamw", "adafactor"),
-    "optimizer.schedule": ("cosine", "rsqrt", "constant"),
+    "optimizer.name": ("adamw", "adafactor", "stable_adamw", "lamb", "muon"),
+    "optimizer.schedule": ("cosine", "rsqrt", "constant", "wsd"),
+    "optimizer.cooldown_form": ("linear", "1-sqrt"),
     "optimizer.decay": ("kernels", "matrices", "matrices_and_positions"),
     "optimizer.first_moment_dtype": ("float32", "bfloat16"),
 }
@@ -220,6 +227,7 @@ RANGES = {
         for size in ("context_length", "vocab_size", "width", "layers", "heads", "mlp_width")
     },
     "optimizer.learning_rate": Range(0),
+    "optimizer.layer_decay": Range(0, 1, above_low=True),
     "optimizer.timescale": Range(1),
     "optimizer.weight_decay": Range(0),
     "optimizer.beta1": Range(0, 1, below_high=True),
@@ -242,5 +250,6 @@ ONLY_WITH = (
     ("tokenizer.train_captions", "tokenizer.kind", ("sentencepiece",)),
     ("optimizer.timescale", "optimizer.schedule", ("rsqrt",)),
     ("model.attention", "model.dtype", ("bfloat16",)),
-    ("optimizer.eps", "optimizer.name", ("adamw",)),
+    ("optimizer.eps", "optimizer.name", ("adamw", "stable_adamw", "lamb", "muon")),
+    ("optimizer.cooldown_form", "optimizer.schedule", ("wsd", "rsqrt", "constant")),
 )

@@ -9,6 +9,7 @@ import pytest
 
 from clip_jax import config as configs
 from clip_jax.devices.sharding import make_mesh, to_devices
+from clip_jax.objectives import contrastive
 from clip_jax.training.setup import make_learner
 
 RECIPES = sorted(Path("configs").glob("*.py"))
@@ -35,7 +36,9 @@ def test_a_recipe_traces_with_its_full_size_model(recipe):
     config = configs.load(str(recipe))
     learner = make_learner(config, make_mesh(), steps=100_000, examples=400_000_000)
     state = learner.abstract_state()
-    new_state, metrics = jax.eval_shape(learner.step(), state, learner.batch_spec(config.batch_size), {})
+    new_state, metrics = jax.eval_shape(
+        learner.step(), state, learner.batch_spec(config.batch_size), learner.abstract_constants()
+    )
     assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
     assert metrics["loss"].shape == ()
 
@@ -65,7 +68,8 @@ def test_a_siglip_recipe_has_the_papers_numbers_and_trains(recipe, side):
     """Zhai et al. 2023: t = ln 10, b = -10, Adafactor as big_vision has it; trained at a small size."""
     full = configs.load(f"configs/{recipe}.py")
     optimizer = full.optimizer
-    assert full.objectives.contrastive.to_dict() == {"weight": 1, "loss": "sigmoid", "max_logit_scale": 0}
+    given = {"weight": 1, "loss": "sigmoid", "max_logit_scale": 0}
+    assert full.objectives.contrastive.to_dict() == contrastive.SPEC.defaults | given
     assert full.batch_size == 32_768
     assert (optimizer.name, optimizer.first_moment_dtype, optimizer.decay) == ("adafactor", "bfloat16", "kernels")
     assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.clip_norm) == (1e-3, 0.9, 0.95, 1.0)

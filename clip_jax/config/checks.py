@@ -101,7 +101,11 @@ def _check_combinations(given: Mapping[str, Any], where: str) -> None:
             way_out = f"leave it out or set {needs}={' or '.join(values)}"
             raise UserError(f"{where}: {key} has no effect with {needs}={resolved[needs]}; {way_out}")
     if given["optimizer.schedule"] == "cosine" and any(given[f"optimizer.cooldown_{unit}"] != AUTO for unit in UNITS):
-        raise UserError(f"{where}: optimizer.cooldown: a cosine ends at zero by itself; use it with rsqrt or constant")
+        raise UserError(f"{where}: optimizer.cooldown: a cosine ends at zero by itself; use it with wsd or rsqrt")
+    if given["optimizer.schedule"] == "wsd" and all(given[f"optimizer.cooldown_{unit}"] == AUTO for unit in UNITS):
+        raise UserError(f"{where}: optimizer.schedule=wsd decays in a cooldown: give optimizer.cooldown_steps")
+    if given["optimizer.layer_decay"] != 1 and preset.architecture.image.block is None:
+        raise UserError(f"{where}: optimizer.layer_decay: {given['model.name']} is a ResNet, which has no blocks")
     if given["model.patch_dropout"] > 0 and preset.architecture.image.block is None:
         raise UserError(f"{where}: model.patch_dropout: {given['model.name']} is a ResNet and has no patches to drop")
     weights = {key: value for key, value in given.items() if re.fullmatch(r"objectives\.[^.]+\.weight", key)}
@@ -116,6 +120,10 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
     for key in ("model.frozen", "model.init_from_allow"):
         if not all(isinstance(pattern, str) for pattern in given[key]):
             raise UserError(f"{where}: {key}={given[key]}: patterns of parameters' names, such as ('image/*',)")
+    for factors in given["optimizer.rate_factors"]:
+        if not isinstance(factors, Mapping) or not _are_numbers(tuple(factors.values()), len(factors), above=-1e-9):
+            example = '({"image/*": 0.1},)'
+            raise UserError(f"{where}: optimizer.rate_factors: {factors} is not patterns with factors, as in {example}")
     for name in evaluations:
         templates.check(f"{where}: eval.{name}.templates", given[f"eval.{name}.templates"])
     for key, highest, meaning in (

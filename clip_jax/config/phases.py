@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "model.remat",
     "micro_batch",
     "optimizer.learning_rate",
+    "optimizer.rate_factors",
 )
 
 

@@ -62,6 +62,17 @@ class Embeddings(NamedTuple):
     vectors: Float[Array, "n dim"]
     ids: Int32[Array, "n"]
     valid: Bool[Array, "n"] | None = None
+    groups: Int32[Array, "n words"] | None = None
+    """An image and a text with equal groups are positives of each other; None: only pairs are."""
+
+
+class ExtraTexts(NamedTuple):
+    """Further texts for each image: columns of the logits without a pair, such as hard negatives."""
+
+    vectors: Float[Array, "batch texts dim"]
+    groups: Int32[Array, "batch texts words"] | None = None
+    """They are positives of images with equal groups; None: negatives of all images."""
+    valid: Bool[Array, "batch texts"] | None = None
 
 
 def make_grid(mesh: Mesh, texts: Float[Array, "texts dim"], tiling: Tiling) -> AbstractMesh:
@@ -86,25 +97,57 @@ def grid_rows(
 
 
 def global_batch(
-    image: Float[Array, "batch dim"], text: Float[Array, "batch dim"], valid: Bool[Array, "batch"] | None, mesh: Mesh
+    image: Float[Array, "batch dim"],
+    text: Float[Array, "batch dim"],
+    valid: Bool[Array, "batch"] | None,
+    mesh: Mesh,
+    groups: Int32[Array, "batch words"] | None = None,
+    extra: ExtraTexts | None = None,
 ) -> tuple[Float[Array, "batch dim"], Embeddings]:
     """The batch split over the devices of the mesh, each pair with an id of its own; padding becomes zeros.
 
+    ``extra`` texts follow the pairs' texts on each device, with an id that no image has.
     Raises ValueError when the batch does not divide over the devices.
     """
     batch = image.shape[0]
     if batch % batch_shards(mesh):
         raise ValueError(f"a batch of {batch} pairs does not divide over {batch_shards(mesh)} devices")
+    if extra is not None and extra.valid is not None and valid is None:
+        valid = jnp.ones(batch, bool)
     if valid is not None:  # padding may be NaN, and its gradient is zero
         image, text = (jnp.where(valid[:, None], x, 0) for x in (image, text))
-    image, text = (jax.lax.with_sharding_constraint(x, batch_sharding(mesh)) for x in (image, text))
-    return image, Embeddings(text, jnp.arange(batch), valid)
+    texts = Embeddings(text, jnp.arange(batch), valid, groups)
+    if extra is not None:
+        texts = _with_extra(texts, extra, batch_shards(mesh))
+    image, text = (jax.lax.with_sharding_constraint(x, batch_sharding(mesh)) for x in (image, texts.vectors))
+    return image, texts._replace(vectors=text)
+
+
+def _with_extra(texts: Embeddings, extra: ExtraTexts, shards: int) -> Embeddings:
+    """The texts of the pairs and the extra ones, device by device."""
+    batch, number = extra.vectors.shape[:2]
+    valid = texts.valid
+    if valid is not None:
+        valid = jnp.broadcast_to(valid[:, None], (batch, number))
+        valid = valid if extra.valid is None else valid & extra.valid
+        extra = extra._replace(vectors=jnp.where(valid[:, :, None], extra.vectors, 0))
+    groups = extra.groups
+    if texts.groups is not None and groups is None:
+        # No group has a number below zero in all of its words.
+        groups = jnp.full((batch, number, texts.groups.shape[1]), -1, texts.groups.dtype)
+    added = Embeddings(extra.vectors, jnp.full((batch, number), -1), valid, groups)
+
+    def interleave(pairs: Array, more: Array) -> Array:
+        rest = pairs.shape[1:]
+        parts = [x.reshape(shards, -1, *rest) for x in (pairs, more.astype(pairs.dtype))]
+        return jnp.concatenate(parts, axis=1).reshape(-1, *rest)
+
+    return jax.tree.map(interleave, texts, added)
 
 
 def paired_images(image: Float[Array, "images dim"], texts: Embeddings) -> Embeddings:
     """A device's images, with the ids of their texts: the first of the device's texts."""
-    valid = None if texts.valid is None else texts.valid[: len(image)]
-    return Embeddings(image, texts.ids[: len(image)], valid)
+    return jax.tree.map(lambda x: x[: len(image)], texts)._replace(vectors=image)
 
 
 def pair_count(images: Embeddings) -> int | Int32[Array, ""]:
@@ -134,15 +177,16 @@ def positive_logits(
     return scale * jnp.sum(image.astype(jnp.float32) * text[: len(image)].astype(jnp.float32), axis=-1)
 
 
+def same_group(images: Embeddings, texts: Embeddings) -> Bool[Array, "images texts"]:
+    """Whether an image and a text are positives of each other."""
+    return jnp.all(images.groups[:, None] == texts.groups[None], axis=-1)
+
+
 def count_correct(
-    positives: Float[Array, "pairs"],
-    row_max: Float[Array, "pairs"],
-    column_max: Float[Array, "texts"],
-    valid: Bool[Array, "texts"] | None,
+    best: Float[Array, "pairs"], rival: Float[Array, "texts"], valid: Bool[Array, "texts"] | None
 ) -> Int32[Array, ""]:
-    """The number of images and texts that have no negative with a logit above their pair's."""
-    image_correct, text_correct = positives >= row_max, positives >= column_max[: len(positives)]
-    return jnp.sum(where_valid(image_correct, valid)) + jnp.sum(where_valid(text_correct, valid))
+    """The number of images, or of texts, whose best positive logit is not below that of their best negative."""
+    return jnp.sum(where_valid(best >= rival[: len(best)], valid))
 
 
 def scan_ring(

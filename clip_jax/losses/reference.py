@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.nn import logsumexp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -46,6 +46,48 @@ def sigmoid(
     signs = 2 * jnp.eye(len(logits)) - 1
     rows = -jnp.sum(jax.nn.log_sigmoid(signs * logits), axis=1, where=valid[None, :])
     return jnp.mean(rows, where=valid), {"accuracy": accuracy(logits, valid)}
+
+
+def softmax_targets(
+    image: Float[Array, "batch dim"],
+    text: Float[Array, "texts dim"],
+    scale: Float[Array, ""],
+    *,
+    image_groups: Int32[Array, "batch"],
+    text_groups: Int32[Array, "texts"],
+    smoothing: float = 0.0,
+) -> Float[Array, ""]:
+    """The softmax loss with targets (UniCL, Yang et al. 2022): T_ij = 1 where groups are equal, in rows of sum 1.
+
+    The first ``batch`` texts are those of the images; the others are columns for the rows alone (NegCLIP). Label
+    smoothing as Szegedy et al. 2016 define it.
+    """
+    logits = scale * jnp.dot(image, text.T, precision="highest")
+    same = (image_groups[:, None] == text_groups[None, :]).astype(jnp.float32)
+
+    def cross_entropy(logits, same):
+        targets = (1 - smoothing) * same / same.sum(1, keepdims=True) + smoothing / same.shape[1]
+        return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits, axis=1), axis=1))
+
+    pairs = len(image)
+    return (cross_entropy(logits, same) + cross_entropy(logits[:, :pairs].T, same[:, :pairs].T)) / 2
+
+
+def sigmoid_targets(
+    image: Float[Array, "batch dim"],
+    text: Float[Array, "texts dim"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    *,
+    image_groups: Int32[Array, "batch"],
+    text_groups: Int32[Array, "texts"],
+    smoothing: float = 0.0,
+) -> Float[Array, ""]:
+    """The sigmoid loss with targets: binary cross-entropy with T_ij of ``softmax_targets``, smoothed towards 1/2."""
+    logits = scale * jnp.dot(image, text.T, precision="highest") + bias
+    targets = (1 - smoothing) * (image_groups[:, None] == text_groups[None, :]) + smoothing / 2
+    losses = -targets * jax.nn.log_sigmoid(logits) - (1 - targets) * jax.nn.log_sigmoid(-logits)
+    return jnp.mean(jnp.sum(losses, axis=1))
 
 
 def accuracy(logits: Float[Array, "batch batch"], valid: Bool[Array, "batch"]) -> Float[Array, ""]:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from clip_jax.losses import mesh_grid
-from clip_jax.losses.mesh_grid import BATCH, DEFAULT_TILING, REPLICATED, ROWS, Embeddings, Tiling
+from clip_jax.losses.mesh_grid import BATCH, DEFAULT_TILING, REPLICATED, ROWS, Embeddings, ExtraTexts, Tiling
 from clip_jax.losses.reference import Metrics
 
 
@@ -26,23 +26,33 @@ def sigmoid(
     *,
     mesh: Mesh,
     valid: Bool[Array, "batch"] | None = None,
+    groups: Int32[Array, "batch words"] | None = None,
+    extra: ExtraTexts | None = None,
+    smoothing: float = 0.0,
     tiling: Tiling = DEFAULT_TILING,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The pairwise sigmoid loss (Zhai et al. 2023, equation 1); equals ``reference.sigmoid``.
 
-    Pairs that are not ``valid`` are padding: the loss is that of the other pairs alone.
+    Pairs that are not ``valid`` are padding: the loss is that of the other pairs alone. An image and a text with equal
+    ``groups`` count as a pair. ``extra`` texts are columns of the logits like the others. ``smoothing`` replaces the
+    targets 1 and 0 by 1 - smoothing / 2 and smoothing / 2.
     Raises ValueError when the batch does not divide over the mesh.
     """
-    image, texts = mesh_grid.global_batch(image, text, valid, mesh)
-    loss, accuracy = _sigmoid(image, texts, scale, bias, mesh_grid.make_grid(mesh, text, tiling), tiling)
+    image, texts = mesh_grid.global_batch(image, text, valid, mesh, groups, extra)
+    if smoothing > 0 and groups is None:  # every pair is a group
+        texts = texts._replace(groups=texts.ids[:, None])
+    grid = mesh_grid.make_grid(mesh, texts.vectors, tiling)
+    loss, accuracy = _sigmoid(image, texts, scale, bias, grid, tiling, smoothing)
     return loss, {"accuracy": accuracy}
 
 
 class RowState(NamedTuple):
-    """Sums over the negatives of an image, and the maximum of their logits."""
+    """Sums over the logits of an image but its pair's, and the maxima of its negatives and of its other positives."""
 
     image_gradient: Float[Array, "images dim"]
-    max: Float[Array, "images"]
+    negative: Float[Array, "images"]
+    positive: Float[Array, "images"] | None
+    """None where only pairs are positives."""
     loss: Float[Array, "images"]
     scale_gradient: Float[Array, "images"]
     bias_gradient: Float[Array, "images"]
@@ -50,14 +60,15 @@ class RowState(NamedTuple):
 
 class ColumnState(NamedTuple):
     text_gradient: Float[Array, "texts dim"]
-    max: Float[Array, "texts"]
+    negative: Float[Array, "texts"]
+    positive: Float[Array, "texts"] | None
 
 
 Gradients = tuple[Float[Array, "images dim"], Float[Array, "texts dim"], Float[Array, ""], Float[Array, ""]]
 """With respect to images, texts, scale and bias."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _sigmoid(
     image: Float[Array, "images dim"],
     texts: Embeddings,
@@ -65,10 +76,11 @@ def _sigmoid(
     bias: Float[Array, ""],
     grid: AbstractMesh,
     tiling: Tiling,
+    smoothing: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(loss, accuracy). There may be more texts than images: then each device's texts begin with those of its images,
-    and the others are negatives."""
-    return _forward(image, texts, scale, bias, grid, tiling)[0]
+    """(loss, accuracy). There may be more texts than images: then each device's texts begin with those of its
+    images."""
+    return _forward(image, texts, scale, bias, grid, tiling, smoothing)[0]
 
 
 def _forward(
@@ -78,7 +90,10 @@ def _forward(
     bias: Float[Array, ""],
     grid: AbstractMesh,
     tiling: Tiling,
+    smoothing: float,
 ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Gradients]:
+    has_targets = texts.groups is not None
+
     def device(
         image: Float[Array, "local_images dim"], texts: Embeddings, scale: Float[Array, ""], bias: Float[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Gradients]:
@@ -87,24 +102,40 @@ def _forward(
         def step(
             images: Embeddings, texts: Embeddings, rows: RowState, columns: ColumnState
         ) -> tuple[RowState, ColumnState]:
-            """Adds the negatives' softplus(l), and with p = sigmoid(l): p @ texts, p.T @ images, p * (l - bias), p."""
+            """Adds the loss of each logit l, and with g = sigmoid(l) - target: g @ texts, g.T @ images, g (l - bias),
+            g.
+
+            The target of a negative is 0, and its loss softplus(l)."""
             logits = mesh_grid.masked_logits(images, texts, scale) + bias
-            p = jax.nn.sigmoid(logits)
-            loss = rows.loss + jnp.sum(jax.nn.softplus(logits), axis=1)
-            p_logits = jnp.where(jnp.isfinite(logits), p * (logits - bias), 0)
-            scale_gradient = rows.scale_gradient + jnp.sum(p_logits, axis=1)
-            bias_gradient = rows.bias_gradient + jnp.sum(p, axis=1)
-            row_max = jnp.maximum(rows.max, jnp.max(logits, axis=1))
-            column_max = jnp.maximum(columns.max, jnp.max(logits, axis=0))
-            p = p.astype(image.dtype)
-            image_gradient = rows.image_gradient + mesh_grid.matmul(p, texts.vectors)
-            text_gradient = columns.text_gradient + mesh_grid.matmul(p.T, images.vectors)
-            rows = RowState(image_gradient, row_max, loss, scale_gradient, bias_gradient)
-            return rows, ColumnState(text_gradient, column_max)
+            gradient, loss = jax.nn.sigmoid(logits), jax.nn.softplus(logits)
+            negatives, best_row, best_column = logits, None, None
+            if has_targets:
+                same, included = mesh_grid.same_group(images, texts), jnp.isfinite(logits)
+                signed = jnp.where(same, logits, -logits)
+                loss = jnp.where(included, jax.nn.softplus(-signed) + smoothing / 2 * signed, 0)
+                target = jnp.where(same, 1 - smoothing / 2, smoothing / 2)
+                gradient = jnp.where(included, gradient - target, 0)
+                negatives, positives = jnp.where(same, -jnp.inf, logits), jnp.where(same, logits, -jnp.inf)
+                best_row = jnp.maximum(rows.positive, jnp.max(positives, axis=1))
+                best_column = jnp.maximum(columns.positive, jnp.max(positives, axis=0))
+            loss = rows.loss + jnp.sum(loss, axis=1)
+            through_scale = jnp.where(jnp.isfinite(logits), gradient * (logits - bias), 0)
+            scale_gradient = rows.scale_gradient + jnp.sum(through_scale, axis=1)
+            bias_gradient = rows.bias_gradient + jnp.sum(gradient, axis=1)
+            row_max = jnp.maximum(rows.negative, jnp.max(negatives, axis=1))
+            column_max = jnp.maximum(columns.negative, jnp.max(negatives, axis=0))
+            gradient = gradient.astype(image.dtype)
+            image_gradient = rows.image_gradient + mesh_grid.matmul(gradient, texts.vectors)
+            text_gradient = columns.text_gradient + mesh_grid.matmul(gradient.T, images.vectors)
+            rows = RowState(image_gradient, row_max, best_row, loss, scale_gradient, bias_gradient)
+            return rows, ColumnState(text_gradient, column_max, best_column)
+
+        nothing = np.float32(-np.inf)
+        no_positive = nothing if has_targets else None
 
         def scan_tile(images: Embeddings, columns: ColumnState) -> tuple[RowState, ColumnState]:
             zero = np.float32(0)
-            init = RowState(jnp.zeros(image.shape[1]), np.float32(-np.inf), zero, zero, zero)
+            init = RowState(jnp.zeros(image.shape[1]), nothing, no_positive, zero, zero, zero)
             return mesh_grid.scan_blocks(step, images, gathered, init, columns, tiling, cast)
 
         def cast(rows: RowState) -> RowState:
@@ -112,21 +143,37 @@ def _forward(
             return rows._replace(image_gradient=rows.image_gradient.astype(image.dtype))
 
         def merge(one: RowState, other: RowState) -> RowState:
-            return jax.tree.map(jnp.add, one, other)._replace(max=jnp.maximum(one.max, other.max))
+            negative, positive = jax.tree.map(
+                jnp.maximum, (one.negative, one.positive), (other.negative, other.positive)
+            )
+            return jax.tree.map(jnp.add, one, other)._replace(negative=negative, positive=positive)
 
-        columns = ColumnState(jnp.zeros(gathered.vectors.shape, jnp.float32), jnp.full(gathered.ids.shape, -jnp.inf))
+        maxima = jax.tree.map(lambda x: jnp.full(gathered.ids.shape, x), (nothing, no_positive))
+        columns = ColumnState(jnp.zeros(gathered.vectors.shape, jnp.float32), *maxima)
         rows, columns = mesh_grid.scan_ring(scan_tile, merge, images, mesh_grid.varying(columns))
         text_gradient = jax.lax.psum_scatter(columns.text_gradient.astype(texts.vectors.dtype), ROWS, tiled=True)
-        column_max = mesh_grid.local_slice(jax.lax.pmax(columns.max, ROWS), len(texts.ids))
+        maxima = jax.lax.pmax((columns.negative, columns.positive), ROWS)
+        columns = mesh_grid.local_slice(ColumnState(None, *maxima), len(texts.ids))
         cosines = mesh_grid.positive_logits(image, texts.vectors, 1.0)
         positives = scale * cosines + bias
-        positive_gradient = mesh_grid.where_valid(-jax.nn.sigmoid(-positives), images.valid)
+        loss, positive_gradient = jax.nn.softplus(-positives), -jax.nn.sigmoid(-positives)
+        if smoothing > 0:
+            loss, positive_gradient = loss + smoothing / 2 * positives, positive_gradient + smoothing / 2
+        loss, positive_gradient = (mesh_grid.where_valid(x, images.valid) for x in (loss, positive_gradient))
+        correct = sum(
+            mesh_grid.count_correct(
+                positives if side.positive is None else jnp.maximum(positives, side.positive[: len(positives)]),
+                side.negative,
+                images.valid,
+            )
+            for side in (rows, columns)
+        )
         count = mesh_grid.pair_count(images)
         image_gradient = scale / count * mesh_grid.add_pairs(rows.image_gradient, positive_gradient, texts.vectors)
         text_gradient = scale / count * mesh_grid.add_pairs(text_gradient, positive_gradient, image)
         sums = (
-            jnp.sum(rows.loss + mesh_grid.where_valid(jax.nn.softplus(-positives), images.valid)),
-            mesh_grid.count_correct(positives, rows.max, column_max, images.valid) / 2,
+            jnp.sum(rows.loss + loss),
+            correct / 2,
             jnp.sum(rows.scale_gradient / scale + positive_gradient * cosines),
             jnp.sum(rows.bias_gradient + positive_gradient),
         )
@@ -142,6 +189,7 @@ def _forward(
 def _backward(
     grid: AbstractMesh,
     tiling: Tiling,
+    smoothing: float,
     gradients: Gradients,
     cotangents: tuple[Float[Array, ""], Float[Array, ""]],
 ) -> tuple[Float[Array, "images dim"], Embeddings, Float[Array, ""], Float[Array, ""]]:

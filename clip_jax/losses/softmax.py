@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
-from clip_jax.losses import mesh_grid
-from clip_jax.losses.mesh_grid import BATCH, DEFAULT_TILING, REPLICATED, ROWS, Embeddings, Tiling
+from clip_jax.losses import mesh_grid, targets
+from clip_jax.losses.mesh_grid import BATCH, DEFAULT_TILING, REPLICATED, ROWS, Embeddings, ExtraTexts, Tiling
 from clip_jax.losses.reference import Metrics
 
 
@@ -25,15 +25,24 @@ def softmax(
     *,
     mesh: Mesh,
     valid: Bool[Array, "batch"] | None = None,
+    groups: Int32[Array, "batch words"] | None = None,
+    extra: ExtraTexts | None = None,
+    smoothing: float = 0.0,
     tiling: Tiling = DEFAULT_TILING,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Symmetric InfoNCE over the global batch (Radford et al. 2021, fig. 3); equals ``reference.softmax``.
 
-    Pairs that are not ``valid`` are padding: the loss is that of the other pairs alone.
+    Pairs that are not ``valid`` are padding: the loss is that of the other pairs alone. An image and a text with equal
+    ``groups`` are positives of each other: the target of a row or column is uniform over them (UniCL, Yang et al.
+    2022). ``extra`` texts are columns for the rows to choose from, with no loss of their own (NegCLIP, Yuksekgonul et
+    al. 2023). ``smoothing`` mixes the targets with a uniform one (ALIGN, Jia et al. 2021).
     Raises ValueError when the batch does not divide over the mesh.
     """
-    image, texts = mesh_grid.global_batch(image, text, valid, mesh)
-    loss, accuracy = _softmax(image, texts, scale, mesh_grid.make_grid(mesh, text, tiling), tiling)
+    image, texts = mesh_grid.global_batch(image, text, valid, mesh, groups, extra)
+    if smoothing > 0 and groups is None:  # every pair is a group
+        texts = texts._replace(groups=texts.ids[:, None])
+    grid = mesh_grid.make_grid(mesh, texts.vectors, tiling)
+    loss, accuracy = _softmax(image, texts, scale, grid, tiling, smoothing)
     return loss, {"accuracy": accuracy}
 
 
@@ -47,31 +56,41 @@ class OnlineSoftmax(NamedTuple):
 EMPTY = OnlineSoftmax(np.float32(-np.inf), np.float32(0))
 
 
-def _init_columns(texts: int) -> OnlineSoftmax:
-    """The columns of ``texts`` texts without any logits."""
-    return mesh_grid.varying(jax.tree.map(lambda x: jnp.full(texts, x), EMPTY))
+class Sums(NamedTuple):
+    """What the forward pass adds up for a row or a column: over all logits but that of its own pair."""
+
+    softmax: OnlineSoftmax
+    target: targets.Sums | None
+    """None where only pairs are positives."""
 
 
-def _of_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
+def of_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
     """Reduces a block along an axis; gives ``EMPTY`` where all logits are -inf."""
     maximum = jnp.max(logits, axis=axis)
     return OnlineSoftmax(maximum, jnp.sum(jnp.exp(logits - jnp.expand_dims(_finite(maximum), axis)), axis=axis))
 
 
-def _merge(one: OnlineSoftmax, other: OnlineSoftmax) -> OnlineSoftmax:
+def _merge(one: Sums, other: Sums) -> Sums:
     """Combines two disjoint sets of logits."""
+    merged = None if one.target is None else targets.merge(one.target, other.target)
+    return Sums(merge_softmax(one.softmax, other.softmax), merged)
+
+
+def merge_softmax(one: OnlineSoftmax, other: OnlineSoftmax) -> OnlineSoftmax:
     maximum = jnp.maximum(one.max, other.max)
     shift = _finite(maximum)
     return OnlineSoftmax(maximum, one.sum * jnp.exp(one.max - shift) + other.sum * jnp.exp(other.max - shift))
 
 
-def _reduce_grid_rows(columns: OnlineSoftmax) -> OnlineSoftmax:
+def _reduce_grid_rows(columns: Sums) -> Sums:
     """Combines the columns of the devices of a grid column, each of which has the images of its own grid row."""
-    maximum = jax.lax.pmax(columns.max, ROWS)
-    return OnlineSoftmax(maximum, jax.lax.psum(columns.sum * jnp.exp(columns.max - _finite(maximum)), ROWS))
+    softmax = columns.softmax
+    maximum = jax.lax.pmax(softmax.max, ROWS)
+    softmax = OnlineSoftmax(maximum, jax.lax.psum(softmax.sum * jnp.exp(softmax.max - _finite(maximum)), ROWS))
+    return Sums(softmax, None if columns.target is None else targets.reduce_grid_rows(columns.target))
 
 
-def _log_sum_exp(state: OnlineSoftmax) -> Float[Array, "..."]:
+def log_sum_exp(state: OnlineSoftmax) -> Float[Array, "..."]:
     return _finite(state.max) + jnp.log(state.sum)
 
 
@@ -80,64 +99,98 @@ def _finite(maximum: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(jnp.isfinite(maximum), maximum, 0.0)
 
 
+class Side(NamedTuple):
+    """Images and their rows of the logit matrix, or texts and their columns, as a pass needs them."""
+
+    embeddings: Embeddings
+    positives: Float[Array, "n"] | None
+    """The logits of the pairs; the forward pass only needs them for other targets than pairs."""
+    lse: Float[Array, "n"] | None = None
+    """Log-sum-exp of all logits, the pair's included: exp(logit - lse) is a probability. For the backward pass."""
+    target: targets.Targets | None = None
+    """Also for the backward pass; None where only pairs are positives."""
+
+
 Residuals = tuple[
-    Float[Array, "images dim"], Embeddings, Float[Array, ""], Float[Array, "images"], Float[Array, "images"]
+    *(Float[Array, "images dim"], Embeddings, Float[Array, ""]),
+    *(Float[Array, "images"], Float[Array, "images"]),
+    *(targets.Targets | None, targets.Targets | None),
 ]
-"""The arguments of the loss, and the log-sum-exps of the negatives of rows and columns."""
+"""The arguments of the loss, and the log-sum-exps without pairs and the targets, of rows and columns."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _softmax(
-    image: Float[Array, "images dim"], texts: Embeddings, scale: Float[Array, ""], grid: AbstractMesh, tiling: Tiling
+    image: Float[Array, "images dim"],
+    texts: Embeddings,
+    scale: Float[Array, ""],
+    grid: AbstractMesh,
+    tiling: Tiling,
+    smoothing: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(loss, accuracy). There may be more texts than images: then each device's texts begin with those of its images,
-    and the others are negatives in the rows, with no column of their own in the loss."""
-    return _forward(image, texts, scale, grid, tiling)[0]
+    and the others only count in the rows, with no column of their own in the loss."""
+    return _forward(image, texts, scale, grid, tiling, smoothing)[0]
 
 
 def _forward(
-    image: Float[Array, "images dim"], texts: Embeddings, scale: Float[Array, ""], grid: AbstractMesh, tiling: Tiling
+    image: Float[Array, "images dim"],
+    texts: Embeddings,
+    scale: Float[Array, ""],
+    grid: AbstractMesh,
+    tiling: Tiling,
+    smoothing: float,
 ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], Residuals]:
+    has_targets = texts.groups is not None
+
     def device(
         image: Float[Array, "local_images dim"], texts: Embeddings, scale: Float[Array, ""]
-    ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple[Float[Array, "local_images"], ...]]:
-        images, gathered = mesh_grid.paired_images(image, texts), mesh_grid.gather_texts(texts)
+    ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple]:
+        size, positives = len(texts.ids), mesh_grid.positive_logits(image, texts.vectors, scale)
+        images = Side(mesh_grid.paired_images(image, texts), positives if has_targets else None)
+        padded = mesh_grid.pad_rows(positives, size, 0) if has_targets else None
+        gathered = mesh_grid.gather_texts(Side(texts, padded))
 
-        def step(
-            images: Embeddings, texts: Embeddings, rows: OnlineSoftmax, columns: OnlineSoftmax
-        ) -> tuple[OnlineSoftmax, OnlineSoftmax]:
-            logits = mesh_grid.masked_logits(images, texts, scale)
-            return _merge(rows, _of_block(logits, 1)), _merge(columns, _of_block(logits, 0))
+        def step(images: Side, texts: Side, rows: Sums, columns: Sums) -> tuple[Sums, Sums]:
+            logits = mesh_grid.masked_logits(images.embeddings, texts.embeddings, scale)
+            of_rows = of_columns = None
+            if has_targets:
+                same = mesh_grid.same_group(images.embeddings, texts.embeddings)
+                of_rows = targets.of_block(logits, images.positives[:, None], same, 1)
+                of_columns = targets.of_block(logits, texts.positives[None, :], same, 0)
+            rows = _merge(rows, Sums(of_block(logits, 1), of_rows))
+            return rows, _merge(columns, Sums(of_block(logits, 0), of_columns))
 
-        def scan_tile(images: Embeddings, columns: OnlineSoftmax) -> tuple[OnlineSoftmax, OnlineSoftmax]:
-            return mesh_grid.scan_blocks(step, images, gathered, EMPTY, columns, tiling)
+        empty = Sums(EMPTY, targets.EMPTY if has_targets else None)
 
-        columns = _init_columns(len(gathered.ids))
+        def scan_tile(images: Side, columns: Sums) -> tuple[Sums, Sums]:
+            return mesh_grid.scan_blocks(step, images, gathered, empty, columns, tiling)
+
+        columns = mesh_grid.varying(jax.tree.map(lambda x: jnp.full(len(gathered.embeddings.ids), x), empty))
         rows, columns = mesh_grid.scan_ring(scan_tile, _merge, images, columns)
-        columns = mesh_grid.local_slice(_reduce_grid_rows(columns), len(texts.ids))
+        columns = mesh_grid.local_slice(_reduce_grid_rows(columns), size)
         columns = jax.tree.map(lambda x: x[: len(image)], columns)
-        row_lse, column_lse = _log_sum_exp(rows), _log_sum_exp(columns)
-        positives = mesh_grid.positive_logits(image, texts.vectors, scale)
+        row_lse, column_lse = log_sum_exp(rows.softmax), log_sum_exp(columns.softmax)
         # Softplus is 0 for padding, which has no negatives: its log-sum-exp is -inf.
         loss = jnp.sum(jax.nn.softplus(row_lse - positives) + jax.nn.softplus(column_lse - positives))
-        correct = mesh_grid.count_correct(positives, rows.max, columns.max, images.valid)
-        count = mesh_grid.pair_count(images)
+        of_rows = of_columns = None
+        valid = images.embeddings.valid
+        if has_targets:
+            of_rows, of_columns = (targets.targets(side.target, smoothing) for side in (rows, columns))
+            loss -= jnp.sum(targets.expected(rows.target, of_rows) + targets.expected(columns.target, of_columns))
+            correct = sum(
+                mesh_grid.count_correct(jnp.maximum(positives, side.target.positive), side.target.negative, valid)
+                for side in (rows, columns)
+            )
+        else:
+            correct = sum(mesh_grid.count_correct(positives, side.softmax.max, valid) for side in (rows, columns))
+        count = mesh_grid.pair_count(images.embeddings)
         loss, accuracy = (x / (2 * count) for x in mesh_grid.psum_grid((loss, correct)))
-        return (loss, accuracy), (row_lse, column_lse)
+        return (loss, accuracy), (row_lse, column_lse, of_rows, of_columns)
 
-    in_specs, out_specs = (BATCH, BATCH, REPLICATED), ((REPLICATED, REPLICATED), (BATCH, BATCH))
-    sharded = jax.shard_map(device, mesh=grid, in_specs=in_specs, out_specs=out_specs)
-    out, (row_lse, column_lse) = sharded(image, texts, scale)
-    return out, (image, texts, scale, row_lse, column_lse)
-
-
-class Side(NamedTuple):
-    """Images and their rows of the logit matrix, or texts and their columns, as the backward pass needs them."""
-
-    embeddings: Embeddings
-    lse: Float[Array, "n"]
-    """Log-sum-exp of all logits, the positive included: exp(logit - lse) is a probability."""
-    positives: Float[Array, "n"]
+    in_specs, out_specs = (BATCH, BATCH, REPLICATED), ((REPLICATED, REPLICATED), BATCH)
+    out, residuals = jax.shard_map(device, mesh=grid, in_specs=in_specs, out_specs=out_specs)(image, texts, scale)
+    return out, (image, texts, scale, *residuals)
 
 
 class RowGradients(NamedTuple):
@@ -148,6 +201,7 @@ class RowGradients(NamedTuple):
 def _backward(
     grid: AbstractMesh,
     tiling: Tiling,
+    smoothing: float,
     residuals: Residuals,
     cotangents: tuple[Float[Array, ""], Float[Array, ""]],
 ) -> tuple[Float[Array, "images dim"], Embeddings, Float[Array, ""]]:
@@ -157,23 +211,33 @@ def _backward(
         scale: Float[Array, ""],
         row_lse: Float[Array, "local_images"],
         column_lse: Float[Array, "local_images"],
+        row_targets: targets.Targets | None,
+        column_targets: targets.Targets | None,
         cotangent: Float[Array, ""],
     ) -> tuple[Float[Array, "local_images dim"], Float[Array, "local_texts dim"], Float[Array, ""]]:
         text, size = texts.vectors, len(texts.ids)
         positives = mesh_grid.positive_logits(image, text, scale)
-        images = Side(mesh_grid.paired_images(image, texts), jnp.logaddexp(row_lse, positives), positives)
+        paired = mesh_grid.paired_images(image, texts)
+        images = Side(paired, positives, jnp.logaddexp(row_lse, positives), row_targets)
         # A text without an image has probabilities of 0 in its column.
         column_lse_full = mesh_grid.pad_rows(jnp.logaddexp(column_lse, positives), size, jnp.inf)
-        gathered = mesh_grid.gather_texts(Side(texts, column_lse_full, mesh_grid.pad_rows(positives, size, 0)))
+        positives_full, targets_full = jax.tree.map(
+            lambda x: mesh_grid.pad_rows(x, size, 0), (positives, column_targets)
+        )
+        gathered = mesh_grid.gather_texts(Side(texts, positives_full, column_lse_full, targets_full))
 
         def step(
             images: Side, texts: Side, rows: RowGradients, text_gradient: Float[Array, "texts dim"]
         ) -> tuple[RowGradients, Float[Array, "texts dim"]]:
-            """With p the sum of a negative's probabilities in its row and its column, adds p @ texts, p.T @ images, and
-            p times the logit's distance from the positive: the gradient with respect to the scale, where nothing is
-            left to cancel."""
+            """With p the sum of a logit's probabilities in its row and its column, less its targets, adds p @ texts,
+            p.T @ images, and p times the logit's distance from the pair's: the gradient with respect to the scale,
+            where nothing is left to cancel."""
             logits = mesh_grid.masked_logits(images.embeddings, texts.embeddings, scale)
             row_p, column_p = jnp.exp(logits - images.lse[:, None]), jnp.exp(logits - texts.lse[None, :])
+            if images.target is not None:
+                same = mesh_grid.same_group(images.embeddings, texts.embeddings)
+                row_p -= targets.of_logits(jax.tree.map(lambda x: x[:, None], images.target), logits, same)
+                column_p -= targets.of_logits(jax.tree.map(lambda x: x[None, :], texts.target), logits, same)
             distance = row_p * (logits - images.positives[:, None]) + column_p * (logits - texts.positives[None, :])
             scale_gradient = rows.scale + jnp.sum(jnp.where(jnp.isfinite(logits), distance, 0), axis=1)
             p = (row_p + column_p).astype(image.dtype)
@@ -199,13 +263,15 @@ def _backward(
         text_gradient = jax.lax.psum_scatter(text_gradient.astype(text.dtype), ROWS, tiled=True)
         # p_ii - 1 is minus the sum of all other probabilities, of the row and of the column.
         positive_gradient = -jax.nn.sigmoid(row_lse - positives) - jax.nn.sigmoid(column_lse - positives)
+        if row_targets is not None:
+            positive_gradient += row_targets.others + column_targets.others
         weight = cotangent / (2 * mesh_grid.pair_count(images.embeddings))
         image_gradient = weight * scale * mesh_grid.add_pairs(rows.image, positive_gradient, text)
         text_gradient = weight * scale * mesh_grid.add_pairs(text_gradient, positive_gradient, image)
         scale_gradient = weight / scale * mesh_grid.psum_grid(jnp.sum(rows.scale))
         return image_gradient.astype(image.dtype), text_gradient.astype(text.dtype), scale_gradient
 
-    in_specs, out_specs = (BATCH, BATCH, REPLICATED, BATCH, BATCH, REPLICATED), (BATCH, BATCH, REPLICATED)
+    in_specs, out_specs = (BATCH, BATCH, REPLICATED, *(BATCH,) * 4, REPLICATED), (BATCH, BATCH, REPLICATED)
     sharded = jax.shard_map(device, mesh=grid, in_specs=in_specs, out_specs=out_specs)
     image_gradient, text_gradient, scale_gradient = sharded(*residuals, cotangents[0])
     return image_gradient, Embeddings(text_gradient, None, None), scale_gradient

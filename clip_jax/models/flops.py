@@ -3,6 +3,7 @@
 Each tower's config counts its own (``forward_flops``); this module has the parts that they share.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 
@@ -36,6 +37,9 @@ def forward(architecture) -> dict[str, int]:
     return {"image": image.forward_flops(embed_dim), "text": text.forward_flops(embed_dim)}
 
 
-def training(architecture) -> int:
-    """FLOPs of one training pair, forward and backward (three forward passes), without recomputation."""
-    return 3 * sum(forward(architecture).values())
+def training(architecture, frozen: Collection[str] = ()) -> int:
+    """FLOPs of one training pair, forward and backward (three forward passes), without recomputation.
+
+    ``frozen`` towers have no backward pass.
+    """
+    return sum((1 if tower in frozen else 3) * count for tower, count in forward(architecture).items())

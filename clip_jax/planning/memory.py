@@ -37,7 +37,7 @@ class Memory(NamedTuple):
 
     parameters: int
     optimizer: int
-    """Moments, EMAs of the parameters, and the objectives' state."""
+    """Moments, EMAs of the parameters, and the objectives' state and constants."""
     gradients: int
     activations: int
     """Saved by the forward pass for the backward pass."""
@@ -88,11 +88,12 @@ def step_memory(learner: Learner, state: TrainState, batch_size: int, *, tiled: 
     inputs = _inputs(model, pairs, micro_batches, tiled)
     block = block_bytes(model, at_once, tensor, tiled=tiled)
     cost = objectives_cost(learner, batch_size)
-    saved = saved_bytes(model, at_once, tensor, patch_dropout=learner.patch_dropout, tiled=tiled)
+    options = dict(patch_dropout=learner.patch_dropout, tiled=tiled, frozen=learner.frozen_towers)
+    saved = saved_bytes(model, at_once, tensor, **options)
     trained = bytes_per_device(select(state.params, learner.frozen, trainable=True))
     return Memory(
         parameters=parameters,
-        optimizer=bytes_per_device(state) - parameters,
+        optimizer=bytes_per_device(state) - parameters + bytes_per_device(learner.abstract_constants()),
         # In micro-batches: the sum so far, and the gradient of this one.
         gradients=trained * min(micro_batches, 2),
         activations=saved + cost.activations,
@@ -132,11 +133,19 @@ def _inputs(model: CLIP, pairs: int, micro_batches: int, tiled: bool) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def saved_bytes(model: CLIP, pairs: int, tensor: int = 1, *, patch_dropout: float = 0.0, tiled: bool = False) -> int:
+def saved_bytes(
+    model: CLIP,
+    pairs: int,
+    tensor: int = 1,
+    *,
+    patch_dropout: float = 0.0,
+    tiled: bool = False,
+    frozen: tuple[str, ...] = (),
+) -> int:
     """Bytes that the forward pass saves for the backward pass, by JAX's own differentiation.
 
     Parameters, which are saved as well, are not counted again, and neither is what is cast from them once for all
-    pairs. ``offload`` leaves the blocks' inputs on the device, as ``full`` does.
+    pairs. ``offload`` leaves the blocks' inputs on the device, as ``full`` does. ``frozen`` towers save nothing.
     """
     compute = model.compute
     if compute.remat == "offload":
@@ -144,20 +153,24 @@ def saved_bytes(model: CLIP, pairs: int, tensor: int = 1, *, patch_dropout: floa
     if compute.attend is cudnn:
         compute = compute._replace(attend=_fused_attention)
     model, total = replace(model, compute=compute), 0
-    for few, many, itemsize in _saved(model, patch_dropout):
+    for few, many, itemsize in _saved(model, patch_dropout, frozen):
         shape = tuple(a + (b - a) // PROBE_PAIRS * (pairs - PROBE_PAIRS) for a, b in zip(few, many, strict=True))
         total += array_bytes(shape, itemsize, tiled=tiled) // (tensor if _is_split(shape, model) else 1)
     return total
 
 
 @functools.lru_cache(maxsize=256)
-def _saved(model: CLIP, patch_dropout: float) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]:
+def _saved(
+    model: CLIP, patch_dropout: float, frozen: tuple[str, ...]
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]:
     """(shape for few pairs, shape for twice as many, bytes of an element) of every array that grows with the pairs."""
-    few, many = (_differentiated(model, n * PROBE_PAIRS, patch_dropout) for n in (1, 2))
+    few, many = (_differentiated(model, n * PROBE_PAIRS, patch_dropout, frozen) for n in (1, 2))
     return tuple((a.shape, b.shape, a.dtype.itemsize) for a, b in zip(few, many, strict=True) if a.shape != b.shape)
 
 
-def _differentiated(model: CLIP, pairs: int, patch_dropout: float) -> list[jax.ShapeDtypeStruct]:
+def _differentiated(
+    model: CLIP, pairs: int, patch_dropout: float, frozen: tuple[str, ...]
+) -> list[jax.ShapeDtypeStruct]:
     params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
     batch_stats = jax.eval_shape(model.init_batch_stats)
     image, text = model.architecture.image, model.architecture.text
@@ -169,10 +182,11 @@ def _differentiated(model: CLIP, pairs: int, patch_dropout: float) -> list[jax.S
     def backward(params, batch_stats, batch):
         keys = jax.random.split(jax.random.key(0), pairs)
 
-        def embed(params):
-            return model.forward(params, batch_stats, batch, train=True, keys=keys, patch_dropout=patch_dropout)[:2]
+        def embed(trained):
+            options = dict(train=True, keys=keys, patch_dropout=patch_dropout)
+            return model.forward(params | trained, batch_stats, batch, **options)[:2]
 
-        return jax.vjp(embed, params)[1]
+        return jax.vjp(embed, {name: tree for name, tree in params.items() if name not in frozen})[1]
 
     return jax.tree.leaves(jax.eval_shape(backward, params, batch_stats, batch))
 

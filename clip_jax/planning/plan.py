@@ -167,6 +167,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     work, memory = chosen.work, chosen.memory
     transfers = plan.chosen_compiled.transfers or work.transfers
     architecture, shape = chosen.learner.model.architecture, chosen.learner.mesh.shape
+    flops_per_pair = flops.training(architecture, chosen.learner.frozen_towers)
     return {
         "fits": plan.fits,
         "compiled": plan.is_compiled,
@@ -190,8 +191,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "hosts": machines.hosts,
         "model": config.model.name,
         "parameters": parameter_counts(chosen.state.params),
-        "flops_per_pair": flops.training(architecture),
-        "flops_per_step": flops.training(architecture) * config.batch_size,
+        "flops_per_pair": flops_per_pair,
+        "flops_per_step": flops_per_pair * config.batch_size,
         "flops_per_chip": {"model": work.model_flops * per_chip, "all": work.flops * per_chip},
         "memory_estimate": {name: value * per_chip for name, value in memory._asdict().items()}
         | {"total": memory.total * per_chip},

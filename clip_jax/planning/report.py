@@ -95,7 +95,7 @@ def _moved(transfers: tuple[Transfer, ...], field: str, per_chip: int, links: in
 
 def _run(plan: Plan) -> Rows:
     request, machines = plan.request, plan.request.machines
-    per_pair = flops.training(plan.chosen.learner.model.architecture)
+    per_pair = flops.training(plan.chosen.learner.model.architecture, plan.chosen.learner.frozen_towers)
     least = "" if request.mfu else "at least "
     speed = (
         f"{'' if request.mfu else 'at most '}{plan.pairs_per_second:,.0f} pairs/s "

@@ -4,6 +4,7 @@ All are lower bounds of the step as it is written, so that times estimated from 
 """
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -13,12 +14,12 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.models import flops
 from clip_jax.models.attention import cudnn
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, Params
 from clip_jax.objectives.cost import Transfer, crossing
 from clip_jax.planning.memory import FLOAT32, Memory, objectives_cost
 from clip_jax.planning.program import Collective
 from clip_jax.training.learner import Learner
-from clip_jax.training.state import TrainState
+from clip_jax.training.state import TrainState, select
 
 
 class Work(NamedTuple):
@@ -45,31 +46,37 @@ def step_work(learner: Learner, state: TrainState, memory: Memory, *, batch_size
     model, mesh, micro_batches = learner.model, learner.mesh, learner.micro_batches
     pairs, tensor = batch_size // batch_shards(mesh), mesh.shape["tensor"]
     passes = 1 + (micro_batches > 1)  # forward passes that are written as such
-    repeated = repeated_flops(model) + (sum(flops.forward(model.architecture).values()) if micro_batches > 1 else 0)
+    frozen = learner.frozen_towers
+    repeated = repeated_flops(model, frozen) + (
+        sum(flops.forward(model.architecture).values()) if micro_batches > 1 else 0
+    )
     cost = objectives_cost(learner, batch_size, slices)
-    model_flops = pairs * flops.training(model.architecture) // tensor
+    model_flops = pairs * flops.training(model.architecture, frozen) // tensor
+    trained = select(state.params, learner.frozen, trainable=True)
     transfers = (
-        *_parameters(model, state, mesh, micro_batches, passes, slices),
+        *_parameters(model, state.params, trained, mesh, micro_batches, passes, slices),
         _activations(model, mesh, pairs, passes),
         *cost.transfers,
     )
     return Work(
         model_flops=model_flops,
-        flops=model_flops + pairs * repeated // tensor + cost.flops,
+        flops=model_flops + pairs * repeated // tensor + cost.flops + learner.update_flops(trained),
         hbm_bytes=_hbm(model, memory, micro_batches, passes),
         transfers=tuple(transfer for transfer in transfers if transfer.ici_bytes or transfer.dcn_bytes),
     )
 
 
-def repeated_flops(model: CLIP) -> int:
-    """FLOPs that rematerialization repeats for one pair.
+def repeated_flops(model: CLIP, frozen: Collection[str] = ()) -> int:
+    """FLOPs that rematerialization repeats for one pair; in ``frozen`` towers nothing is.
 
     ``full`` repeats a block except its last product, which no gradient needs; ``dots`` saves the products with weights
     and repeats the attention's own two products; ``named`` and ``offload`` save the attention's inputs and output, and
     repeat its logits and the layers after it. cuDNN's attention computes its logits once more than XLA's.
     """
     total = 0
-    for tower in model.architecture.transformers:
+    for name, tower in (("image", model.architecture.image), ("text", model.architecture.text)):
+        if tower.block is None or name in frozen:
+            continue
         tokens, width = tower.tokens, tower.width
         logits = 2 * tokens**2 * width
         after = 2 * tokens * width * (width + (2 if tower.block.swiglu else 1) * tower.mlp_width)
@@ -97,22 +104,22 @@ def _hbm(model: CLIP, memory: Memory, micro_batches: int, passes: int) -> int:
 
 
 def _parameters(
-    model: CLIP, state: TrainState, mesh: Mesh | AbstractMesh, micro_batches: int, passes: int, slices: int
+    model: CLIP,
+    params: Params,
+    trained: Params,
+    mesh: Mesh | AbstractMesh,
+    micro_batches: int,
+    passes: int,
+    slices: int,
 ) -> list[Transfer]:
     """Weights gathered along fsdp in each pass and gradients scattered back; gradients summed over the other devices.
 
     Weights and their gradients travel in the compute type, once for each micro-batch.
     """
     size, fsdp = jnp.dtype(model.compute.dtype).itemsize, mesh.shape["fsdp"]
-    divided = whole = 0
-    for leaf in jax.tree.leaves(state.params):
-        shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
-        if _is_divided(leaf.sharding.spec):
-            divided += shard
-        else:
-            whole += shard
+    divided, whole = _shards(trained)
     data = mesh.shape["data"]
-    gathered = micro_batches * (passes + 1) * (fsdp - 1) * divided * size
+    gathered = micro_batches * (passes * _shards(params)[0] + divided) * (fsdp - 1) * size
     scattered = micro_batches * (fsdp - 1) * divided * size
     ici, dcn = 0, 0
     for count, members in ((divided, data), (whole, data * fsdp)):
@@ -124,6 +131,18 @@ def _parameters(
         Transfer("gradients scattered along fsdp", scattered),
         Transfer("gradients summed over the batch", micro_batches * ici, micro_batches * dcn),
     ]
+
+
+def _shards(params: Params) -> tuple[int, int]:
+    """The elements on one device of the parameters that fsdp divides, and of the others."""
+    divided = whole = 0
+    for leaf in jax.tree.leaves(params):
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        if _is_divided(leaf.sharding.spec):
+            divided += shard
+        else:
+            whole += shard
+    return divided, whole
 
 
 def _activations(model: CLIP, mesh: Mesh | AbstractMesh, pairs: int, passes: int) -> Transfer:

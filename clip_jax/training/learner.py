@@ -4,6 +4,7 @@ Runs, plans, tests and benchmarks all use it. It reads no files, and building a 
 a plan can lower it for a mesh without devices.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from clip_jax.objectives.objective import Metrics, Objective, Rows
 from clip_jax.presets import Preprocess
 from clip_jax.training import gradients
 from clip_jax.training.gradients import Cached, Encoded
+from clip_jax.training.rates import check_factors
 from clip_jax.training.schedule import Schedule
 from clip_jax.training.state import TrainState, check_frozen, join, select
 
+TOWERS = ("image", "text")
 Step = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
@@ -47,6 +50,10 @@ class Learner:
     """EMAs of the parameters, by name, with their decay."""
     frozen: tuple[str, ...] = ()
     """Patterns of paths of parameters that are not trained: no gradient, no moments, no backward pass."""
+    rate_factors: tuple[Mapping[str, float], ...] = ()
+    """The optimizer's, whose patterns must match parameters."""
+    update_flops: Callable[[Params], int] = lambda params: 0
+    """FLOPs of an update on one device, from shapes and shardings, where they are not negligible."""
     patch_dropout: float = 0.0
     seed: int = 0
 
@@ -57,6 +64,12 @@ class Learner:
         for objective in self.objectives.values():
             decays |= objective.decays
         return decays
+
+    @functools.cached_property
+    def frozen_towers(self) -> tuple[str, ...]:
+        """The towers without a backward pass: all of their parameters are frozen."""
+        trained = select(self.abstract_state().params, self.frozen, trainable=True) if self.frozen else TOWERS
+        return tuple(tower for tower in TOWERS if tower not in trained)
 
     def batch_spec(self, batch_size: int) -> Spec:
         """The global batch that the step takes: name -> shape, type and sharding."""
@@ -75,6 +88,7 @@ class Learner:
         if objective_params:
             params["objectives"] = objective_params
         check_frozen(params, self.frozen)
+        check_factors(params, self.rate_factors)
         aux = {name: objective.init_aux() for name, objective in self.objectives.items()}
         zero = jnp.zeros((), jnp.int32)
         return TrainState(

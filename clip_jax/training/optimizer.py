@@ -1,4 +1,4 @@
-"""optax chains: AdamW as CLIP was trained, Adafactor as SigLIP was, and what decays in each."""
+"""optax chains: AdamW as CLIP was trained, Adafactor as SigLIP was, their relatives, and what decays in each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from clip_jax.training import muon as muon_matrices
 from clip_jax.training.schedule import Schedule
 
 KERNELS = (
@@ -15,7 +16,18 @@ KERNELS = (
 )
 EMBEDDINGS = ("token_embedding", "spatial_embedding")
 POSITIONS = ("position_embedding",)
-VECTORS = ("scale", "bias", "class_embedding", "probe", "scale_1", "scale_2", "logit_scale", "logit_bias")
+VECTORS = (
+    "scale",
+    "bias",
+    "class_embedding",
+    "probe",
+    "queries",
+    "mask_embedding",
+    "scale_1",
+    "scale_2",
+    "logit_scale",
+    "logit_bias",
+)
 """Parameters that never decay, with all whose names end in ``_bias``."""
 
 DECAYED = {
@@ -39,6 +51,89 @@ def adamw(
 ) -> optax.GradientTransformation:
     """Decoupled AdamW (Loshchilov and Hutter 2019); ``clip_norm`` above 0 clips the gradient by its global norm."""
     scale = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.dtype(first_moment_dtype))
+    return _chain(scale, rate, weight_decay, decay, clip_norm)
+
+
+def stable_adamw(
+    rate: Schedule,
+    *,
+    weight_decay: float,
+    decay: str,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip_norm: float,
+    first_moment_dtype: str = "float32",
+) -> optax.GradientTransformation:
+    """AdamW whose rate falls for a tensor with gradients above their average (Wortsman et al. 2023, algorithm 2).
+
+    The rate of a tensor is divided by max(1, RMS), where RMS^2 is the mean of g^2 / max(v, eps^2) and v the second
+    moment: no loss spikes where v lags behind. Each layer of a stack is a tensor.
+    """
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.dtype(first_moment_dtype))
+    inner = optax.chain(adam, optax.add_decayed_weights(weight_decay, mask=decay_mask(decay)))
+
+    def update(gradients, state, params):
+        updates, state = inner.update(gradients, state, params)
+        second_moments = optax.tree.bias_correction(state[0].nu, beta2, state[0].count)
+
+        def clipped(path, x, g, v):
+            rms = jnp.sqrt(_layer_mean(path, g * g / jnp.maximum(v, eps**2)))
+            return x / jnp.maximum(1, rms)
+
+        return jax.tree_util.tree_map_with_path(clipped, updates, gradients, second_moments), state
+
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
+    return optax.chain(*clip, optax.GradientTransformation(inner.init, update), optax.scale_by_learning_rate(rate))
+
+
+def lamb(
+    rate: Schedule,
+    *,
+    weight_decay: float,
+    decay: str,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip_norm: float,
+    first_moment_dtype: str = "float32",
+) -> optax.GradientTransformation:
+    """LAMB (You et al. 2020): AdamW whose update of each tensor is as large as the tensor, times the rate.
+
+    As optax's, but each layer of a stack is a tensor of its own, and what never decays keeps Adam's update, as in the
+    authors' code.
+    """
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.dtype(first_moment_dtype))
+
+    def trust(updates, params):
+        def scaled(path, x, p):
+            if _names(path)[-1] not in DECAYED["matrices_and_positions"]:
+                return x
+            size, step = (jnp.sqrt(_layer_mean(path, value * value)) for value in (p, x))
+            return x * jnp.where((size == 0) | (step == 0), 1, size / step)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates, params)
+
+    decayed = optax.add_decayed_weights(weight_decay, mask=decay_mask(decay))
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
+    return optax.chain(*clip, adam, decayed, optax.stateless(trust), optax.scale_by_learning_rate(rate))
+
+
+def muon(
+    rate: Schedule,
+    *,
+    weight_decay: float,
+    decay: str,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip_norm: float,
+    first_moment_dtype: str = "float32",
+) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks, AdamW for the rest; see ``training/muon.py``. ``beta1`` is the momentum."""
+    dtype = jnp.dtype(first_moment_dtype)
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=dtype)
+    scale = muon_matrices.scale_by(adam, beta=beta1, eps=eps, first_moment_dtype=dtype)
     return _chain(scale, rate, weight_decay, decay, clip_norm)
 
 
@@ -104,13 +199,21 @@ def _names(path) -> list[str]:
     return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
 
 
+def _is_stacked(path) -> bool:
+    """Whether the first axis of a tensor counts layers: of transformers, of ResNets."""
+    return any(name == "blocks" or name.endswith("_rest") for name in _names(path))
+
+
+def _layer_mean(path, x: jax.Array) -> jax.Array:
+    """The mean over a tensor; of a stack, over each layer."""
+    return jnp.mean(x, axis=tuple(range(1 if _is_stacked(path) else 0, x.ndim)), keepdims=True)
+
+
 def _labels(params):
     def label(path, _):
-        names = _names(path)
-        if names[-1] == "patch_embedding":
+        if _names(path)[-1] == "patch_embedding":
             return "patches"
-        stacked = any(name == "blocks" or name.endswith("_rest") for name in names)  # of transformers, of ResNets
-        return "stacked" if stacked else "single"
+        return "stacked" if _is_stacked(path) else "single"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

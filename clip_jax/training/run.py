@@ -88,7 +88,8 @@ class Run(NamedTuple):
     def flops(self, step: int) -> int:
         """The training FLOPs of all steps up to this one."""
         return self.config.batch_size * sum(
-            (min(step, phase.stop) - phase.start) * flops.training(phase.preset.architecture)
+            (min(step, phase.stop) - phase.start)
+            * flops.training(phase.preset.architecture, phase.learner.frozen_towers)
             for phase in self.phases
             if phase.start < step
         )
@@ -224,7 +225,7 @@ def description(run: Run) -> dict[str, Any]:
         "model": {"name": run.config.model.name, "parameters": run.parameters, **presets.to_json(last.preset)},
         "tokenizer": {"kind": last.preset.tokenizer, "fingerprint": run.tokenizer.fingerprint},
         "data": {"train": {"name": run.train.name, "samples": len(run.train), "fingerprint": run.train.fingerprint}},
-        "flops_per_pair": flops.training(first.preset.architecture),
+        "flops_per_pair": flops.training(first.preset.architecture, first.learner.frozen_towers),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} on {jax.process_count()} process(es)",

@@ -11,14 +11,24 @@ from clip_jax.data.views import pair_views
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.errors import UserError
 from clip_jax.models.attention import ATTENTION
-from clip_jax.models.clip import CLIP
+from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.compute import Compute
 from clip_jax.objectives import OBJECTIVES
 from clip_jax.presets import Preset
+from clip_jax.training import muon, rates
 from clip_jax.training import optimizer as optimizers
 from clip_jax.training.learner import Learner
 from clip_jax.training.schedule import Schedule, schedule
 from clip_jax.training.state import AVERAGE
+from clip_jax.training.teacher import with_teacher
+
+OPTIMIZERS = {
+    "adamw": optimizers.adamw,
+    "adafactor": optimizers.adafactor,
+    "stable_adamw": optimizers.stable_adamw,
+    "lamb": optimizers.lamb,
+    "muon": optimizers.muon,
+}
 
 
 def make_learner(
@@ -38,7 +48,7 @@ def make_learner(
     preset = configs.resolve_preset(config, None if tokenizer is None else tokenizer.vocab_size)
     model, rate = make_model(config, preset, mesh), make_schedule(config, steps, examples)
     objectives = {
-        name: kind.make(config.objectives[name], model, preset.preprocess, tokenizer)
+        name: with_teacher(kind.make(config.objectives[name], model, preset.preprocess, tokenizer))
         for name, kind in OBJECTIVES.items()
         if config.objectives[name].weight > 0
     }
@@ -59,12 +69,14 @@ def make_learner(
         views=views,
         objectives=objectives,
         weights={name: config.objectives[name].weight for name in objectives},
-        optimizer=make_optimizer(config, rate),
+        optimizer=make_optimizer(config, rate, preset.architecture),
+        update_flops=muon.update_flops if config.optimizer.name == "muon" else lambda params: 0,
         rate=rate,
         mesh=mesh,
         micro_batches=micro_batches(config),
         decays={AVERAGE: config.ema_decay} if config.ema_decay > 0 else {},
-        frozen=tuple(config.model.frozen),
+        frozen=(*config.model.frozen, *rates.frozen_patterns(config.optimizer.rate_factors)),
+        rate_factors=tuple(config.optimizer.rate_factors),
         patch_dropout=config.model.patch_dropout,
         seed=config.seed,
     )
@@ -119,14 +131,20 @@ def make_schedule(config: ConfigDict, steps: int, examples: int) -> Schedule:
         steps,
         timescale=optimizer.timescale,
         cooldown=configs.duration(config, "optimizer.cooldown_", examples) or 0,
+        form=optimizer.cooldown_form,
     )
 
 
-def make_optimizer(config: ConfigDict, rate: Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, rate: Schedule, architecture: Architecture) -> optax.GradientTransformation:
+    """The chain of the named optimizer, with factors of the rate at its end where there are any."""
     optimizer = config.optimizer
     options = {
         name: optimizer[name] for name in ("weight_decay", "decay", "beta1", "beta2", "clip_norm", "first_moment_dtype")
     }
-    if optimizer.name == "adafactor":
-        return optimizers.adafactor(rate, **options)
-    return optimizers.adamw(rate, **options, eps=optimizer.eps)
+    if optimizer.name != "adafactor":
+        options["eps"] = optimizer.eps
+    chain = OPTIMIZERS[optimizer.name](rate, **options)
+    if not optimizer.rate_factors and optimizer.layer_decay == 1:
+        return chain
+    depths = {name: tower.layers for name, tower in (("image", architecture.image), ("text", architecture.text))}
+    return optax.chain(chain, rates.scale_by_factors(optimizer.rate_factors, optimizer.layer_decay, depths))

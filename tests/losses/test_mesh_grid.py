@@ -64,7 +64,7 @@ def test_more_texts_than_images_some_with_the_ids_of_others(name, on_mesh, defin
     def run(image, text, *scalars):
         image, text = jax.lax.with_sharding_constraint((image, text[order]), batch_sharding(mesh))
         texts = Embeddings(text, ids[order], valid[order] if padded else None)
-        return on_mesh(image, texts, *scalars, make_grid(mesh, text, tiling), tiling)[0]
+        return on_mesh(image, texts, *scalars, make_grid(mesh, text, tiling), tiling, 0.0)[0]
 
     values = (image[:pairs], text, *map(jnp.float32, SCALARS[name]))
     loss, gradients = jax.jit(jax.value_and_grad(run, tuple(range(len(values)))))(*values)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from clip_jax.config import defaults, resolve_preset
+from clip_jax.data.sources.sample import Sample
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.losses import reference
 from clip_jax.models.clip import CLIP
-from clip_jax.objectives.contrastive import SPEC, make, make_held_out_loss
+from clip_jax.objectives.contrastive import SPEC, groups_of, make, make_held_out_loss, positive_groups, views
 from clip_jax.presets import OPENAI
 from clip_jax.training import initialize
+from tests.models.test_clip import SMALL
 
 
 @pytest.mark.parametrize("pairs", [30, 32])
@@ -52,3 +54,45 @@ def test_a_loaded_scale_that_the_first_step_would_change_is_said(scale, said):
     run = SimpleNamespace(phases=[SimpleNamespace(learner=learner)])
     assert said in initialize._limited_scale(run, {"logit_scale": np.float32(np.log(scale))})
     assert bool(said) == bool(initialize._limited_scale(run, {"logit_scale": np.float32(np.log(scale))}))
+
+
+def test_groups_are_equal_for_equal_captions_alone():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 40_000, (4096, 12)).astype(np.int32)
+    tokens[1::2] = tokens[::2]
+    tokens[1::4, 3] += 1  # one token
+    tokens[3::8] = tokens[3::8, ::-1]  # the order
+    groups = np.asarray(groups_of(tokens))
+    assert len(np.unique(groups, axis=0)) == len(np.unique(tokens, axis=0)) < 4096
+    assert all((groups[:, 0] == word).sum() <= 2 for word in groups[:16, 0])
+
+
+def test_an_example_without_a_label_is_a_positive_of_its_own_text_alone():
+    label = np.asarray([3, -1, 3, -1], np.int32)[:, None]
+    groups = np.asarray(positive_groups("labels", {"label": label, "row": np.arange(4)}))[:, 0]
+    assert groups[0] == groups[2] and len(set(groups.tolist())) == 3
+
+
+def test_the_views_give_the_examples_own_negatives_first_and_then_those_of_its_caption():
+    def tokenizer(texts):
+        return np.asarray([[len(text)] * 12 for text in texts], np.int32)
+
+    settings = SPEC.defaults | {"positives": "labels", "negatives": 3}
+    made = views(settings, CLIP(SMALL), tokenizer)
+    caption, given = "a red circle and a blue square", "something else"
+
+    def batch(**fields):
+        arrays = {
+            name: np.empty((1, *shape), dtype) for v in made.values() for name, (shape, dtype) in v.arrays.items()
+        }
+        for view in made.values():
+            view.fill(
+                Sample(None, (caption,), "k", **fields), np.random.default_rng(0), {n: a[0] for n, a in arrays.items()}
+            )
+        return arrays
+
+    one = batch(label=5, extras={"negatives": (given,)})
+    assert one["label"].tolist() == [[5]] and one["has_negative"].all()
+    assert one["negatives"][0, :, 0].tolist() == [len(given), len(caption), len(caption)]
+    other = batch()
+    assert other["label"].tolist() == [[-1]] and other["has_negative"].tolist() == [[True, True, False]]

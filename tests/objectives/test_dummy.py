@@ -36,7 +36,7 @@ def one_step(mesh, **options):
     model = CLIP(SMALL)
     model = CLIP(SMALL, model.compute._replace(mesh=mesh))
     objectives = {
-        "contrastive": contrastive.make({"loss": "softmax", "max_logit_scale": 100.0}, model, presets.HALF, None),
+        "contrastive": contrastive.make(contrastive.SPEC.defaults, model, presets.HALF, None),
         "dummy": dummy.make({}, model, presets.HALF, None),
     }
     learner = learner_of(

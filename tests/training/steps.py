@@ -46,7 +46,7 @@ def learner_of(
     if optimizer is None:
         optimizer = adamw(rates, weight_decay=0.1, decay="matrices", beta1=0.9, beta2=0.98, eps=1e-6, clip_norm=1.0)
     if objectives is None:
-        settings = {"loss": loss, "max_logit_scale": max_logit_scale}
+        settings = contrastive.SPEC.defaults | {"loss": loss, "max_logit_scale": max_logit_scale}
         objectives = {"contrastive": contrastive.make(settings, model, preprocess, None)}
     views = pair_views(
         image_size=model.architecture.image.image_size,

@@ -1,0 +1,87 @@
+"""Targets of the softmax loss beside the diagonal: several positives in a row or a column, and smoothed targets.
+
+A row with n positives among N texts has the target ``(1 - smoothing) / n`` on each positive, and ``smoothing / N`` on
+every text besides. Its cross-entropy is its log-sum-exp minus the expected logit under the target. Both are taken
+relative to the logit of the row's own pair, as everywhere in the loss: with one positive, nothing is left to cancel.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from clip_jax.losses.mesh_grid import ROWS
+
+
+class Sums(NamedTuple):
+    """Of a row or a column, over all logits but that of its own pair and those of padding."""
+
+    count: Float[Array, "n"]
+    distance: Float[Array, "n"]
+    """The sum of logits minus the pair's."""
+    positives: Float[Array, "n"]
+    """How many are positives."""
+    positive_distance: Float[Array, "n"]
+    positive: Float[Array, "n"]
+    """The largest logit of a positive."""
+    negative: Float[Array, "n"]
+    """The largest logit of a negative."""
+
+
+class Targets(NamedTuple):
+    """Of a row or a column."""
+
+    positive: Float[Array, "n"]
+    """What each positive has in addition to ``every``."""
+    every: Float[Array, "n"]
+    others: Float[Array, "n"]
+    """The sum over all but the own pair."""
+
+
+EMPTY = Sums(*(np.float32(0),) * 4, *(np.float32(-np.inf),) * 2)
+
+
+def of_block(
+    logits: Float[Array, "images texts"], own: Float[Array, "..."], same: Bool[Array, "images texts"], axis: int
+) -> Sums:
+    """The sums of a block along an axis; ``own`` are the logits of the pairs, and excluded logits are -inf."""
+    included = jnp.isfinite(logits)
+    positive = included & same
+    distance = jnp.where(included, logits - own, 0)
+    return Sums(
+        count=jnp.sum(included, axis, dtype=jnp.float32),
+        distance=jnp.sum(distance, axis),
+        positives=jnp.sum(positive, axis, dtype=jnp.float32),
+        positive_distance=jnp.sum(jnp.where(positive, distance, 0), axis),
+        positive=jnp.max(jnp.where(positive, logits, -jnp.inf), axis),
+        negative=jnp.max(jnp.where(same, -jnp.inf, logits), axis),
+    )
+
+
+def merge(one: Sums, other: Sums) -> Sums:
+    added = [a + b for a, b in zip(one[:4], other[:4], strict=True)]
+    return Sums(*added, *(jnp.maximum(a, b) for a, b in zip(one[4:], other[4:], strict=True)))
+
+
+def reduce_grid_rows(columns: Sums) -> Sums:
+    """Combines the columns of the devices of a grid column."""
+    return Sums(*jax.lax.psum(tuple(columns[:4]), ROWS), *jax.lax.pmax(tuple(columns[4:]), ROWS))
+
+
+def targets(sums: Sums, smoothing: float) -> Targets:
+    positive, every = (1 - smoothing) / (sums.positives + 1), smoothing / (sums.count + 1)
+    return Targets(positive, every, sums.positives * positive + sums.count * every)
+
+
+def expected(sums: Sums, of: Targets) -> Float[Array, "n"]:
+    """The expected logit under the target, minus the pair's."""
+    return of.positive * sums.positive_distance + of.every * sums.distance
+
+
+def of_logits(
+    of: Targets, logits: Float[Array, "images texts"], same: Bool[Array, "images texts"]
+) -> Float[Array, "images texts"]:
+    """The target of each logit of a block; 0 for excluded ones, which are -inf."""
+    return jnp.where(jnp.isfinite(logits), jnp.where(same, of.positive, 0) + of.every, 0)

@@ -1,0 +1,61 @@
+"""Cross-entropy over a vocabulary, a chunk of tokens at a time.
+
+The logits of a batch of captions would be [batch, length, vocabulary]: 200 GB for 32,768 captions of 32 tokens in a
+vocabulary of 50,000. Here a device holds those of one chunk, in both passes: the backward pass computes them again.
+Tokens without weight, which are padding, come last, and chunks of them alone are skipped.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Int
+
+from clip_jax.devices.sharding import batch_shards, split_rows
+
+CHUNK_LOGITS = 2**24
+"""Logits that a device holds at one time: 64 MiB of float32."""
+
+
+def chunk_size(tokens: int, vocabulary: int) -> int:
+    """The tokens of a chunk, of ``tokens`` on a device."""
+    return min(tokens, max(8, CHUNK_LOGITS // vocabulary))
+
+
+def cross_entropy(
+    hidden: Float[Array, "batch length width"],
+    head: Float[Array, "width vocabulary"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    mesh: Mesh | AbstractMesh | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums of ``-weight * log softmax(hidden @ head)[target]``, and of the weights of tokens predicted right."""
+    shards = 1 if mesh is None else batch_shards(mesh)
+    tokens = targets.size // shards
+    size = chunk_size(tokens, head.shape[1])
+    padding = -tokens % size
+
+    def by_device(x: Array) -> Array:
+        return split_rows(x.reshape(shards, tokens, *x.shape[2:]), mesh)
+
+    order = jnp.argsort(by_device(weights) == 0, axis=1, stable=True)
+
+    def chunks(x: Array) -> Array:
+        """[batch, length, ...] -> [chunks, devices, tokens, ...], each device's tokens with weight first."""
+        x = jax.vmap(lambda rows, order: rows[order])(by_device(x), order)
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(shards, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def one_chunk(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+        logits = jnp.einsum("dtw,wv->dtv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        losses = jax.nn.logsumexp(logits, axis=-1) - own
+        return jnp.sum(weights * losses), jnp.sum(weights * (own >= jnp.max(logits, axis=-1)))
+
+    @jax.checkpoint
+    def step(sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
+        zero = jnp.zeros((), jnp.float32)
+        new = jax.lax.cond(jnp.any(chunk[2] > 0), one_chunk, lambda *_: (zero, zero), *chunk)
+        return (sums[0] + new[0], sums[1] + new[1]), None
+
+    start = (jnp.zeros((), jnp.float32),) * 2
+    return jax.lax.scan(step, start, (chunks(hidden), chunks(targets), chunks(weights)))[0]

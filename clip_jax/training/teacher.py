@@ -1,0 +1,33 @@
+"""The weights of a teacher: a published model or another run's, as constants of an objective."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from clip_jax.errors import UserError
+from clip_jax.model import load
+from clip_jax.models.clip import Params
+from clip_jax.objectives import distillation
+from clip_jax.objectives.objective import Objective
+
+
+def with_teacher(objective: Objective) -> Objective:
+    """The objective with the function that loads its teacher, where it has one."""
+    if objective.teacher is None:
+        return objective
+    fingerprint = " ".join(objective.teacher)
+    return objective._replace(load_constants=partial(_load, objective), constants_fingerprint=fingerprint)
+
+
+def _load(objective: Objective, shardings: Any) -> Params:
+    """Raises UserError for weights of another architecture."""
+    name, weights = objective.teacher
+    loaded = load(name, weights=weights) if Path(weights).is_file() else load(weights)
+    found = distillation.constants(loaded.params, loaded.batch_stats)
+    wanted = jax.tree.map(lambda leaf: leaf.shape, nn.meta.unbox(objective.abstract_constants()))
+    if jax.tree.map(lambda leaf: leaf.shape, found) != wanted:
+        raise UserError(f"config.objectives.distillation.teacher_weights={weights}: not the weights of a {name}")
+    return jax.device_put(found, shardings)

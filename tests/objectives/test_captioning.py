@@ -1,0 +1,140 @@
+"""Captioning: its definition, and what the decoder may see."""
+
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax import presets
+from clip_jax.devices.sharding import make_mesh
+from clip_jax.losses import vocabulary
+from clip_jax.losses.vocabulary import cross_entropy
+from clip_jax.models.clip import CLIP
+from clip_jax.objectives import captioning
+from clip_jax.objectives.objective import Rows
+from clip_jax.planning import program
+from tests.models.test_clip import SMALL, params_of
+
+BIDIRECTIONAL = replace(SMALL, text=replace(SMALL.text, causal=False, pooling="last"))
+ROWS, LENGTH = 4, SMALL.text.context_length
+TEXT = np.random.default_rng(0).integers(1, 99, (ROWS, LENGTH)).astype(np.int32)
+ENDS = (5, 11, 3, 8)
+for row, end in enumerate(ENDS):
+    TEXT[row, end], TEXT[row, end + 1 :] = 99, 0
+
+
+def case(architecture=SMALL, **settings):
+    """(model, settings, the parameters with the decoder's, normalized images)"""
+    model, settings = CLIP(architecture), captioning.SPEC.defaults | {"layers": 2, "queries": 5} | settings
+    params = params_of(model)
+    made = jax.jit(lambda key: nn.meta.unbox(captioning.init_params(model, settings, key)))(jax.random.key(1))
+    made["projection"] = jax.random.normal(jax.random.key(2), made["projection"].shape) / 7
+    image = np.random.default_rng(1).normal(size=(ROWS, 32, 32, 3)).astype(np.float32)
+    return model, settings, params | {"objectives": {"captioning": made}}, image
+
+
+def hidden(model, settings, params, image, text, parallel=None):
+    out = model.forward(params, {}, {"image": image, "text": text}, train=False)
+    decoder = params["objectives"]["captioning"]
+    return captioning.decode(model, settings, decoder, out.tokens, out.patches, text, parallel)
+
+
+@pytest.mark.parametrize("architecture", [SMALL, BIDIRECTIONAL], ids=["causal", "bidirectional"])
+def test_the_loss_is_the_mean_over_the_tokens_of_all_captions(architecture):
+    model, settings, params, image = case(architecture)
+    made, text = captioning.make(settings, model, presets.HALF, None), jnp.asarray(TEXT)
+
+    @jax.jit
+    def ours(params):
+        batch = {"image": image, "text": text}
+        outputs = model.forward(params, {}, batch, train=False)
+        keys = jax.random.split(jax.random.key(0), ROWS)
+        return made.local(Rows(params, {}, {}, {}, {}, outputs, batch | made.prepare(batch), keys))
+
+    loss, sums = ours(params)
+    head = params["objectives"]["captioning"]["projection"]
+    logits = np.asarray(jax.jit(hidden, static_argnums=(0, 1))(model, Settings(settings), params, image, text) @ head)
+    first = int(architecture.text.causal)
+    tokens = [(r, t) for r, end in enumerate(ENDS) for t in range(first, end + 1 + (end < LENGTH - 1) * (1 - first))]
+    right = [logits[r, t - first].argmax() == TEXT[r, t] for r, t in tokens]
+    nll = [-jax.nn.log_softmax(logits[r, t - first])[TEXT[r, t]] for r, t in tokens]
+    assert float(loss) == pytest.approx(float(np.mean(nll)), rel=1e-5)
+    assert float(sums["accuracy"]) == pytest.approx(np.mean(right), abs=1e-6)
+
+
+class Settings(dict):
+    def __hash__(self):
+        return hash(tuple(self.items()))
+
+
+@pytest.mark.parametrize("architecture", [SMALL, BIDIRECTIONAL], ids=["causal", "bidirectional"])
+def test_a_prediction_sees_the_image_and_no_token_after_its_own(architecture):
+    model, settings, params, image = case(architecture)
+    run = jax.jit(hidden, static_argnums=(0, 1))
+    text = np.random.default_rng(3).integers(1, 99, TEXT.shape).astype(np.int32)
+    plain, at = run(model, Settings(settings), params, image, text), 6
+    later = text.copy()
+    later[:, at:] = later[:, at:] % 90 + 1
+    # hidden[i] predicts token i + 1 (or i, without a start token) from the tokens before it
+    seen = at if architecture.text.causal else at + 1
+    changed = np.abs(run(model, Settings(settings), params, image, later) - plain).max(axis=(0, 2))
+    assert np.all(changed[:seen] == 0) and np.all(changed[seen:] > 1e-4)
+    assert np.abs(run(model, Settings(settings), params, image[::-1], text) - plain).max() > 1e-3
+
+
+def test_with_all_inputs_masked_it_sees_the_image_alone():
+    model, settings, params, image = case(parallel=0.5)
+    run, parallel = jax.jit(hidden, static_argnums=(0, 1)), np.arange(ROWS) % 2 == 0
+    plain, other = (run(model, Settings(settings), params, image, text, parallel) for text in (TEXT, TEXT[::-1]))
+    changed = np.abs(plain - other).max(axis=(1, 2))
+    assert np.all(changed[parallel] == 0) and np.all(changed[~parallel] > 1e-3)
+
+
+def test_the_end_of_a_caption_is_found_with_and_without_an_end_token():
+    clip, siglip = replace(SMALL.text, pooling="argmax"), replace(SMALL.text, pooling="last")
+    text = np.asarray([[7, 0, 3, 9, 0, 0], [7, 3, 2, 4, 5, 9]], np.int32)
+    assert captioning.caption_mask(text, clip).sum(axis=1).tolist() == [4, 6]
+    text = np.asarray([[7, 1, 3, 1, 1, 1], [7, 3, 2, 4, 5, 9]], np.int32)
+    assert captioning.caption_mask(text, siglip).sum(axis=1).tolist() == [4, 6]
+
+
+def vocabulary_case(rows=8, length=6, width=4, size=50):
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(rows, length, width)), rng.normal(size=(width, size))
+    weights = rng.random((rows, length)) * (rng.random((rows, length)) < 0.6)
+    targets = rng.integers(0, size, (rows, length))
+    return [x.astype(np.float32) for x in (hidden, head)], targets, weights.astype(np.float32)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (8, 1, 1)])
+def test_the_vocabularys_loss_in_chunks_equals_the_definition(mesh, monkeypatch):
+    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 0)  # 8 tokens at a time, or all of a device's
+    (hidden, head), targets, weights = vocabulary_case()
+    mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+
+    def definition(hidden, head):
+        return -jnp.sum(weights * jnp.take_along_axis(jax.nn.log_softmax(hidden @ head), targets[..., None], 2)[..., 0])
+
+    found = jax.jit(jax.value_and_grad(lambda *x: cross_entropy(*x, targets, weights, mesh)[0], (0, 1)))(hidden, head)
+    expected = jax.value_and_grad(definition, (0, 1))(hidden, head)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+
+
+def test_chunks_of_padding_are_skipped_and_no_array_has_the_logits_of_the_batch(monkeypatch):
+    """What would be multiplied in a skipped chunk is NaN."""
+    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 0)
+    (hidden, head), targets, weights = vocabulary_case(32, 16, size=600)
+    weights[:] = 1
+    weights[:, 8:] = 0
+    hidden[:, 8:] = np.nan
+    mesh = make_mesh(8)
+    run = jax.jit(jax.value_and_grad(lambda *x: cross_entropy(*x, targets, weights, mesh)[0], (0, 1)))
+    loss, (_, gradient) = run(hidden, head)
+    assert np.isfinite(loss) and np.isfinite(gradient).all()
+    shapes = [shape.split("[")[1] for shape in program.buffers(run.lower(hidden, head).compile().as_text())]
+    sizes = [np.prod([int(n) for n in shape.rstrip("]").split(",") if n]) for shape in shapes]
+    assert max(sizes) <= 16 * 600 < 32 * 16 * 600 / 8
