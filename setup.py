@@ -38,12 +38,17 @@ REQUIREMENTS = [
 GCS = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17"]
 S3 = ["s3fs>=2026.9"]
 
+# clip-jax export --format=stablehlo: jax.export writes its files with it.
+STABLEHLO = ["flatbuffers>=25.12"]
+
 EXTRAS = {
     "gcs": GCS,
     "s3": S3,
+    "stablehlo": STABLEHLO,
     "test": [
         *GCS,
         *S3,
+        *STABLEHLO,
         "flask>=3.1",  # moto's server and flask-cors: without the rest of moto[server], a hundred megabytes
         "flask-cors>=6.0",
         "gcp-storage-emulator>=2026.7.19",

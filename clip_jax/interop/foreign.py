@@ -46,6 +46,22 @@ class Foreign(NamedTuple):
     folder: Path
     """The folder that may hold the files of the tokenizer."""
 
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers of which the file has any tensor; of one alone, half the methods of a model can be used."""
+        if self.layout == "bigvision":
+            return open_clip.TOWERS
+        image, text = BEGINNINGS[self.layout]
+        has_image, has_text = (any(name.startswith(names) for name in self.tensors) for names in (image, text))
+        return open_clip.TOWERS if has_image == has_text else ("image",) if has_image else ("text",)
+
+
+BEGINNINGS = {
+    "huggingface": (("vision_model.",), ("text_model.",)),
+    "openclip": (("visual.",), ("text.", "transformer.", "token_embedding.")),
+}
+"""How the names of each tower's tensors begin."""
+
 
 def open_folder(folder: Path) -> Foreign:
     """A folder whose config says which model it is. Raises UserError."""
@@ -85,7 +101,8 @@ def read_params(
     """
     try:
         tensors, architecture = as_open_clip(foreign), foreign.preset.architecture
-        return open_clip.to_params(tensors, architecture, put), open_clip.to_batch_stats(tensors, architecture)
+        params = open_clip.to_params(tensors, architecture, put, foreign.towers)
+        return params, (open_clip.to_batch_stats(tensors, architecture) if "image" in params else {})
     except UserError as error:
         source = foreign.tensors.source
         raise error if str(error).startswith(source) else UserError(f"{source}: {error}") from error
@@ -94,7 +111,7 @@ def read_params(
 def as_open_clip(foreign: Foreign) -> Tensors:
     """The tensors under OpenCLIP's names."""
     if foreign.layout == "huggingface":
-        return huggingface.to_open_clip(foreign.tensors, foreign.preset.architecture)
+        return huggingface.to_open_clip(foreign.tensors, foreign.preset.architecture, foreign.towers)
     if foreign.layout == "bigvision":
         return big_vision.to_open_clip(foreign.tensors, foreign.preset.architecture)
     return foreign.tensors
