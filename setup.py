@@ -42,14 +42,19 @@ S3 = ["s3fs>=2026.9"]
 # The metadata of clip-jax embed and search.
 PARQUET = ["pyarrow>=26.0"]
 
+# clip-jax export --format=stablehlo: jax.export writes its files with it.
+STABLEHLO = ["flatbuffers>=25.12"]
+
 EXTRAS = {
     "gcs": GCS,
     "s3": S3,
     "parquet": PARQUET,
+    "stablehlo": STABLEHLO,
     "test": [
         *GCS,
         *S3,
         *PARQUET,
+        *STABLEHLO,
         "flask>=3.1",  # moto's server and flask-cors: without the rest of moto[server], a hundred megabytes
         "flask-cors>=6.0",
         "gcp-storage-emulator>=2026.7.19",

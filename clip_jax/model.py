@@ -63,6 +63,7 @@ class Model:
     @property
     def scale(self) -> float:
         """``exp(logit_scale)``, the factor of cosines before a softmax."""
+        self._need("image", "text")
         return float(jnp.exp(self.params["logit_scale"]))
 
     def preprocess(self, images: Images) -> Float[np.ndarray, "n height width 3"]:
@@ -128,6 +129,7 @@ class Model:
         self, pixels: Float[Array, "n height width 3"], *, normalize: bool = True, return_tokens: int | None = None
     ) -> Float[Array, "n dim"] | Float[Array, "n tokens width"]:
         """Embeddings of normalized pixels; jitted, and differentiable with respect to them. Raises UserError."""
+        self._need("image")
         pixels = inputs.pixels(pixels, self.image_size, self.preset.preprocess)
         rows = self._rows(pixels)
         if return_tokens is not None:
@@ -139,12 +141,18 @@ class Model:
         self, tokens: Int[Array, "n length"], *, normalize: bool = True, return_tokens: int | None = None
     ) -> Float[Array, "n dim"] | Float[Array, "n length width"]:
         """Embeddings of token ids; jitted. Raises UserError."""
+        self._need("text")
         tokens = inputs.tokens(tokens, self.preset.architecture.text)
         rows = self._rows(tokens)
         if return_tokens is not None:
             return self._text_tokens(self.params, rows, return_tokens)[: len(tokens)]
         encoded = self._encode_tokens(self.params, rows)[: len(tokens)]
         return unit(encoded) if normalize else encoded
+
+    def _need(self, *towers: str) -> None:
+        """UserError where the weights are those of the other tower alone."""
+        if missing := [tower for tower in towers if tower not in self.params]:
+            raise UserError(f"{self.name}: these weights have no {missing[0]} tower; load those of the whole model")
 
     def _rows(self, x: Array) -> Array:
         """Padded to a multiple of the devices that split a batch, where the model is on a mesh."""

@@ -9,7 +9,7 @@ import sys
 
 from clip_jax import __version__
 from clip_jax.command_line import split_overrides
-from clip_jax.commands import classify, compare, embed, evaluate, export, import_, models, plan, search, train
+from clip_jax.commands import classify, compare, embed, evaluate, export, import_, models, plan, push, search, train
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "search": search,
     "import": import_,
     "export": export,
+    "push": push,
 }
 
 

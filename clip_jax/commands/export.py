@@ -5,12 +5,13 @@ from pathlib import Path
 
 from clip_jax.errors import UserError
 
-HELP = "Write a model in the format of OpenCLIP, Transformers or big_vision."
+FORMATS = ("openclip", "huggingface", "bigvision", "stablehlo")
+HELP = "Write a model in the format of OpenCLIP, Transformers, big_vision or StableHLO."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a run folder, a folder of weights, or hf://org/name")
-    parser.add_argument("--format", required=True, choices=("openclip", "huggingface", "bigvision"))
+    parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--to", required=True, help="a new folder")
 
 

@@ -1,4 +1,4 @@
-"""Writes a model as a folder that OpenCLIP, Transformers or big_vision loads.
+"""Writes a model as a folder that OpenCLIP, Transformers, big_vision or any runtime of StableHLO loads.
 
 ``export`` returns lines for the user: what was written, and which part of the model the format cannot hold.
 """
@@ -19,14 +19,13 @@ from clip_jax.interop import (
     huggingface_config,
     open_clip,
     open_clip_config,
+    stablehlo,
 )
 from clip_jax.interop.files import write_json
 from clip_jax.interop.tensors import Tensors, from_arrays
 from clip_jax.models.clip import Params, parameter_counts
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.presets import Preset
-
-FORMATS = ("openclip", "huggingface", "bigvision")
 
 
 def export(
@@ -43,12 +42,16 @@ def export(
     """Writes the folder ``to``; ``source`` is the folder that the model was loaded from. Raises UserError."""
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{to}: not empty; give a new folder")
-    arrays = open_clip.from_params(jax.tree.map(np.asarray, params), preset.architecture, batch_stats)
-    tensors = from_arrays(name, arrays)
-    write = {"openclip": _open_clip, "huggingface": _hugging_face, "bigvision": _big_vision}[layout]
+    if missing := {"image", "text"} - params.keys():
+        raise UserError(f"{name}: has no {missing.pop()} tower; a model of both is exported")
     to.mkdir(parents=True, exist_ok=True)
     try:
-        lines = write(to, preset, tensors)
+        if layout == "stablehlo":
+            lines = stablehlo.write(to, preset, params, batch_stats)
+        else:
+            arrays = open_clip.from_params(jax.tree.map(np.asarray, params), preset.architecture, batch_stats)
+            write = {"openclip": _open_clip, "huggingface": _hugging_face, "bigvision": _big_vision}[layout]
+            lines = write(to, preset, from_arrays(name, arrays))
     except UserError:
         to.rmdir()  # Nothing was written: each format refuses a model before it writes.
         raise
@@ -89,9 +92,9 @@ def model_card(name: str, layout: str, preset: Preset, params: Params) -> str:
     else:
         shape, activation = f"{image.width}, {image.layers}, {image.heads}", image.activation
     millions = {tower: f"{count / 1e6:.1f} M" for tower, count in parameter_counts(params).items()}
-    library = {"openclip": "open_clip", "huggingface": "transformers", "bigvision": "big_vision"}[layout]
+    libraries = {"openclip": "open_clip", "huggingface": "transformers", "bigvision": "big_vision", "stablehlo": "jax"}
     return f"""---
-library_name: {library}
+library_name: {libraries[layout]}
 pipeline_tag: zero-shot-image-classification
 tags: [clip, jax]
 ---

@@ -45,6 +45,24 @@ class Foreign(NamedTuple):
     layout: str
     folder: Path
     """The folder that may hold the files of the tokenizer."""
+    clean: str = "none"
+    """What the model's library does with a text before a ``tokenizer.json`` reads it (``cleaning.CLEANERS``)."""
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers of which the file has any tensor; of one alone, half the methods of a model can be used."""
+        if self.layout == "bigvision":
+            return open_clip.TOWERS
+        image, text = BEGINNINGS[self.layout]
+        has_image, has_text = (any(name.startswith(names) for name in self.tensors) for names in (image, text))
+        return open_clip.TOWERS if has_image == has_text else ("image",) if has_image else ("text",)
+
+
+BEGINNINGS = {
+    "huggingface": (("vision_model.",), ("text_model.",)),
+    "openclip": (("visual.",), ("text.", "transformer.", "token_embedding.")),
+}
+"""How the names of each tower's tensors begin."""
 
 
 def open_folder(folder: Path) -> Foreign:
@@ -57,13 +75,13 @@ def open_folder(folder: Path) -> Foreign:
         )
     config = folders.read_json(found.config)
     if found.layout == "openclip":
-        preset = open_clip_config.to_preset(config, str(found.config))
+        preset, clean = open_clip_config.to_preset(config, str(found.config)), open_clip_config.cleaner(config)
     else:
         preprocessor, origin = preprocessing.read_transformers(folder)
-        preset = huggingface_config.to_preset(config, preprocessor, str(found.config), origin)
+        preset, clean = huggingface_config.to_preset(config, preprocessor, str(found.config), origin), "none"
     if tokenizers.files.find(folder, "sentencepiece") is not None:  # in an export of a run
         preset = preset._replace(tokenizer="sentencepiece")
-    return Foreign(folder.resolve().name, preset, files.read(found.weights), found.layout, folder)
+    return Foreign(folder.resolve().name, preset, files.read(found.weights), found.layout, folder, clean)
 
 
 def open_weights(path: Path, name: str, preset: Preset) -> Foreign:
@@ -73,7 +91,7 @@ def open_weights(path: Path, name: str, preset: Preset) -> Foreign:
     layout = folders.layout_of(list(tensors), str(weights))
     if layout == "bigvision":
         preset = preset._replace(architecture=big_vision.activations(preset.architecture))
-    return Foreign(name, preset, tensors, layout, weights.parent)
+    return Foreign(name, preset, tensors, layout, weights.parent, "whitespace" if layout == "openclip" else "none")
 
 
 def read_params(
@@ -85,7 +103,8 @@ def read_params(
     """
     try:
         tensors, architecture = as_open_clip(foreign), foreign.preset.architecture
-        return open_clip.to_params(tensors, architecture, put), open_clip.to_batch_stats(tensors, architecture)
+        params = open_clip.to_params(tensors, architecture, put, foreign.towers)
+        return params, (open_clip.to_batch_stats(tensors, architecture) if "image" in params else {})
     except UserError as error:
         source = foreign.tensors.source
         raise error if str(error).startswith(source) else UserError(f"{source}: {error}") from error
@@ -94,7 +113,7 @@ def read_params(
 def as_open_clip(foreign: Foreign) -> Tensors:
     """The tensors under OpenCLIP's names."""
     if foreign.layout == "huggingface":
-        return huggingface.to_open_clip(foreign.tensors, foreign.preset.architecture)
+        return huggingface.to_open_clip(foreign.tensors, foreign.preset.architecture, foreign.towers)
     if foreign.layout == "bigvision":
         return big_vision.to_open_clip(foreign.tensors, foreign.preset.architecture)
     return foreign.tensors
@@ -145,11 +164,9 @@ def open_tokenizer(foreign: Foreign, given: str | Path | Tokenizer | None = None
     Raises UserError where its vocabulary or its end token is not the model's.
     """
     kind, tower = foreign.preset.tokenizer, foreign.preset.architecture.text
-    # OpenCLIP cleans a text before Transformers' tokenizer reads it; Transformers does not.
-    clean = "whitespace" if foreign.layout == "openclip" else "none"
     if given is not None:
-        return tokenizer_files.given(given, kind, tower, clean)
-    found = tokenizer_files.open_tokenizer(foreign.folder, kind, tower, clean)
+        return tokenizer_files.given(given, kind, tower, foreign.clean)
+    found = tokenizer_files.open_tokenizer(foreign.folder, kind, tower, foreign.clean)
     if found is not None:
         return found
     names = ", ".join(tokenizers.files.FILES.get(kind, (tokenizers.files.JSON,)))

@@ -4,7 +4,8 @@ SigLIP 2's checkpoints of a fixed resolution are ``SiglipModel`` too.
 """
 
 from clip_jax.errors import UserError
-from clip_jax.interop import rename
+from clip_jax.interop import open_clip, rename
+from clip_jax.interop.open_clip import TOWERS
 from clip_jax.interop.rename import LEADING_ONE, SCALAR, TRANSPOSED, Rule, below, both, layers, same
 from clip_jax.interop.tensors import Tensors
 from clip_jax.models.clip import Architecture
@@ -16,9 +17,10 @@ def ignored(name: str) -> bool:
     return name.endswith("embeddings.position_ids")
 
 
-def to_open_clip(tensors: Tensors, architecture: Architecture) -> Tensors:
-    """Transformers' tensors under OpenCLIP's names."""
-    return rename.to_open_clip(tensors, _rules(architecture), ignored)
+def to_open_clip(tensors: Tensors, architecture: Architecture, towers: tuple[str, ...] = TOWERS) -> Tensors:
+    """Transformers' tensors under OpenCLIP's names; of one tower alone, its own."""
+    rules = [rule for rule in _rules(architecture) if open_clip.needed(rule.open_clip[0], towers)]
+    return rename.to_open_clip(tensors, rules, ignored)
 
 
 def from_open_clip(tensors: Tensors, architecture: Architecture) -> Tensors:

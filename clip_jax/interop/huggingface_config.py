@@ -12,6 +12,12 @@ from clip_jax.presets import Preprocess, Preset, siglip_image
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+ONE_TOWER = {
+    "clip_vision_model": ("clip", "vision", "CLIPVisionModelWithProjection"),
+    "clip_text_model": ("clip", "text", "CLIPTextModelWithProjection"),
+    "siglip_vision_model": ("siglip", "vision", "SiglipVisionModel"),
+}
+"""Half a model, whose config is that of one tower; what it does not say of the other is never used."""
 GEMMA_VOCABULARY = 256_000
 """The vocabulary size of SigLIP 2, whose folders have the same ``model_type`` as SigLIP's."""
 
@@ -44,6 +50,12 @@ def to_preset(
 ) -> Preset:
     """The preset of a ``config.json`` and the settings of an image processor; each origin is a name in errors."""
     kind = config.get("model_type")
+    if kind in ONE_TOWER:
+        kind, tower, name = ONE_TOWER[kind]
+        if config.get("architectures", [name]) != [name]:
+            raise UserError(f"{origin}: {config['architectures'][0]} has no projection to embeddings; {name} has")
+        preprocessor = preprocessor if tower == "vision" else None  # That of a whole model may lie beside its texts'.
+        config = {"model_type": kind, f"{tower}_config": config, "projection_dim": config.get("projection_dim", 512)}
     if kind not in ("clip", "siglip"):
         raise UserError(
             f"{origin}: model_type {kind!r} is not supported; CLIPModel (clip) and SiglipModel (siglip) are"

@@ -19,24 +19,37 @@ from clip_jax.models.vit import ImageTower
 # Buffers and sizes that older files store with the weights; OpenCLIP drops them too.
 IGNORED = ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size")
 
+TOWERS = ("image", "text")
+
 STATISTICS = ("running_mean", "running_var")
 COUNT = "num_batches_tracked"
+
+
+def needed(name: str, towers: tuple[str, ...]) -> bool:
+    """Whether a model of these towers has the tensor of this name. The scale and the bias belong to both together."""
+    if name.startswith("logit_"):
+        return towers == TOWERS
+    return ("image" if name.startswith("visual.") else "text") in towers
 
 
 def to_params(
     tensors: Mapping[str, np.ndarray],
     architecture: Architecture,
     put: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
+    towers: tuple[str, ...] = TOWERS,
 ) -> Params:
     """OpenCLIP's tensors by name -> our tree, in float32; ``put`` as in ``table.read``.
 
+    Of a model with one of the ``towers`` alone, the tree has that one only, and no scale.
     The names of the text tower may begin with ``text.``, as in OpenCLIP's CustomTextCLIP, or not. Raises UserError for
     a tensor that is missing, unknown or of a wrong shape.
     """
     names = [name for name in tensors if name not in IGNORED and not name.endswith((*STATISTICS, COUNT))]
+    names = [name for name in names if towers == TOWERS or not name.startswith("logit_")]
     renamed = _Renamed(tensors, {_canonical(name, architecture): name for name in names})
     shapes = table.parameter_shapes(architecture)
-    return table.read(renamed, _table(architecture), shapes, _sizes(architecture), put)
+    rows = [row for row in _table(architecture) if needed(row.theirs, towers)]
+    return table.read(renamed, rows, shapes, _sizes(architecture), put)
 
 
 def to_batch_stats(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> Params:

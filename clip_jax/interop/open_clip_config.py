@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+from clip_jax.data.tokenizers import cleaning
 from clip_jax.errors import UserError
 from clip_jax.interop import preprocessing
 from clip_jax.interop.open_clip import is_timm
@@ -186,12 +187,18 @@ def _tokenizer(text: dict[str, Any], origin: str) -> str:
         return "clip"
     if arguments.get("strip_sep_token"):
         return "clipa"
-    usual = {"sentencepiece": "lower"}.get(name, "canonicalize" if "SigLIP" in name else "whitespace")
-    if arguments.get("clean", usual) != usual:
+    # SigLIP's tokenizers here clean a text themselves; with any other file the folder's own cleaning is used.
+    supported = ("canonicalize",) if "SigLIP" in name else cleaning.CLEANERS
+    if arguments.get("clean", "canonicalize") not in supported:
         raise UserError(f"{origin}.tokenizer_kwargs.clean={arguments['clean']!r:.60} is not supported")
     if "SigLIP" not in name and name != "google/mt5-base":  # the vocabulary of the multilingual SigLIP
         return name
     return "siglip2" if text["vocab_size"] == 256_000 else "siglip"
+
+
+def cleaner(config: dict[str, Any]) -> str:
+    """What OpenCLIP does with a text before the tokenizer in the folder reads it: a name of ``cleaning.CLEANERS``."""
+    return (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean", "whitespace")
 
 
 def _activation(settings: dict[str, Any], activation: str, origin: str) -> str:
