@@ -91,20 +91,15 @@ def judge(
         raise ValueError(f"{int((places < 0).all(axis=1).sum())} images have no label among the classes")
     found = []
     for rows, nearness in _blocks(images, classes, parents):
-        nearness, own_places = nearness[:, allowed], places[rows]
-        is_right = np.zeros(nearness.shape, bool)
-        image, which = np.nonzero(own_places >= 0)
-        is_right[image, own_places[image, which]] = True
-        best = np.where(is_right, nearness, -np.inf).max(axis=1, keepdims=True)
-        above, reached = nearness > best + TIE, nearness >= best - TIE
-        found.append(
-            (
-                allowed[nearness.argmax(axis=1)],
-                (above & ~is_right).sum(axis=1),
-                (reached & ~above & ~is_right).sum(axis=1),
-                (reached & is_right).sum(axis=1),
-            )
+        nearness, own_places = nearness if only is None else nearness[:, allowed], places[rows]
+        predicted = allowed[nearness.argmax(axis=1)]
+        best = np.where(own_places >= 0, np.take_along_axis(nearness, own_places, 1), -np.inf).max(
+            axis=1, keepdims=True
         )
+        above = np.count_nonzero(nearness > best + TIE, axis=1)
+        reached = np.count_nonzero(nearness >= best - TIE, axis=1)
+        own = _count_right(nearness, own_places, best)
+        found.append((predicted, above, reached - above - own, own))
     return Judged(*map(np.concatenate, zip(*found, strict=True)))
 
 
@@ -135,6 +130,13 @@ def accuracy(
     found = scores(judge(images, labels, classes), labels, len(classes))
     names = ("top1", "top5") if len(classes) > 5 else ("top1",)
     return {f"zero_shot_{name}": found[name] for name in names}
+
+
+def _count_right(nearness: np.ndarray, places: np.ndarray, best: np.ndarray) -> Int[np.ndarray, " block"]:
+    """The number of different right classes that are as near as the best of them; none of them is nearer."""
+    places = np.sort(places, axis=1)
+    new = (places >= 0) & np.append(np.ones((len(places), 1), bool), np.diff(places, axis=1) > 0, axis=1)
+    return np.count_nonzero(new & (np.take_along_axis(nearness, places, 1) >= best - TIE), axis=1)
 
 
 def _blocks(images, classes, parents) -> Iterator[tuple[slice, Float[np.ndarray, "block classes"]]]:

@@ -112,6 +112,8 @@ def test_the_linear_probe_is_scikit_learns(case):
 
 END_TO_END = """
 import json, sys
+import types
+sys.modules["requests"] = types.ModuleType("requests")  # of downloads, which there are none of
 import torchvision_ops_stub, numpy as np, open_clip, torch
 from types import SimpleNamespace
 from clip_benchmark.datasets.builder import build_wds_dataset
@@ -126,7 +128,9 @@ class Loader(list):
     dataset = SimpleNamespace(classes=range(6))
 
 def margin(scores):
-    return scores.sort(dim=1).values.diff(dim=1).min().item()
+    "The smallest distance between the first and the second, and between the fifth and the sixth."
+    ordered = scores.sort(dim=1, descending=True).values
+    return min((ordered[:, k - 1] - ordered[:, k]).min().item() for k in (1, 5))
 
 data = build_wds_dataset("pets", transform, data_dir=f"{folder}/sets/pets")
 samples = list(data)
@@ -136,7 +140,7 @@ found = {"pets": zeroshot_classification.evaluate(
 with torch.no_grad():
     images = torch.nn.functional.normalize(model.encode_image(loader[0][0]), dim=-1)
     classes = zeroshot_classification.zero_shot_classifier(model, tokenizer, data.classes, data.templates, "cpu", False)
-found["pets_margin"] = margin(images @ classes)
+found["pets_margin"] = margin(images @ classes)  # top-5 of six
 data = build_wds_dataset("coco", transform, data_dir=f"{folder}/sets/coco")
 samples = list(data)
 loader = [(torch.stack([s[0] for s in samples]), [s[1] for s in samples])]
