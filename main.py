@@ -8,6 +8,10 @@ import sys
 import traceback
 from typing import NoReturn
 
+from clip_jax import interrupts
+
+interrupts.install()  # before the imports that take time
+
 from absl import app, flags, logging
 
 from clip_jax import errors
@@ -40,7 +44,7 @@ def main(overrides: dict[str, str]) -> int:
 def leave(code: int) -> NoReturn:
     """Ends the process. One of several that fails alone does not wait, as JAX's own exit does for minutes, for others
     that will never come; they notice that it is gone."""
-    together = code in (errors.EXIT_DONE, errors.EXIT_PREEMPTED, errors.EXIT_NON_FINITE)
+    together = code in (errors.EXIT_DONE, errors.EXIT_PREEMPTED, errors.EXIT_INTERRUPTED, errors.EXIT_NON_FINITE)
     if not together and flags.FLAGS.is_parsed() and flags.FLAGS.coordinator is not None:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -52,9 +56,6 @@ if __name__ == "__main__":
     try:
         arguments, overrides = split_overrides(sys.argv)
         app.run(lambda _: leave(main(overrides)), argv=arguments)
-    except KeyboardInterrupt:
-        print("main.py: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
     except errors.UserError as error:
         print(f"main.py: {error}", file=sys.stderr)
         leave(errors.EXIT_USER_ERROR)

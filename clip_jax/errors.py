@@ -14,6 +14,7 @@ EXIT_PREEMPTED = 42
 EXIT_NON_FINITE = 43
 EXIT_WATCHDOG = 44
 EXIT_OUT_OF_MEMORY = 45
+EXIT_INTERRUPTED = 130  # what a shell gives for SIGINT
 
 
 class UserError(Exception):
@@ -26,10 +27,25 @@ class StoppedError(Exception):
     exit_code: int
 
 
-class PreemptedError(StoppedError):
-    """SIGTERM: a checkpoint is written, and the same command resumes the run."""
+class SavedError(StoppedError):
+    """The run was asked to end after ``step`` of ``steps``; a checkpoint is written, and the same command resumes."""
 
-    exit_code = EXIT_PREEMPTED
+    reason: str
+
+    def __init__(self, step: int, steps: int):
+        super().__init__(f"{self.reason}; step {step} of {steps} is saved, the same command resumes from it")
+
+
+class PreemptedError(SavedError):
+    """SIGTERM."""
+
+    exit_code, reason = EXIT_PREEMPTED, "received SIGTERM"
+
+
+class InterruptedRunError(SavedError):
+    """Ctrl-C."""
+
+    exit_code, reason = EXIT_INTERRUPTED, "interrupted"
 
 
 class NonFiniteError(StoppedError):

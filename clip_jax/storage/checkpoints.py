@@ -15,14 +15,15 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from clip_jax.errors import UserError
+from clip_jax.errors import SavedError, UserError
 from clip_jax.storage import buckets, checkpoints_s3
 
 FOLDER = "checkpoints"
@@ -30,7 +31,11 @@ COMMITTED = "commit_success.txt"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; the newest ``keep_last`` are kept, and every ``keep_every``-th step's."""
+    """The checkpoints of one run folder; the newest ``keep_last`` are kept, and every ``keep_every``-th step's.
+
+    ``with Checkpoints(...) as checkpoints`` waits at its end for a save in progress, however the block ends: a process
+    that leaves earlier loses that checkpoint, and Orbax's threads write tracebacks about it.
+    """
 
     def __init__(self, workdir: str | Path, *, keep_last: int, keep_every: int | None):
         policies = [ocp.training.preservation_policies.LatestN(keep_last)]
@@ -74,6 +79,20 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for a save in progress; an error in the background is raised here."""
         self._checkpointer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """An error of the save is raised, unless the block has failed for a reason of its own."""
+        try:
+            self.close()
+        except Exception as failed:
+            if error is None or isinstance(error, SavedError):
+                raise
+            print(f"the checkpoint being written is not complete: {str(failed).splitlines()[0]}", flush=True)
 
 
 AVERAGE = "average"

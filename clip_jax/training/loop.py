@@ -17,7 +17,7 @@ from clip_jax import errors
 from clip_jax.data.stream import stream
 from clip_jax.devices import xla_flags
 from clip_jax.devices.sharding import initialize_processes, process_rows, to_devices
-from clip_jax.errors import PreemptedError, StoppedError, UserError
+from clip_jax.errors import StoppedError, UserError
 from clip_jax.evaluation import protocols
 from clip_jax.evaluation.embed import Embedded, Variables
 from clip_jax.evaluation.protocols import Evaluation
@@ -56,7 +56,7 @@ def run(
         with (
             stop.concise_resource_errors(folder),
             stop.watchdog(config.log.watchdog_seconds) as heartbeat,
-            stop.sigterm() as should_stop,
+            stop.signals() as should_stop,
         ):
             gallery = train(parts, heartbeat, should_stop)
     except StoppedError as error:
@@ -120,45 +120,37 @@ def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
         print(f"{run.folder}/tokenizer: its file or its libraries changed since the run began; some tokens may differ")
 
 
-def train(run: Run, heartbeat: Callable[[], None], should_stop: Callable[[int], bool]) -> Gallery | None:
+def train(run: Run, heartbeat: Callable[[], None], should_stop: stop.Stop) -> Gallery | None:
     """Trains all remaining steps; returns example pairs for the report, if there is a retrieval evaluation.
 
-    ``heartbeat()`` resets the watchdog; ``should_stop(step)`` returns whether to stop after a step.
+    ``heartbeat()`` resets the watchdog; ``should_stop(step)`` returns how the run ends after a step, if it does.
     """
-    checkpoints = open_checkpoints(run)
-    state, first_step = initialize.initial_state(run, checkpoints)
-    phase = run.phases[run.phase_of(first_step)]
-    try_evaluations(phase, state)
-    heartbeat()
-    gallery, stopped_at = None, None
-    with Recorder(run, first_step, heartbeat) as recorder:
-        for phase in run.phases_after(first_step):
-            start = max(first_step, phase.start)
-            state = initialize.enter(run, phase, state, start)
-            train_step, constants = phase.learner.step(), phase.learner.load_constants()
-            for step, batch in batches(run, phase, start, recorder):
-                state, metrics = train_step(state, batch, constants)
-                recorder.add(step, metrics)
-                last = step == run.steps
-                due_now = [e for e in phase.evaluations if due(step, e.every, last)]
-                if due_now:
-                    recorder.check_finite(step, metrics)
-                    gallery = evaluate(run, due_now, state, step, recorder)
-                    heartbeat()
-                stopping = should_stop(step) and not last
-                if due(step, run.checkpoint_every, last or stopping):
-                    save(run, checkpoints, state, step, metrics, recorder)
-                    heartbeat()
-                if stopping:
-                    stopped_at = step
-                    break
-            if stopped_at is not None:
-                break
-    checkpoints.close()
-    if stopped_at is not None:
-        raise PreemptedError(
-            f"received SIGTERM; step {stopped_at} of {run.steps} is saved, the same command resumes from it"
-        )
+    gallery = None
+    with open_checkpoints(run) as checkpoints:
+        state, first_step = initialize.initial_state(run, checkpoints)
+        phase = run.phases[run.phase_of(first_step)]
+        try_evaluations(phase, state)
+        heartbeat()
+        with Recorder(run, first_step, heartbeat) as recorder:
+            for phase in run.phases_after(first_step):
+                start = max(first_step, phase.start)
+                state = initialize.enter(run, phase, state, start)
+                train_step, constants = phase.learner.step(), phase.learner.load_constants()
+                for step, batch in batches(run, phase, start, recorder):
+                    state, metrics = train_step(state, batch, constants)
+                    recorder.add(step, metrics)
+                    last = step == run.steps
+                    due_now = [e for e in phase.evaluations if due(step, e.every, last)]
+                    if due_now:
+                        recorder.check_finite(step, metrics)
+                        gallery = evaluate(run, due_now, state, step, recorder)
+                        heartbeat()
+                    stopping = None if last else should_stop(step)
+                    if due(step, run.checkpoint_every, last or stopping is not None):
+                        save(run, checkpoints, state, step, metrics, recorder)
+                        heartbeat()
+                    if stopping is not None:
+                        raise stopping(step, run.steps)
     if gallery is None and not (run.workdir / "report.html").exists():
         gallery = show(phase, state)
     return gallery

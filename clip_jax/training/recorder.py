@@ -8,7 +8,7 @@ from typing import Self
 import jax
 import numpy as np
 
-from clip_jax.errors import NonFiniteError
+from clip_jax.errors import NonFiniteError, StoppedError
 from clip_jax.reports import terminal
 from clip_jax.training import metrics as metric_files
 from clip_jax.training.meter import Meter, Pending
@@ -47,7 +47,7 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, StoppedError):
             self.report_bad_samples()
         self.progress.__exit__(kind, error, trace)
         self._log.close()
