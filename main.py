@@ -8,13 +8,9 @@ import sys
 import traceback
 from typing import NoReturn
 
-from clip_jax import interrupts
-
-interrupts.install()  # before the imports that take time
-
 from absl import app, flags, logging
 
-from clip_jax import errors
+from clip_jax import errors, interrupts
 from clip_jax.command_line import split_overrides
 
 flags.DEFINE_string("config", None, "A recipe: configs/NAME.py or configs/NAME.py:ARGUMENT.")
@@ -53,6 +49,7 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    interrupts.install()  # before JAX is imported, which takes seconds
     try:
         arguments, overrides = split_overrides(sys.argv)
         app.run(lambda _: leave(main(overrides)), argv=arguments)

@@ -4,7 +4,7 @@ Python's own answer is an exception in whatever code the main thread runs. Raise
 at the wrong moment it ends in a segmentation fault, and while XLA compiles the main thread runs no Python at all. So a
 thread gets the signal through a pipe, and ends the process as a kill would, which a run's folder is made for.
 
-Only the standard library is imported: ``main.py`` calls ``install`` first of all.
+Only the standard library is imported: ``main.py`` calls ``install`` before JAX is imported.
 """
 
 import os

@@ -5,11 +5,13 @@ step, ``initialize.py`` creates or restores the state, ``data/stream.py`` loads 
 and ``evaluation`` computes held-out metrics.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
@@ -23,7 +25,7 @@ from clip_jax.evaluation.embed import Embedded, Variables
 from clip_jax.evaluation.protocols import Evaluation
 from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery, make_gallery
-from clip_jax.storage import run_folder
+from clip_jax.storage import lock, run_folder
 from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir
 from clip_jax.storage.run_folder import Folder
 from clip_jax.training import console, initialize, stop
@@ -46,27 +48,42 @@ def run(
     if config.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     initialize_processes(*processes)
-    parts = make_run(folder, config)
-    check_same_data(parts, previous)
-    if jax.process_index() == 0:
-        run_folder.write(folder.path, description(parts))
-        terminal.header(console.header(parts))
-    folder.push(jax.process_index())
-    try:
-        with (
-            stop.concise_resource_errors(folder),
-            stop.watchdog(config.log.watchdog_seconds) as heartbeat,
-            stop.signals() as should_stop,
-        ):
-            gallery = train(parts, heartbeat, should_stop)
-    except StoppedError as error:
+    with hold(folder, previous):
+        parts = make_run(folder, config)
+        check_same_data(parts, previous)
+        if jax.process_index() == 0:
+            run_folder.write(folder.path, description(parts))
+            terminal.header(console.header(parts))
         folder.push(jax.process_index())
-        print(f"main.py: {error}", flush=True)
-        return error.exit_code
-    if jax.process_index() == 0:
-        console.finish(parts, gallery)
-    folder.push(jax.process_index())
+        try:
+            with (
+                stop.concise_resource_errors(folder),
+                stop.watchdog(config.log.watchdog_seconds) as heartbeat,
+                stop.signals() as should_stop,
+            ):
+                gallery = train(parts, heartbeat, should_stop)
+        except StoppedError as error:
+            folder.push(jax.process_index())
+            print(f"main.py: {error}", flush=True)
+            return error.exit_code
+        if jax.process_index() == 0:
+            console.finish(parts, gallery)
+        folder.push(jax.process_index())
     return errors.EXIT_DONE
+
+
+@contextlib.contextmanager
+def hold(folder: Folder, previous: Mapping[str, Any] | None) -> Iterator[None]:
+    """Keeps other runs out of the folder. Raises UserError where one trains in it, or did until a moment ago."""
+    first = jax.process_index() == 0
+    with lock.locked(str(folder), folder.path, folder.remote) if first else contextlib.nullcontext():
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the first process has the lock")
+        folder.pull()
+        now = run_folder.read(folder.path) if run_folder.is_run(folder.path) else None
+        if now != previous:
+            raise UserError(f"{folder}: another run has just started or ended here; repeat the command")
+        yield
 
 
 def read_config(

@@ -1,12 +1,15 @@
 """What a run leaves behind, and what it refuses before it starts."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 
 from clip_jax import __version__
 from clip_jax.errors import UserError
+from clip_jax.storage import lock, run_folder
 from clip_jax.training import loop
 from clip_jax.training.metrics import Writer, truncate
 from tests.data.shards import jpeg, sample, write_shard
@@ -90,9 +93,24 @@ def test_a_folder_and_its_run_belong_together(small_run, tmp_path):
         loop.run(workdir=recipe, recipe=recipe, overrides={})
 
 
-def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
-    import shutil
+def test_two_runs_in_one_folder_are_one_too_many(small_run, tmp_path):
+    recipe, workdir = str(small_run.parent / "recipe.py"), tmp_path / "run"
+    workdir.mkdir()
+    with lock.locked("the first", workdir, None):
+        with pytest.raises(UserError, match=rf"^{workdir} is in use by process {os.getpid()} on "):
+            loop.run(workdir=str(workdir), recipe=recipe, overrides={})
+    assert list(workdir.iterdir()) == []
+    assert not (small_run / lock.FILE).exists()  # a run that ends releases its folder
 
+
+def test_a_run_that_began_while_this_one_waited_is_not_overwritten(small_run, tmp_path):
+    folder = run_folder.Folder(str(tmp_path))
+    shutil.copy(small_run / "run.json", tmp_path)
+    with pytest.raises(UserError, match="another run has just started or ended here"), loop.hold(folder, None):
+        pass
+
+
+def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(small_run, copy)
     run = json.loads((copy / "run.json").read_text())
@@ -105,8 +123,6 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
 
 @pytest.mark.parametrize("with_recipe", [False, True])
 def test_a_run_that_older_code_began_goes_on(small_run, tmp_path, capsys, with_recipe):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(small_run, copy)
     run = json.loads((copy / "run.json").read_text())
