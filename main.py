@@ -56,6 +56,9 @@ if __name__ == "__main__":
     except errors.UserError as error:
         print(f"main.py: {error}", file=sys.stderr)
         leave(errors.EXIT_USER_ERROR)
+    except errors.StoppedError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        leave(error.exit_code)
     except Exception:
         traceback.print_exc()
         leave(errors.EXIT_UNEXPECTED)

@@ -11,6 +11,7 @@ training   step, data_step, opt_state; trained_params where ``params`` is an EMA
            objectives' state under ``aux``. Nothing empty is stored.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ class Checkpoints:
         if keep_every:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every))
         self._workdir = workdir
+        logging.getLogger("absl").addFilter(_is_news)
         self._checkpointer = ocp.training.Checkpointer(
             checkpoint_dir(workdir),
             # The loop decides when to save; whatever it asks for is saved.
@@ -93,6 +95,11 @@ class Checkpoints:
             if error is None or isinstance(error, SavedError):
                 raise
             print(f"the checkpoint being written is not complete: {str(failed).splitlines()[0]}", flush=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not so what Orbax's threads log of an error, in hundreds of lines: the next save or the end raises it."""
+    return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
 AVERAGE = "average"

@@ -109,7 +109,7 @@ def _renew(store: Store, holder: Holder, where: str, over: threading.Event) -> N
                 os._exit(EXIT_USER_ERROR)
             holder["renewed"] += 1
             store.replace(holder)
-        except Exception:  # noqa: S112  (a full disk or a store that is away; the run itself reports those)
+        except Exception:  # a full disk, or a store that is away: the run itself reports those
             continue
 
 

@@ -11,6 +11,7 @@ init_from.txt     for a run that started from other weights: what was done with 
 
 import atexit
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ from clip_jax.errors import UserError
 from clip_jax.storage import atomic, buckets, lock
 
 RUN_FILE = "run.json"
-NOT_COPIED = ("checkpoints", "tensorboard", lock.FILE)
+NOT_COPIED = ("checkpoints", "tensorboard", "wandb", lock.FILE)
 """What stays in the bucket: all processes write checkpoints there, event files are only added, and the lock is read
 where it is."""
 
@@ -36,7 +37,7 @@ class Folder:
     def __init__(self, where: str | Path):
         self._where = str(where)
         if not buckets.is_bucket(where):
-            self.remote, self.path = None, Path(where)
+            self.remote, self.path = None, Path(os.path.expanduser(where))
             return
         self.remote = buckets.connect(self._where)
         temporary = tempfile.mkdtemp(prefix="clip_jax_")

@@ -5,13 +5,11 @@ step, ``initialize.py`` creates or restores the state, ``data/stream.py`` loads 
 and ``evaluation`` computes held-out metrics.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
@@ -25,10 +23,10 @@ from clip_jax.evaluation.embed import Embedded, Variables
 from clip_jax.evaluation.protocols import Evaluation
 from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery, make_gallery
-from clip_jax.storage import lock, run_folder
+from clip_jax.storage import run_folder
 from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir
 from clip_jax.storage.run_folder import Folder
-from clip_jax.training import console, initialize, stop
+from clip_jax.training import console, initialize, restart, stop
 from clip_jax.training.recorder import Recorder
 from clip_jax.training.run import Phase, Run, constants_of, description, make_run
 from clip_jax.training.state import TrainState
@@ -42,22 +40,33 @@ def run(
     processes: tuple[str | None, int | None, int | None] = (None, None, None),
 ) -> int:
     """Starts or resumes the run in ``workdir`` and returns the exit code of the process. Raises UserError."""
-    folder, config, previous = read_config(workdir, recipe, overrides)
+    with stop.concise_system_errors(workdir):
+        return _run(*read_config(workdir, recipe, overrides), processes)
+
+
+def _run(
+    folder: Folder,
+    config: ConfigDict,
+    previous: dict[str, Any] | None,
+    processes: tuple[str | None, int | None, int | None],
+) -> int:
     if config.mesh.xla_flags:
         xla_flags.apply()
     if config.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     initialize_processes(*processes)
-    with hold(folder, previous):
+    with restart.hold(folder, config, previous):
         parts = make_run(folder, config)
         check_same_data(parts, previous)
+        if previous is not None:
+            restart.forget_replaced(parts, previous)
         if jax.process_index() == 0:
             run_folder.write(folder.path, description(parts))
             terminal.header(console.header(parts))
         folder.push(jax.process_index())
         try:
             with (
-                stop.concise_resource_errors(folder),
+                stop.concise_system_errors(folder),
                 stop.watchdog(config.log.watchdog_seconds) as heartbeat,
                 stop.signals() as should_stop,
             ):
@@ -70,20 +79,6 @@ def run(
             console.finish(parts, gallery)
         folder.push(jax.process_index())
     return errors.EXIT_DONE
-
-
-@contextlib.contextmanager
-def hold(folder: Folder, previous: Mapping[str, Any] | None) -> Iterator[None]:
-    """Keeps other runs out of the folder. Raises UserError where one trains in it, or did until a moment ago."""
-    first = jax.process_index() == 0
-    with lock.locked(str(folder), folder.path, folder.remote) if first else contextlib.nullcontext():
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the first process has the lock")
-        folder.pull()
-        now = run_folder.read(folder.path) if run_folder.is_run(folder.path) else None
-        if now != previous:
-            raise UserError(f"{folder}: another run has just started or ended here; repeat the command")
-        yield
 
 
 def read_config(
@@ -106,27 +101,18 @@ def read_config(
     config = (
         configs.override(saved_config, overrides, str(folder)) if recipe is None else configs.load(recipe, overrides)
     )
-    if saved_config is not None:
-        changed = configs.differences(configs.to_json(saved_config), configs.to_json(config))
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}); use a new --workdir, "
-                "or omit --config to resume it with its own settings"
-            )
+    if previous is not None:
+        restart.check_settings(folder, previous, config)
     folder.path.mkdir(parents=True, exist_ok=True)
     return folder, config, previous
 
 
 def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
-    """Raises UserError if the training data changed since the run started; warns about other changes."""
+    """Raises UserError if the training data or length changed so that the run cannot resume; warns about changes."""
     if previous is None:
         return
-    if previous["data"]["train"]["fingerprint"] != run.train.fingerprint:
-        raise UserError(
-            f"{run.train.name} is not the data this run began with "
-            f"({previous['data']['train']['samples']} examples then, {len(run.train)} now); "
-            "restore it, or start in a new --workdir"
-        )
+    restart.check_data(run, previous)
+    restart.check_length(run, previous)
     if previous.get("constants", {}) != constants_of(run):
         raise UserError(f"{run.folder}: the weights of a teacher are not those this run began with; restore them")
     later = configs.later_settings(previous["config"], run.config)
@@ -168,6 +154,8 @@ def train(run: Run, heartbeat: Callable[[], None], should_stop: stop.Stop) -> Ga
                         heartbeat()
                     if stopping is not None:
                         raise stopping(step, run.steps)
+            if first_step == run.steps and (missing := restart.lacking(run, phase.evaluations)):
+                gallery = evaluate(run, missing, state, first_step, recorder)
     if gallery is None and not (run.workdir / "report.html").exists():
         gallery = show(phase, state)
     return gallery

@@ -4,6 +4,7 @@ Periodic checkpoints are the guarantee (a machine can vanish without a word); a 
 """
 
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -17,7 +18,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clip_jax import errors, interrupts
-
 
 Stop = Callable[[int], type[errors.SavedError] | None]
 """``should_stop(step)``: None, or how the run ends after this step."""
@@ -100,11 +100,18 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
         thread.join()
 
 
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+NO_ACCESS_TEXTS = ("Permission denied", "Read-only file system")
+"""TensorStore has the reason in its message only."""
+
+
 @contextlib.contextmanager
-def concise_resource_errors(workdir: object) -> Iterator[None]:
-    """Turns a lack of memory or disk, which libraries report in a page of text, into an error of one line."""
+def concise_system_errors(workdir: object) -> Iterator[None]:
+    """Turns a lack of memory, disk, rights or devices, which libraries report in a page of text, into one line."""
     try:
         yield
+    except (errors.UserError, errors.StoppedError):
+        raise
     except MemoryError as error:
         raise errors.OutOfMemoryError(
             f"the machine is out of memory ({error}): lower config.data.prefetch and config.data.workers"
@@ -115,6 +122,18 @@ def concise_resource_errors(workdir: object) -> Iterator[None]:
             raise errors.UserError(
                 f"no space is left for {workdir}: free some (config.checkpoint.keep_last keeps fewer checkpoints); "
                 "the same command resumes from the last complete one"
+            ) from error
+        if (isinstance(error, OSError) and error.errno in NO_ACCESS) or any(words in text for words in NO_ACCESS_TEXTS):
+            place = getattr(error, "filename", None) or workdir
+            reason = getattr(error, "strerror", None) or next(words for words in NO_ACCESS_TEXTS if words in text)
+            raise errors.UserError(
+                f"{place}: {reason}; a run reads and writes its --workdir and reads its data: change the permissions "
+                "or name another place"
+            ) from error
+        if "Unable to initialize backend" in text:
+            raise errors.NoDeviceError(
+                f"{text.strip().splitlines()[0]}: the device is missing or busy with another process; "
+                "JAX_PLATFORMS=cpu trains on the host"
             ) from error
         if not (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text):
             raise

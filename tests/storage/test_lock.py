@@ -36,9 +36,9 @@ def short_lease(monkeypatch):
 
 def test_a_process_that_lives_keeps_others_out_and_leaves_nothing_behind(tmp_path):
     with lock.locked("runs/a", tmp_path, None):
-        with pytest.raises(UserError, match=rf"^runs/a is in use by process {os.getpid()} on .* \(since 20"):
-            with lock.locked("runs/a", tmp_path, None):
-                pass
+        message = rf"^runs/a is in use by process {os.getpid()} on .* \(since 20"
+        with pytest.raises(UserError, match=message), lock.locked("runs/a", tmp_path, None):
+            pass
         assert found(tmp_path)["process"] == os.getpid()  # the one who was refused took nothing away
     assert list(tmp_path.iterdir()) == []
 
@@ -82,7 +82,7 @@ def test_elsewhere_a_lease_that_is_renewed_keeps_others_out(tmp_path):
 
     thread = threading.Thread(target=renew)
     thread.start()
-    with pytest.raises(UserError, match="in use by process .* on tpu-3"), lock.locked("a run", tmp_path, None):
+    with pytest.raises(UserError, match=r"in use by process .* on tpu-3"), lock.locked("a run", tmp_path, None):
         pass
     over.set()
     thread.join()
@@ -104,7 +104,7 @@ def test_of_two_that_take_over_at_once_one_has_it(tmp_path, monkeypatch):
     left_behind(tmp_path)
     other = left_behind(tmp_path, owner="the other", host="tpu-4")
     monkeypatch.setattr(lock.time, "sleep", lambda _: (tmp_path / lock.FILE).write_text(json.dumps(other)))
-    with pytest.raises(UserError, match="in use by .* on tpu-4"), lock.locked("a run", tmp_path, None):
+    with pytest.raises(UserError, match=r"in use by .* on tpu-4"), lock.locked("a run", tmp_path, None):
         pass
     assert found(tmp_path) == other
 

@@ -17,9 +17,11 @@ import portpicker
 import pytest
 
 from clip_jax import errors, interrupts
-from clip_jax.storage.checkpoints import latest_step
+from clip_jax.devices.sharding import make_mesh
+from clip_jax.storage.checkpoints import Checkpoints, latest_step
 from clip_jax.training import loop, stop
 from tests.training import runs
+from tests.training.steps import train
 from tests.training.test_resume import lines
 
 
@@ -192,7 +194,7 @@ def test_out_of_memory_is_one_line_and_45(tmp_path, monkeypatch, capsys):
 
 
 def test_another_error_of_the_devices_is_not_called_out_of_memory():
-    with pytest.raises(jax.errors.JaxRuntimeError), stop.concise_resource_errors("a run"):
+    with pytest.raises(jax.errors.JaxRuntimeError), stop.concise_system_errors("a run"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
@@ -200,9 +202,43 @@ def test_another_error_of_the_devices_is_not_called_out_of_memory():
 def test_a_full_disk_is_one_line_and_2(code):
     with (
         pytest.raises(errors.UserError, match="no space is left for runs/a: free some"),
-        stop.concise_resource_errors("runs/a"),
+        stop.concise_system_errors("runs/a"),
     ):
         raise OSError(code, os.strerror(code))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "runs/a/run.json"),
+        OSError(errno.EROFS, "Read-only file system", "runs/a/run.json"),
+        ValueError('PERMISSION_DENIED: Failed to open "runs/a/checkpoints/3": Permission denied [os_error_code=13]'),
+    ],
+)
+def test_a_folder_that_may_not_be_read_or_written_is_one_line_and_2(error):
+    with (
+        pytest.raises(errors.UserError, match=r"^runs/a.*: (Permission denied|Read-only file system); "),
+        stop.concise_system_errors("runs/a"),
+    ):
+        raise error
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    program = "from clip_jax.training import stop\nimport jax\nwith stop.concise_system_errors('x'): jax.devices()"
+    command = ["env", "JAX_PLATFORMS=tpu,cpu", sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("clip_jax.errors.NoDeviceError: Unable to initialize backend 'tpu'")
+
+
+def test_a_save_in_progress_is_complete_however_the_run_ends(tmp_path):
+    _, state = train(make_mesh(devices=jax.devices()[:1]), steps=1)
+    with (
+        pytest.raises(errors.UserError, match="bad data"),
+        Checkpoints(tmp_path, keep_last=2, keep_every=None) as saver,
+    ):
+        saver.save(1, state)
+        raise errors.UserError("bad data")
+    assert latest_step(tmp_path) == 1
 
 
 @pytest.mark.slow
@@ -218,7 +254,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path):
         many = ("--config.checkpoint.keep_last=100", "--config.checkpoint.every_steps=1", "--config.steps=100")
         done = runs.main(tmp_path, f"--config={recipe}", f"--workdir={disk / 'run'}", *many)
         assert done.returncode == errors.EXIT_USER_ERROR, done.stderr
-        assert done.stderr.splitlines()[-1].startswith("main.py: no space is left for")
+        assert done.stderr.startswith("main.py: no space is left for") and len(done.stderr.splitlines()) == 1
         kept = latest_step(str(disk / "run"))
         assert kept is not None and kept >= 1
     finally:
