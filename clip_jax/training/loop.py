@@ -5,6 +5,7 @@ step, ``initialize.py`` creates or restores the state, ``data/stream.py`` loads 
 and ``evaluation`` computes held-out metrics.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from clip_jax.evaluation.protocols import Evaluation
 from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery, make_gallery
 from clip_jax.storage import run_folder
-from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir
+from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir, latest_step
 from clip_jax.storage.run_folder import Folder
 from clip_jax.training import console, initialize, restart, stop
 from clip_jax.training.recorder import Recorder
@@ -71,6 +72,10 @@ def _run(
                 stop.signals() as should_stop,
             ):
                 gallery = train(parts, heartbeat, should_stop)
+        except UserError:
+            with contextlib.suppress(Exception):  # a bucket gets what the folder has, but this error comes first
+                folder.push(jax.process_index())
+            raise
         except StoppedError as error:
             folder.push(jax.process_index())
             print(f"main.py: {error}", flush=True)
@@ -109,7 +114,7 @@ def read_config(
 
 def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
     """Raises UserError if the training data or length changed so that the run cannot resume; warns about changes."""
-    if previous is None:
+    if previous is None or latest_step(str(run.folder)) is None:  # nothing is saved that could differ
         return
     restart.check_data(run, previous)
     restart.check_length(run, previous)

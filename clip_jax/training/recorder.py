@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from clip_jax import config as configs
-from clip_jax.errors import NonFiniteError, StoppedError
+from clip_jax.errors import NonFiniteError, StoppedError, UserError
 from clip_jax.reports import terminal
 from clip_jax.storage.checkpoints import latest_step
 from clip_jax.training import metrics as metric_files
@@ -54,7 +54,7 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, StoppedError):
+        if kind is None or issubclass(kind, StoppedError | UserError):
             self.report_bad_samples()
         self.progress.__exit__(kind, error, trace)
         self._log.close()

@@ -68,20 +68,17 @@ def check_data(run: Run, previous: Mapping[str, Any]) -> None:
     then, now = previous["data"]["train"], run.train
     if then["fingerprint"] == now.fingerprint:
         return
-    if latest_step(str(run.folder)) is None:
-        print(f"{run.folder}: the training data changed since the first start; no step is saved yet")
-    elif then["samples"] != len(now):
+    if then["samples"] != len(now):
         raise UserError(
             f"{now.name} is not the data this run began with ({then['samples']} examples then, {len(now)} now); "
             "restore it, or start in a new --workdir"
         )
-    elif run.config.data.changed != "accept":
+    if run.config.data.changed != "accept":
         raise UserError(
             f"{now.name} is not the data this run began with, though it has as many examples; restore it, or, if "
             "it was mended, continue with --config.data.changed=accept"
         )
-    else:
-        print(f"{run.folder}: the training data changed (config.data.changed=accept); later steps take the new one")
+    print(f"{run.folder}: the training data changed (config.data.changed=accept); later steps take the new one")
 
 
 def check_length(run: Run, previous: Mapping[str, Any]) -> None:
@@ -89,7 +86,7 @@ def check_length(run: Run, previous: Mapping[str, Any]) -> None:
     old, new = previous.get("steps", run.steps), run.steps
     if new == old:
         return
-    if new < old and latest_step(str(run.folder)) is not None:
+    if new < old:
         raise UserError(
             f"config.steps: {run.folder} is a run of {old} steps, and this would make it {new}; it can be made longer, "
             "not shorter: use a new --workdir"

@@ -9,8 +9,10 @@ import shutil
 import pytest
 
 from clip_jax import __version__
+from clip_jax.data import stream
 from clip_jax.errors import UserError
 from clip_jax.storage import lock, run_folder
+from clip_jax.storage.checkpoints import latest_step
 from clip_jax.training import loop, restart
 from clip_jax.training.metrics import Writer, truncate
 from tests.data.shards import jpeg, sample, write_shard
@@ -123,6 +125,32 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
         loop.run(workdir=str(copy), recipe=None, overrides={})
     assert loop.run(workdir=str(copy), recipe=None, overrides={"data.changed": "accept"}) == 0
     assert loop.run(workdir=str(copy), recipe=None, overrides={"data.changed": "stop"}) == 0  # the new one is known
+
+
+def test_both_ways_out_of_bad_data_work(tmp_path, monkeypatch):
+    """Every fifth image is a web page: the run keeps what it saved, and a higher bound or mended data continue it."""
+    monkeypatch.setattr(stream, "JUDGED_AFTER", 3 * 16)
+    recipe, photos = str(runs.write_recipe(tmp_path)), tmp_path / "photos"
+    photos.mkdir()
+    for i in range(40):
+        (photos / f"{i}.jpg").write_bytes(b"<html>" if i % 5 == 0 else jpeg(i))
+        (photos / f"{i}.txt").write_text(f"picture {i}")
+    overrides = {"data.train": f"folder:{photos}", "data.workers": "1", "data.prefetch": "1", "steps": "4"}
+    overrides |= {"checkpoint.every_steps": "1", "eval.held_out.source": ""}
+    start = {"workdir": str(tmp_path / "run"), "recipe": recipe}
+    with pytest.raises(UserError, match=r"repair the data, or raise config\.data\.max_bad_share"):
+        loop.run(**start, overrides=overrides)
+    assert latest_step(tmp_path / "run") == 2  # the save in flight too
+    shutil.copytree(tmp_path / "run", tmp_path / "mended")
+    assert loop.run(**start, overrides=overrides | {"data.max_bad_share": "0.5"}) == 0
+    for i in range(0, 40, 5):
+        (photos / f"{i}.jpg").write_bytes(jpeg(i))
+    start["workdir"] = str(tmp_path / "mended")
+    with pytest.raises(UserError, match=r"if it was mended, continue with --config\.data\.changed=accept"):
+        loop.run(**start, overrides=overrides)
+    assert loop.run(**start, overrides=overrides | {"data.changed": "accept"}) == 0
+    for workdir in ("run", "mended"):
+        assert [line["step"] for line in runs.metrics(tmp_path / workdir)] == [1, 2, 3, 4]
 
 
 def test_a_finished_run_is_evaluated_on_what_it_lacks(small_run, tmp_path):
