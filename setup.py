@@ -72,6 +72,7 @@ EXTRAS = {
     "plan": ["jax[tpu]>=0.10.2"],  # the TPU compiler, of the version that this JAX wants; it runs without a TPU
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tfds-build": ["tensorflow"],
+    "wandb": ["wandb>=0.19"],  # --config.log.wandb=PROJECT
 }
 
 

@@ -14,6 +14,7 @@ EXIT_PREEMPTED = 42
 EXIT_NON_FINITE = 43
 EXIT_WATCHDOG = 44
 EXIT_OUT_OF_MEMORY = 45
+EXIT_INTERRUPTED = 130  # what a shell gives for SIGINT
 
 
 class UserError(Exception):
@@ -26,10 +27,25 @@ class StoppedError(Exception):
     exit_code: int
 
 
-class PreemptedError(StoppedError):
-    """SIGTERM: a checkpoint is written, and the same command resumes the run."""
+class SavedError(StoppedError):
+    """The run was asked to end after ``step`` of ``steps``; a checkpoint is written, and the same command resumes."""
 
-    exit_code = EXIT_PREEMPTED
+    reason: str
+
+    def __init__(self, step: int, steps: int):
+        super().__init__(f"{self.reason}; step {step} of {steps} is saved, the same command resumes from it")
+
+
+class PreemptedError(SavedError):
+    """SIGTERM."""
+
+    exit_code, reason = EXIT_PREEMPTED, "received SIGTERM"
+
+
+class InterruptedRunError(SavedError):
+    """Ctrl-C."""
+
+    exit_code, reason = EXIT_INTERRUPTED, "interrupted"
 
 
 class NonFiniteError(StoppedError):
@@ -44,11 +60,22 @@ class OutOfMemoryError(StoppedError):
     exit_code = EXIT_OUT_OF_MEMORY
 
 
+class NoDeviceError(StoppedError):
+    """JAX cannot use the devices that it was asked to use; another start may find them free."""
+
+    exit_code = EXIT_UNEXPECTED
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``" (nearest: ...)"`` for a mistyped name, or ``""`` when nothing known resembles it."""
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not matches:  # A key without its section, or with a wrong one, still has the right last word.
         last_word = name.rsplit(".", 1)[-1]
-        matches = [k for k in known if k.rsplit(".", 1)[-1] == last_word]
+        matches = [k for k in known if last_word in (k.rsplit(".", 1)[-1], _initials(k))]
     return f" (nearest: {matches[0]})" if matches else ""
+
+
+def _initials(key: str) -> str:
+    """``lr`` for ``optimizer.learning_rate``: what the field calls it."""
+    return "".join(word[:1] for word in key.rsplit(".", 1)[-1].split("_"))

@@ -54,6 +54,7 @@ def defaults() -> ConfigDict:
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
                 "max_bad_share": 0.01,  # share of unusable examples, and of incomplete pairs, at which the run stops
+                "changed": "stop",  # a restart on mended data: stop, or accept as many examples with other content
                 "workers": 2,  # threads, each decoding a batch of its own
                 "prefetch": 4,  # batches ready before they are needed
             },
@@ -127,6 +128,7 @@ def defaults() -> ConfigDict:
             "log": {
                 "every_steps": 10,
                 "tensorboard": True,
+                "wandb": "",  # a project of Weights & Biases that gets the metrics too; empty: none
                 "samples": False,  # samples.<process>.jsonl: which examples of the source each step took
                 "watchdog_seconds": 1800.0,  # without a finished step or evaluation, until the run stops; 0: never
             },
@@ -191,6 +193,7 @@ def ranges() -> dict[str, Range]:
 
 CHOICES = {
     "data.truncated": ("stop", "keep"),
+    "data.changed": ("stop", "accept"),
     "tokenizer.kind": ("", *KINDS),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "named", "offload", "full"),

@@ -12,6 +12,7 @@ EXIT_CODES = (
     (2, "stop", "a mistake in the settings"),
     (45, "stop", "out of memory, which a restart would repeat"),
     (43, "stop", "the loss is not finite, which a restart would repeat"),
+    (130, "stop", "interrupted by Ctrl-C"),
     (44, "restart", "no step finished within the watchdog's limit"),
     (42, "restart", "SIGTERM, after writing a checkpoint"),
 )

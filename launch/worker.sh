@@ -67,6 +67,8 @@ supervise() {
         source "$HOME/.clip_jax.env"
         set +a
     fi
+    # A TPU that is busy or missing ends the run; JAX's own choice would be days on the host's CPU.
+    export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}
     local exit_code=0
     cd "$code"
     "$home/env/bin/python" main.py "$@" || exit_code=$?
@@ -98,7 +100,8 @@ status() {
     elif [ -f "$run/pid" ]; then
         state=exited exit_code=137 # killed together with its supervising shell
     fi
-    [ ! -f "$run/log" ] || message=$(tail -n 200 "$run/log" | grep '^main.py: ' | tail -n 1) || true
+    workdir=${workdir/#\~\//$HOME/}
+    [ ! -f "$run/log" ] || message=$(grep -a '^main.py: ' "$run/log" | tail -n 1) || true
     printf '\n%s worker=%s state=%s code=%s step=%s message=%s\n' \
         "$mark" "$(worker)" "$state" "$exit_code" "$(newest_checkpoint "$workdir")" "$message"
 }

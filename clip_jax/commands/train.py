@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
-from clip_jax import errors
+from clip_jax import errors, interrupts
 from clip_jax.command_line import program, split_overrides
 
 HELP = "Pretrain a CLIP, or resume the run in a folder."
@@ -45,15 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains and returns the exit code; every mistake is one line that begins with the program's name."""
     alone, name = arguments.coordinator is None, program()
+    interrupts.install()  # before JAX is imported, which takes seconds
     faulthandler.enable(sys.__stderr__)  # a crash in native code shows the Python stack
     try:
         return _leave(_start(arguments, arguments.overrides), alone)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
     except errors.UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return _leave(errors.EXIT_USER_ERROR, alone)
+    except errors.StoppedError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return _leave(error.exit_code, alone)
     except Exception:
         traceback.print_exc()
         return _leave(errors.EXIT_UNEXPECTED, alone)
@@ -96,7 +97,7 @@ def _start(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 def _leave(code: int, alone: bool) -> int:
     """The code. One of several processes that fails alone ends here: JAX's own exit waits for minutes for others that
     will never come; they notice that it is gone."""
-    together = code in (errors.EXIT_DONE, errors.EXIT_PREEMPTED, errors.EXIT_NON_FINITE)
+    together = code in (errors.EXIT_DONE, errors.EXIT_PREEMPTED, errors.EXIT_INTERRUPTED, errors.EXIT_NON_FINITE)
     if not together and not alone:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import presets
 from clip_jax.config import phases
-from clip_jax.config.flat import flatten, known_settings, set_value, siblings, typed
+from clip_jax.config.flat import expand_home, flatten, known_settings, set_value, siblings, typed
 from clip_jax.data import templates
 from clip_jax.errors import UserError, nearest
 from clip_jax.settings import (
@@ -56,7 +56,7 @@ def _check_names_and_types(config: ConfigDict, where: str) -> dict[str, Any]:
             raise UserError(
                 f"{where}: {key} is missing; a recipe starts from config.defaults(), an evaluation from evaluation()"
             )
-        given[key] = typed(where, key, given[key], default)
+        given[key] = expand_home(key, typed(where, key, given[key], default))
         set_value(config, key, given[key])
     return given
 
@@ -111,6 +111,8 @@ def _check_combinations(given: Mapping[str, Any], where: str) -> None:
     weights = {key: value for key, value in given.items() if re.fullmatch(r"objectives\.[^.]+\.weight", key)}
     if not any(weights.values()):
         raise UserError(f"{where}: nothing to train: give one of {', '.join(weights)} a weight above 0")
+    if given["batch_size"] == 1 and given["objectives.contrastive.weight"] > 0:
+        raise UserError(f"{where}: batch_size=1: a pair is contrasted with the others of its batch; take 2 or more")
 
 
 def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, ...]) -> None:

@@ -2,6 +2,8 @@
 
 import ast
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
 from clip_jax.settings import UNITS, defaults, evaluation
+
+PATHS = ("data.train", "data.tfds_dir", "tokenizer.vocab", "model.init_from")
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -81,3 +85,10 @@ def siblings(key: str, known: Mapping[str, Any]) -> dict[str, Any]:
             found = {f"{prefix}{u}": known[f"{prefix}{u}"] for u in UNITS if f"{prefix}{u}" in known}
             return found if len(found) == len(UNITS) else {}  # log.every_steps has no other units
     return {}
+
+
+def expand_home(key: str, value: Any) -> Any:
+    """A setting with the user's home in place of ``~``, where the setting is a path or a source (``tar:~/shards``)."""
+    if key not in PATHS and not re.fullmatch(r"eval\.[^.]+\.source", key):
+        return value
+    return re.sub(r"(^|[:,=+])~(?=/|$)", lambda found: found[1] + os.path.expanduser("~"), value)

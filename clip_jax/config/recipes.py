@@ -6,6 +6,7 @@ starts, and every mistake is one line.
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from clip_jax.config.checks import check
 from clip_jax.config.flat import flatten, known_settings, parse, set_value, siblings
 from clip_jax.config.renamed import RENAMED, upgrade
 from clip_jax.errors import UserError, nearest
-from clip_jax.settings import defaults, evaluation
+from clip_jax.settings import AUTO, UNITS, defaults, evaluation
 
 MAY_CHANGE_ON_RESTART = ("micro_batch", "mesh", "eval", "checkpoint", "log")
 COMPUTE_ONLY = ("model.scan", "model.remat", "model.attention")
 """May change as well: other devices have other memory, and the numbers stay, up to rounding."""
+SAME_BATCHES = ("max_bad_share", "changed", "workers", "prefetch", "train", "tfds_dir", "truncated", "samples")
+"""Of ``data``: where the data is and how it is read. That it is the same data is checked by its fingerprint."""
 
 
 def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -29,7 +32,7 @@ def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def _run_recipe(recipe: str) -> ConfigDict:
-    file, _, argument = recipe.partition(":")
+    file, _, argument = os.path.expanduser(recipe).partition(":")
     path = _recipe_file(file)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -93,18 +96,22 @@ def override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> Co
         known = known_settings(tuple(config.eval))
         if key not in known:
             raise UserError(f"--config.{key}={text}: {key} is not a setting{nearest(key, known)}")
-        for sibling, default in siblings(key, known).items():  # of several durations the command line's wins
-            set_value(config, sibling, default)
-        set_value(config, key, parse(text, known[key]))
+        value = parse(text, known[key])
+        if value != AUTO:  # of several durations the command line's wins; -1 gives none
+            for sibling, default in siblings(key, known).items():
+                if sibling not in overrides:  # two of the command line are a mistake, which check() finds
+                    set_value(config, sibling, default)
+        set_value(config, key, value)
     check(config, where)
     return config
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys that differ and that a restart may not change."""
+    """The keys that differ and that a restart may not change; lengths are judged later (``training/restart.py``)."""
     old, new = flatten(old), flatten(new)
     changed = [k for k in sorted(old.keys() | new.keys()) if _plain(old.get(k)) != _plain(new.get(k))]
-    return [key for key in changed if key.split(".")[0] not in MAY_CHANGE_ON_RESTART and key not in COMPUTE_ONLY]
+    free = {*COMPUTE_ONLY, *UNITS, *(f"data.{name}" for name in SAME_BATCHES)}
+    return [key for key in changed if key.split(".")[0] not in MAY_CHANGE_ON_RESTART and key not in free]
 
 
 def from_json(values: Mapping[str, Any], where: str) -> ConfigDict:

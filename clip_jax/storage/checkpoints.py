@@ -11,18 +11,20 @@ training   step, data_step, opt_state; trained_params where ``params`` is an EMA
            objectives' state under ``aux``. Nothing empty is stored.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from clip_jax.errors import UserError
+from clip_jax.errors import SavedError, UserError
 from clip_jax.storage import buckets, checkpoints_s3
 
 FOLDER = "checkpoints"
@@ -30,13 +32,18 @@ COMMITTED = "commit_success.txt"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; the newest ``keep_last`` are kept, and every ``keep_every``-th step's."""
+    """The checkpoints of one run folder; the newest ``keep_last`` are kept, and every ``keep_every``-th step's.
+
+    ``with Checkpoints(...) as checkpoints`` waits at its end for a save in progress, however the block ends: a process
+    that leaves earlier loses that checkpoint, and Orbax's threads write tracebacks about it.
+    """
 
     def __init__(self, workdir: str | Path, *, keep_last: int, keep_every: int | None):
         policies = [ocp.training.preservation_policies.LatestN(keep_last)]
         if keep_every:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every))
         self._workdir = workdir
+        logging.getLogger("absl").addFilter(_is_news)
         self._checkpointer = ocp.training.Checkpointer(
             checkpoint_dir(workdir),
             # The loop decides when to save; whatever it asks for is saved.
@@ -74,6 +81,25 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for a save in progress; an error in the background is raised here."""
         self._checkpointer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """An error of the save is raised, unless the block has failed for a reason of its own."""
+        try:
+            self.close()
+        except Exception as failed:
+            if error is None or isinstance(error, SavedError):
+                raise
+            print(f"the checkpoint being written is not complete: {str(failed).splitlines()[0]}", flush=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not so what Orbax's threads log of an error, in hundreds of lines: the next save or the end raises it."""
+    return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
 AVERAGE = "average"

@@ -5,22 +5,25 @@ metrics.jsonl     one JSON object per line
 checkpoints/      one folder per saved step
 tokenizer/        the tokenizer's file, so that the folder needs nothing else (``data/tokenizers/stored.py``)
 report.html
+lock.json         which process trains here (``lock.py``)
 init_from.txt     for a run that started from other weights: what was done with each tensor
 """
 
 import atexit
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clip_jax.errors import UserError
-from clip_jax.storage import atomic, buckets
+from clip_jax.storage import atomic, buckets, lock
 
 RUN_FILE = "run.json"
-NOT_COPIED = ("checkpoints", "tensorboard")
-"""Subfolders that stay in the bucket: all processes write checkpoints there, and event files are only added."""
+NOT_COPIED = ("checkpoints", "tensorboard", "wandb", lock.FILE)
+"""What stays in the bucket: all processes write checkpoints there, event files are only added, and the lock is read
+where it is."""
 
 
 class Folder:
@@ -34,29 +37,34 @@ class Folder:
     def __init__(self, where: str | Path):
         self._where = str(where)
         if not buckets.is_bucket(where):
-            self._remote, self.path = None, Path(where)
+            self.remote, self.path = None, Path(os.path.expanduser(where))
             return
-        self._remote = buckets.connect(self._where)
+        self.remote = buckets.connect(self._where)
         temporary = tempfile.mkdtemp(prefix="clip_jax_")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        self.path = Path(temporary) / PurePosixPath(self._remote.root).name
-        buckets.pull(self._remote, self.path, skip=NOT_COPIED)
-        self._in_bucket = self._files()
+        self.path = Path(temporary) / PurePosixPath(self.remote.root).name
+        self.pull()
 
     def __str__(self) -> str:
-        return self._where if self._remote else str(self.path)
+        return self._where if self.remote else str(self.path)
+
+    def pull(self) -> None:
+        """Copies the bucket's files to this machine again; nothing for a local folder."""
+        if self.remote is not None:
+            buckets.pull(self.remote, self.path, skip=NOT_COPIED)
+            self._in_bucket = self._files()
 
     def push(self, process: int) -> None:
         """Uploads the files that changed since the last time: on the first process all, on others ``*.<process>.*``.
 
         An object store takes one write per second and object, so no file may be written by two processes.
         """
-        if self._remote is None:
+        if self.remote is None:
             return
         files = self._files()
         changed = [file for file, state in files.items() if self._in_bucket.get(file) != state]
         own = changed if process == 0 else [file for file in changed if f".{process}." in file.name]
-        buckets.push(self._remote, own, self.path)
+        buckets.push(self.remote, own, self.path)
         self._in_bucket |= {file: files[file] for file in own}
 
     def _files(self) -> dict[Path, tuple[int, int]]:

@@ -5,6 +5,7 @@ step, ``initialize.py`` creates or restores the state, ``data/stream.py`` loads 
 and ``evaluation`` computes held-out metrics.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,16 +19,16 @@ from clip_jax.command_line import program
 from clip_jax.data.stream import stream
 from clip_jax.devices import xla_flags
 from clip_jax.devices.sharding import initialize_processes, process_rows, to_devices
-from clip_jax.errors import PreemptedError, StoppedError, UserError
+from clip_jax.errors import StoppedError, UserError
 from clip_jax.evaluation import protocols
 from clip_jax.evaluation.embed import Embedded, Variables
 from clip_jax.evaluation.protocols import Evaluation
 from clip_jax.reports import terminal
 from clip_jax.reports.gallery import Gallery, make_gallery
 from clip_jax.storage import run_folder
-from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir
+from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir, latest_step
 from clip_jax.storage.run_folder import Folder
-from clip_jax.training import console, initialize, stop
+from clip_jax.training import console, initialize, restart, stop
 from clip_jax.training.recorder import Recorder
 from clip_jax.training.run import Phase, Run, constants_of, description, make_run
 from clip_jax.training.state import TrainState
@@ -41,32 +42,48 @@ def run(
     processes: tuple[str | None, int | None, int | None] = (None, None, None),
 ) -> int:
     """Starts or resumes the run in ``workdir`` and returns the exit code of the process. Raises UserError."""
-    folder, config, previous = read_config(workdir, recipe, overrides)
+    with stop.concise_system_errors(workdir):
+        return _run(*read_config(workdir, recipe, overrides), processes)
+
+
+def _run(
+    folder: Folder,
+    config: ConfigDict,
+    previous: dict[str, Any] | None,
+    processes: tuple[str | None, int | None, int | None],
+) -> int:
     if config.mesh.xla_flags:
         xla_flags.apply()
     if config.mesh.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     initialize_processes(*processes)
-    parts = make_run(folder, config)
-    check_same_data(parts, previous)
-    if jax.process_index() == 0:
-        run_folder.write(folder.path, description(parts))
-        terminal.header(console.header(parts))
-    folder.push(jax.process_index())
-    try:
-        with (
-            stop.concise_resource_errors(folder),
-            stop.watchdog(config.log.watchdog_seconds) as heartbeat,
-            stop.sigterm() as should_stop,
-        ):
-            gallery = train(parts, heartbeat, should_stop)
-    except StoppedError as error:
+    with restart.hold(folder, config, previous):
+        parts = make_run(folder, config)
+        check_same_data(parts, previous)
+        if previous is not None:
+            restart.forget_replaced(parts, previous)
+        if jax.process_index() == 0:
+            run_folder.write(folder.path, description(parts))
+            terminal.header(console.header(parts))
         folder.push(jax.process_index())
-        print(f"{program()}: {error}", flush=True)
-        return error.exit_code
-    if jax.process_index() == 0:
-        console.finish(parts, gallery)
-    folder.push(jax.process_index())
+        try:
+            with (
+                stop.concise_system_errors(folder),
+                stop.watchdog(config.log.watchdog_seconds) as heartbeat,
+                stop.signals() as should_stop,
+            ):
+                gallery = train(parts, heartbeat, should_stop)
+        except UserError:
+            with contextlib.suppress(Exception):  # a bucket gets what the folder has, but this error comes first
+                folder.push(jax.process_index())
+            raise
+        except StoppedError as error:
+            folder.push(jax.process_index())
+            print(f"{program()}: {error}", flush=True)
+            return error.exit_code
+        if jax.process_index() == 0:
+            console.finish(parts, gallery)
+        folder.push(jax.process_index())
     return errors.EXIT_DONE
 
 
@@ -90,27 +107,18 @@ def read_config(
     config = (
         configs.override(saved_config, overrides, str(folder)) if recipe is None else configs.load(recipe, overrides)
     )
-    if saved_config is not None:
-        changed = configs.differences(configs.to_json(saved_config), configs.to_json(config))
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}); use a new --workdir, "
-                "or omit --config to resume it with its own settings"
-            )
+    if previous is not None:
+        restart.check_settings(folder, previous, config)
     folder.path.mkdir(parents=True, exist_ok=True)
     return folder, config, previous
 
 
 def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
-    """Raises UserError if the training data changed since the run started; warns about other changes."""
-    if previous is None:
+    """Raises UserError if the training data or length changed so that the run cannot resume; warns about changes."""
+    if previous is None or latest_step(str(run.folder)) is None:  # nothing is saved that could differ
         return
-    if previous["data"]["train"]["fingerprint"] != run.train.fingerprint:
-        raise UserError(
-            f"{run.train.name} is not the data this run began with "
-            f"({previous['data']['train']['samples']} examples then, {len(run.train)} now); "
-            "restore it, or start in a new --workdir"
-        )
+    restart.check_data(run, previous)
+    restart.check_length(run, previous)
     if previous.get("constants", {}) != constants_of(run):
         raise UserError(f"{run.folder}: the weights of a teacher are not those this run began with; restore them")
     later = configs.later_settings(previous["config"], run.config)
@@ -121,45 +129,39 @@ def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
         print(f"{run.folder}/tokenizer: its file or its libraries changed since the run began; some tokens may differ")
 
 
-def train(run: Run, heartbeat: Callable[[], None], should_stop: Callable[[int], bool]) -> Gallery | None:
+def train(run: Run, heartbeat: Callable[[], None], should_stop: stop.Stop) -> Gallery | None:
     """Trains all remaining steps; returns example pairs for the report, if there is a retrieval evaluation.
 
-    ``heartbeat()`` resets the watchdog; ``should_stop(step)`` returns whether to stop after a step.
+    ``heartbeat()`` resets the watchdog; ``should_stop(step)`` returns how the run ends after a step, if it does.
     """
-    checkpoints = open_checkpoints(run)
-    state, first_step = initialize.initial_state(run, checkpoints)
-    phase = run.phases[run.phase_of(first_step)]
-    try_evaluations(phase, state)
-    heartbeat()
-    gallery, stopped_at = None, None
-    with Recorder(run, first_step, heartbeat) as recorder:
-        for phase in run.phases_after(first_step):
-            start = max(first_step, phase.start)
-            state = initialize.enter(run, phase, state, start)
-            train_step, constants = phase.learner.step(), phase.learner.load_constants()
-            for step, batch in batches(run, phase, start, recorder):
-                state, metrics = train_step(state, batch, constants)
-                recorder.add(step, metrics)
-                last = step == run.steps
-                due_now = [e for e in phase.evaluations if due(step, e.every, last)]
-                if due_now:
-                    recorder.check_finite(step, metrics)
-                    gallery = evaluate(run, due_now, state, step, recorder)
-                    heartbeat()
-                stopping = should_stop(step) and not last
-                if due(step, run.checkpoint_every, last or stopping):
-                    save(run, checkpoints, state, step, metrics, recorder)
-                    heartbeat()
-                if stopping:
-                    stopped_at = step
-                    break
-            if stopped_at is not None:
-                break
-    checkpoints.close()
-    if stopped_at is not None:
-        raise PreemptedError(
-            f"received SIGTERM; step {stopped_at} of {run.steps} is saved, the same command resumes from it"
-        )
+    gallery = None
+    with open_checkpoints(run) as checkpoints:
+        state, first_step = initialize.initial_state(run, checkpoints)
+        phase = run.phases[run.phase_of(first_step)]
+        try_evaluations(phase, state)
+        heartbeat()
+        with Recorder(run, first_step, heartbeat) as recorder:
+            for phase in run.phases_after(first_step):
+                start = max(first_step, phase.start)
+                state = initialize.enter(run, phase, state, start)
+                train_step, constants = phase.learner.step(), phase.learner.load_constants()
+                for step, batch in batches(run, phase, start, recorder):
+                    state, metrics = train_step(state, batch, constants)
+                    recorder.add(step, metrics)
+                    last = step == run.steps
+                    due_now = [e for e in phase.evaluations if due(step, e.every, last)]
+                    if due_now:
+                        recorder.check_finite(step, metrics)
+                        gallery = evaluate(run, due_now, state, step, recorder)
+                        heartbeat()
+                    stopping = None if last else should_stop(step)
+                    if due(step, run.checkpoint_every, last or stopping is not None):
+                        save(run, checkpoints, state, step, metrics, recorder)
+                        heartbeat()
+                    if stopping is not None:
+                        raise stopping(step, run.steps)
+            if first_step == run.steps and (missing := restart.lacking(run, phase.evaluations)):
+                gallery = evaluate(run, missing, state, first_step, recorder)
     if gallery is None and not (run.workdir / "report.html").exists():
         gallery = show(phase, state)
     return gallery

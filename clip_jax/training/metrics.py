@@ -1,16 +1,18 @@
-"""Where a run's numbers go: ``metrics.jsonl`` (the source of truth) and TensorBoard files made from the same lines."""
+"""Where a run's numbers go: ``metrics.jsonl`` (the source of truth), and TensorBoard and W&B from the same lines."""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
 from clip_jax.storage import atomic
+from clip_jax.training import weights_and_biases
 
 FILE = "metrics.jsonl"
 
@@ -37,15 +39,47 @@ def truncate(file: Path, step: int) -> None:
     atomic.write_text(file, "".join(kept))
 
 
+def evaluated(file: Path, step: int) -> set[str]:
+    """The names of the evaluations that have results of this step."""
+    if not file.exists():
+        return set()
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    keys = [key.split("/") for line in lines if line["step"] == step for key in line]
+    return {key[1] for key in keys if key[0] == "eval" and len(key) == 3}
+
+
+def forget(file: Path, step: int, names: Collection[str]) -> None:
+    """Drops what evaluations of these names found at this step and later."""
+    if not file.exists():
+        return
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    dropped = tuple(f"eval/{name}/" for name in names)
+    kept = [
+        {key: value for key, value in line.items() if line["step"] < step or not key.startswith(dropped)}
+        for line in lines
+    ]
+    atomic.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
 class Writer:
     """Appends lines; writes nothing on processes other than the first."""
 
-    def __init__(self, workdir: Path, *, enabled: bool, tensorboard: bool, first_step: int):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        enabled: bool,
+        tensorboard: bool,
+        first_step: int,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
+        """``wandb`` is the project of Weights & Biases that gets the lines too, with the ``config``; empty: none."""
         self._file = (workdir / FILE).open("a", encoding="utf-8") if enabled else None
-        # purge_step hides what an interrupted run had written after the checkpoint it was resumed from.
-        self._board = (
-            SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step) if enabled and tensorboard else None
-        )
+        # What an interrupted run had written after the checkpoint it was resumed from, this step and later, is hidden.
+        board = {"logdir": str(workdir / "tensorboard"), "purge_step": first_step + 1}
+        self._board = SummaryWriter(**board) if enabled and tensorboard else None
+        self._wandb = weights_and_biases.start(workdir, wandb, config or {}) if enabled and wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line; a value that is not finite becomes null, which JSON knows."""
@@ -57,6 +91,8 @@ class Writer:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
 
     def sync(self) -> None:
         """On disk when it returns: called before a checkpoint that these lines belong to."""
@@ -68,6 +104,8 @@ class Writer:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 class Samples:

@@ -8,8 +8,10 @@ from typing import Self
 import jax
 import numpy as np
 
-from clip_jax.errors import NonFiniteError
+from clip_jax import config as configs
+from clip_jax.errors import NonFiniteError, StoppedError, UserError
 from clip_jax.reports import terminal
+from clip_jax.storage.checkpoints import latest_step
 from clip_jax.training import metrics as metric_files
 from clip_jax.training.meter import Meter, Pending
 from clip_jax.training.run import Run
@@ -28,7 +30,12 @@ class Recorder:
             metric_files.truncate(run.workdir / metric_files.FILE, first_step)
         self._run, self._reported = run, 0
         self._log = metric_files.Writer(
-            run.workdir, enabled=first_process, tensorboard=run.config.log.tensorboard, first_step=first_step
+            run.workdir,
+            enabled=first_process,
+            tensorboard=run.config.log.tensorboard,
+            first_step=first_step,
+            wandb=run.config.log.wandb,
+            config=configs.to_json(run.config),
         )
         self._samples = metric_files.Samples(run.workdir, enabled=run.config.log.samples)
         self.progress = terminal.Progress(run.steps, first_step, enabled=first_process)
@@ -47,7 +54,7 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, StoppedError | UserError):
             self.report_bad_samples()
         self.progress.__exit__(kind, error, trace)
         self._log.close()
@@ -85,9 +92,13 @@ class Recorder:
     def check_finite(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Raises NonFiniteError if the loss, gradient or update is not finite, so that no such state is saved."""
         if not all(np.isfinite(float(metrics[name])) for name in ("loss", "grad_norm", "update_norm")):
+            folder = self._run.folder
+            where = "and repeat the command"
+            if latest_step(str(folder)) is not None:
+                where = f"in a new --workdir with --config.model.init_from={folder} (its last good checkpoint)"
             raise NonFiniteError(
-                f"step {step}: the loss or its gradient is not finite; {self._run.folder} keeps the last good "
-                "checkpoint: lower optimizer.learning_rate or set optimizer.clip_norm=1.0"
+                f"step {step}: the loss or its gradient is not finite; lower config.optimizer.learning_rate or set "
+                f"config.optimizer.clip_norm=1.0, {where}"
             )
 
     def report_bad_samples(self) -> None:

@@ -1,9 +1,10 @@
-"""How a run ends before its last step: SIGTERM, a hang, no memory or no disk left.
+"""How a run ends before its last step: SIGTERM, Ctrl-C, a hang, no memory or no disk left.
 
 Periodic checkpoints are the guarantee (a machine can vanish without a word); a checkpoint at SIGTERM is the fast path.
 """
 
 import contextlib
+import errno
 import faulthandler
 import os
 import signal
@@ -13,32 +14,52 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from clip_jax import errors
+from clip_jax import errors, interrupts
 from clip_jax.command_line import program
+
+Stop = Callable[[int], type[errors.SavedError] | None]
+"""``should_stop(step)``: None, or how the run ends after this step."""
 
 
 @contextlib.contextmanager
-def sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields ``should_stop(step)``: whether to stop after this step, because a process has received SIGTERM.
+def signals() -> Iterator[Stop]:
+    """Yields ``should_stop(step)``: whether a process has received SIGTERM, or Ctrl-C (where ``main.py`` watches it).
 
-    True at the same step on all processes, each of which must call it once per step. With several processes JAX's own
+    The answer is the same at the same step on all processes, each of which must call it once per step. The first call
+    means that there is a step to keep: until then Ctrl-C ends the process at once. With several processes JAX's own
     service distributes the notice in the background and agrees on the step (10 microseconds per call, no communication
-    before a notice); its C++ handler must not be replaced by one of Python's.
+    before a notice); its C++ handler of SIGTERM must not be replaced by one of Python's.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield _agreed
         return
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
-        yield lambda step: False
-        return
-    received = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    received, before = threading.Event(), None
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+
+    def should_stop(step: int) -> type[errors.SavedError] | None:
+        interrupts.after_step(lambda: None)
+        if interrupts.requested():
+            return errors.InterruptedRunError
+        return errors.PreemptedError if received.is_set() else None
+
     try:
-        yield lambda step: received.is_set()
+        yield should_stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _agreed(step: int) -> type[errors.SavedError] | None:
+    """The same for several processes: Ctrl-C in one of them travels as SIGTERM does."""
+    interrupts.after_step(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if not multihost_utils.reached_preemption_sync_point(step):
+        return None
+    interrupted = multihost_utils.process_allgather(np.array(interrupts.requested()))
+    return errors.InterruptedRunError if interrupted.any() else errors.PreemptedError
 
 
 @contextlib.contextmanager
@@ -81,11 +102,18 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
         thread.join()
 
 
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+NO_ACCESS_TEXTS = ("Permission denied", "Read-only file system")
+"""TensorStore has the reason in its message only."""
+
+
 @contextlib.contextmanager
-def concise_resource_errors(workdir: object) -> Iterator[None]:
-    """Turns a lack of memory or disk, which libraries report in a page of text, into an error of one line."""
+def concise_system_errors(workdir: object) -> Iterator[None]:
+    """Turns a lack of memory, disk, rights or devices, which libraries report in a page of text, into one line."""
     try:
         yield
+    except (errors.UserError, errors.StoppedError):
+        raise
     except MemoryError as error:
         raise errors.OutOfMemoryError(
             f"the machine is out of memory ({error}): lower config.data.prefetch and config.data.workers"
@@ -96,6 +124,18 @@ def concise_resource_errors(workdir: object) -> Iterator[None]:
             raise errors.UserError(
                 f"no space is left for {workdir}: free some (config.checkpoint.keep_last keeps fewer checkpoints); "
                 "the same command resumes from the last complete one"
+            ) from error
+        if (isinstance(error, OSError) and error.errno in NO_ACCESS) or any(words in text for words in NO_ACCESS_TEXTS):
+            place = getattr(error, "filename", None) or workdir
+            reason = getattr(error, "strerror", None) or next(words for words in NO_ACCESS_TEXTS if words in text)
+            raise errors.UserError(
+                f"{place}: {reason}; a run reads and writes its --workdir and reads its data: change the permissions "
+                "or name another place"
+            ) from error
+        if "Unable to initialize backend" in text:
+            raise errors.NoDeviceError(
+                f"{text.strip().splitlines()[0]}: the device is missing or busy with another process; "
+                "JAX_PLATFORMS=cpu trains on the host"
             ) from error
         if not (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text):
             raise

@@ -83,6 +83,9 @@ def test_a_mistake_in_a_recipe_is_one_line_with_its_place(tmp_path, body, messag
     [
         ("batch_sise", "8", "batch_sise is not a setting (nearest: batch_size)"),
         ("learning_rate", "8", "nearest: optimizer.learning_rate"),
+        ("lr", "8", "nearest: optimizer.learning_rate"),
+        ("wd", "8", "nearest: optimizer.weight_decay"),
+        ("batch_size", "1", "a pair is contrasted with the others of its batch"),
         ("batch_size", "eight", "batch_size='eight' must be a whole number"),
         ("optimizer.learning_rate", "fast", "must be a number"),
         ("mesh.cpu_devices", "0", "must be at least 1"),
@@ -115,6 +118,23 @@ def test_of_several_durations_the_command_lines_wins():
     assert (config.steps, config.examples, config.epochs) == (AUTO, AUTO, 2.0)
     config = override(config, {"checkpoint.every_examples": "100"}, "recipe.py")
     assert config.checkpoint.every_steps == AUTO and config.epochs == 2.0
+
+
+def test_a_unit_set_to_minus_one_leaves_the_others_as_they_are():
+    both = {
+        "checkpoint.every_steps": "7",
+        "checkpoint.every_epochs": "-1",
+        "eval.a.source": "x",
+        "eval.a.every_steps": "3",
+    }
+    config = override(valid(), both | {"eval.a.every_examples": "-1", "epochs": "-1.0"}, "recipe.py")
+    assert (config.steps, config.checkpoint.every_steps, config.eval.a.every_steps) == (10, 7, 3)
+    assert override(config, {"checkpoint.every_steps": "-1"}, "recipe.py").checkpoint.every_steps == AUTO
+
+
+def test_two_units_on_the_command_line_are_one_too_many():
+    with pytest.raises(UserError, match=r"checkpoint.every_\w+ and checkpoint.every_\w+ are both given"):
+        override(valid(), {"checkpoint.every_steps": "7", "checkpoint.every_epochs": "1"}, "recipe.py")
 
 
 def test_an_evaluation_of_a_new_name_is_made_on_the_command_line():
@@ -263,6 +283,7 @@ def test_a_saved_config_comes_back_the_same_with_automatic_sizes_automatic():
 def test_how_a_run_is_computed_evaluated_kept_and_logged_may_change_on_a_restart_and_nothing_else():
     config = valid()
     computed = {"mesh.fsdp": "2", "micro_batch": "64", "model.remat": "full", "model.scan": "False"}
+    computed |= {"data.max_bad_share": "0.1", "data.workers": "7", "data.prefetch": "9", "data.train": "tar:moved"}
     others = {"log.every_steps": "3", "seed": "5", "optimizer.beta1": "0.8"}
     changed = override(config, computed | others, "recipe.py")
     assert differences(to_json(config), to_json(changed)) == ["optimizer.beta1", "seed"]

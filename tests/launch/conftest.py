@@ -29,7 +29,7 @@ script = json.loads((cloud / "script.json").read_text())
 act = script[min(number, len(script) - 1)]
 (workdir / f"arguments-{number}.json").write_text(json.dumps(sys.argv[1:]))
 for line in act.get("says", []):
-    print(line, flush=True)
+    print(os.path.expandvars(line), flush=True)
 if "checkpoint" in act:
     kept = workdir / "checkpoints" / str(act["checkpoint"])
     kept.mkdir(parents=True, exist_ok=True)

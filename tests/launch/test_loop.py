@@ -30,6 +30,22 @@ def test_a_mistake_in_the_settings_ends_the_loop_at_once_with_the_line_of_main(c
     assert line in done.stdout and "to delete it: " in done.stdout
 
 
+def test_the_line_of_main_is_found_above_a_page_of_a_librarys_text(cloud):
+    cloud.script({"says": ["main.py: no space is left", *["a traceback"] * 1600], "code": 2})
+    assert "(exit code 2): main.py: no space is left" in cloud.loop().stdout
+
+
+def test_a_run_that_somebody_interrupted_is_not_started_again(cloud):
+    cloud.script({"checkpoint": 5, "code": 130})
+    done = cloud.loop()
+    assert done.returncode == 130 and cloud.starts() == 1 and "interrupted by Ctrl-C" in done.stdout
+
+
+def test_without_a_tpu_a_worker_does_not_train_on_its_cpu(cloud):
+    cloud.script({"says": ["main.py: $JAX_PLATFORMS"]})
+    assert "main.py: tpu,cpu" in cloud.loop().stdout
+
+
 def test_an_error_that_a_restart_does_not_fix_ends_the_loop(cloud):
     cloud.script({"checkpoint": 5, "code": 45})
     assert cloud.loop().returncode == 45 and cloud.starts() == 1

@@ -85,6 +85,8 @@ def test_three_preemptions_and_a_change_from_two_workers_to_one_do_not_change_a_
     )
     assert undisturbed.returncode == 0, undisturbed.stderr
 
+    # The lock of the machine that was killed was taken at once.
+    assert "is in use" not in done.stdout and "has not released it" not in done.stdout
     assert "received SIGTERM" in done.stdout and cloud.count("queued-resources", "create") == 6
     assert "on 2 worker(s) of v4-16" in done.stdout and "on 1 worker(s) of v4-8" in done.stdout
     whole = samples_of_steps(tmp_path / "undisturbed")

@@ -116,7 +116,10 @@ def test_the_dry_run_of_the_loop_shows_every_step_of_a_run(checkout):
     assert verbs == ["plan", "create", "describe", "describe", *setup, *run, "delete"], done.stdout
     assert "in gs://bucket/run: v5litepod-256 (64 worker(s), 256 devices), spot, in us-west4-a" in done.stdout
     decisions = dict(re.findall(r"^#    (\w+) +(stop|restart at 4|done)", done.stdout, re.MULTILINE))
-    stops, restarted = dict.fromkeys(("2", "43", "45"), "stop"), dict.fromkeys(("42", "44", "other"), "restart at 4")
+    stops, restarted = (
+        dict.fromkeys(("2", "43", "45", "130"), "stop"),
+        dict.fromkeys(("42", "44", "other"), "restart at 4"),
+    )
     assert decisions == {"0": "done"} | stops | restarted
     assert re.search(r"^# 2\. Request a slice$", done.stdout, re.MULTILINE)
     assert re.search(r"^# 4\. Set up its 64 worker", done.stdout, re.MULTILINE)
@@ -224,6 +227,7 @@ def test_the_create_script_requests_the_same_runtime(checkout, prefix):
         ([1, 2], "stop", 2),  # one host's mistake ends the others with other codes
         ([134, 45], "stop", 45),
         ([43, 43], "stop", 43),
+        ([130, 42], "stop", 130),
         ([44, 134], "restart", 44),
         ([42, 42], "restart", 42),
         ([137, None], "restart", 1),

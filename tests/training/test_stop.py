@@ -16,16 +16,18 @@ import jax.numpy as jnp
 import portpicker
 import pytest
 
-from clip_jax import errors
-from clip_jax.storage.checkpoints import latest_step
+from clip_jax import errors, interrupts
+from clip_jax.devices.sharding import make_mesh
+from clip_jax.storage.checkpoints import Checkpoints, latest_step
 from clip_jax.training import loop, stop
 from tests.training import runs
+from tests.training.steps import train
 from tests.training.test_resume import lines
 
 
 def start(tmp_path, *arguments) -> subprocess.Popen:
     return subprocess.Popen(
-        runs.command(*arguments),
+        ["env", "--default-signal", *runs.command(*arguments)],  # the test runner may ignore SIGINT
         env=runs.environment(tmp_path),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -42,17 +44,71 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None
         time.sleep(0.01)
 
 
-def test_sigterm_writes_a_checkpoint_at_the_next_step_and_exits_with_42(tmp_path):
+ENDINGS = {
+    signal.SIGTERM: (errors.EXIT_PREEMPTED, "received SIGTERM"),
+    signal.SIGINT: (errors.EXIT_INTERRUPTED, "interrupted"),
+}
+
+
+@pytest.mark.parametrize("sent", ENDINGS)
+def test_sigterm_and_ctrl_c_write_a_checkpoint_at_the_next_step(tmp_path, sent):
+    """Before the first periodic checkpoint too; the line about it is the last."""
     arguments = (f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}")
     rare = ("--config.checkpoint.every_steps=1000", "--config.steps=2000", "--config.eval.held_out.every_steps=1000")
     process = start(tmp_path, *arguments, *rare)
     wait_for(lambda: lines(tmp_path / "run") >= 2, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(sent)
     output = process.communicate(timeout=240)[0]
-    assert process.returncode == errors.EXIT_PREEMPTED == 42, output
-    said = re.search(r"^main.py: received SIGTERM; step (\d+) of 2000 is saved", output, re.MULTILINE)
+    code, reason = ENDINGS[sent]
+    assert process.returncode == code, output
+    said = re.match(rf"main.py: {reason}; step (\d+) of 2000 is saved, the same comm", output.splitlines()[-1])
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [said[1]]
     assert runs.metrics(tmp_path / "run")[-1]["step"] == int(said[1])
+    assert (interrupts.FIRST in output) == (sent == signal.SIGINT)
+
+
+def test_ctrl_c_while_the_step_is_compiled_ends_the_run_at_once_with_one_line(tmp_path):
+    process = start(tmp_path, f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}")
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), process)  # opened just before the first step
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1] == f"main.py: {interrupts.EARLY}" and "Traceback" not in output
+
+
+AFTER_STEP = "interrupts.after_step(lambda: print('noted', flush=True))"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sent", "said"),
+    [("", 1, [interrupts.EARLY]), (AFTER_STEP, 2, [interrupts.FIRST, interrupts.SECOND])],
+)
+def test_ctrl_c_ends_a_process_whose_main_thread_runs_no_python(prepare, sent, said):
+    """As it is while XLA compiles. The second Ctrl-C does not wait for the step."""
+    program = f"""
+        import hashlib
+        from clip_jax import interrupts
+        interrupts.install()
+        {prepare}
+        print("begun", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+    """
+    command = ["env", "--default-signal=INT", sys.executable, "-c", textwrap.dedent(program)]
+    process = subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    for number in range(sent):
+        process.send_signal(signal.SIGINT)
+        if number < sent - 1:
+            assert process.stdout.readline() == "noted\n"
+    assert process.stderr.read().splitlines() == [f"main.py: {line}" for line in said]
+    assert process.wait(timeout=60) == 130
+
+
+def test_ctrl_c_stays_ignored_where_the_shell_has_ignored_it():
+    """As for the background jobs of a script."""
+    program = "import os, signal; from clip_jax import interrupts; interrupts.install(); os.kill(os.getpid(), 2)"
+    command = ["env", "--ignore-signal=INT", sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=runs.ROOT).returncode == 0
 
 
 def start_two(tmp_path):
@@ -64,13 +120,15 @@ def start_two(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+@pytest.mark.parametrize("sent", ENDINGS)
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path, sent):
     both = start_two(tmp_path)
     wait_for(lambda: lines(tmp_path / "run") >= 2, both[0])
-    both[1].send_signal(signal.SIGTERM)
+    both[1].send_signal(sent)
     outputs = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [42, 42], outputs
-    kept = {re.search(r"received SIGTERM; step (\d+) of 2000 is saved", output)[1] for output in outputs}
+    code, reason = ENDINGS[sent]
+    assert [process.returncode for process in both] == [code, code], outputs
+    kept = {re.search(rf"main.py: {reason}; step (\d+) of 2000 is saved", output)[1] for output in outputs}
     newest = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == {str(newest)}
 
@@ -136,7 +194,7 @@ def test_out_of_memory_is_one_line_and_45(tmp_path, monkeypatch, capsys):
 
 
 def test_another_error_of_the_devices_is_not_called_out_of_memory():
-    with pytest.raises(jax.errors.JaxRuntimeError), stop.concise_resource_errors("a run"):
+    with pytest.raises(jax.errors.JaxRuntimeError), stop.concise_system_errors("a run"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
@@ -144,9 +202,43 @@ def test_another_error_of_the_devices_is_not_called_out_of_memory():
 def test_a_full_disk_is_one_line_and_2(code):
     with (
         pytest.raises(errors.UserError, match="no space is left for runs/a: free some"),
-        stop.concise_resource_errors("runs/a"),
+        stop.concise_system_errors("runs/a"),
     ):
         raise OSError(code, os.strerror(code))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "runs/a/run.json"),
+        OSError(errno.EROFS, "Read-only file system", "runs/a/run.json"),
+        ValueError('PERMISSION_DENIED: Failed to open "runs/a/checkpoints/3": Permission denied [os_error_code=13]'),
+    ],
+)
+def test_a_folder_that_may_not_be_read_or_written_is_one_line_and_2(error):
+    with (
+        pytest.raises(errors.UserError, match=r"^runs/a.*: (Permission denied|Read-only file system); "),
+        stop.concise_system_errors("runs/a"),
+    ):
+        raise error
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    program = "from clip_jax.training import stop\nimport jax\nwith stop.concise_system_errors('x'): jax.devices()"
+    command = ["env", "JAX_PLATFORMS=tpu,cpu", sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("clip_jax.errors.NoDeviceError: Unable to initialize backend 'tpu'")
+
+
+def test_a_save_in_progress_is_complete_however_the_run_ends(tmp_path):
+    _, state = train(make_mesh(devices=jax.devices()[:1]), steps=1)
+    with (
+        pytest.raises(errors.UserError, match="bad data"),
+        Checkpoints(tmp_path, keep_last=2, keep_every=None) as saver,
+    ):
+        saver.save(1, state)
+        raise errors.UserError("bad data")
+    assert latest_step(tmp_path) == 1
 
 
 @pytest.mark.slow
@@ -162,7 +254,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path):
         many = ("--config.checkpoint.keep_last=100", "--config.checkpoint.every_steps=1", "--config.steps=100")
         done = runs.main(tmp_path, f"--config={recipe}", f"--workdir={disk / 'run'}", *many)
         assert done.returncode == errors.EXIT_USER_ERROR, done.stderr
-        assert done.stderr.splitlines()[-1].startswith("main.py: no space is left for")
+        assert done.stderr.startswith("main.py: no space is left for") and len(done.stderr.splitlines()) == 1
         kept = latest_step(str(disk / "run"))
         assert kept is not None and kept >= 1
     finally:

@@ -1,0 +1,68 @@
+"""Ctrl-C ends a run at once, or after its step once there is one worth keeping.
+
+Python's own answer is an exception in whatever code the main thread runs. Raised inside a hook of JAX it is swallowed,
+at the wrong moment it ends in a segmentation fault, and while XLA compiles the main thread runs no Python at all. So a
+thread gets the signal through a pipe, and ends the process as a kill would, which a run's folder is made for.
+
+Only the standard library is imported: the trainer calls ``install`` before JAX is imported.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+from clip_jax.command_line import program
+from clip_jax.errors import EXIT_INTERRUPTED
+
+EARLY = "interrupted before the first step; the same command starts again where the last checkpoint is"
+FIRST = "interrupted; finishing the step and writing a checkpoint (Ctrl-C again: stop at once, without it)"
+SECOND = "interrupted again; the same command resumes from the last complete checkpoint"
+
+_requested = threading.Event()
+_after_step: list[Callable[[], None]] = []
+"""What ``after_step`` was given, once it was called."""
+
+
+def install() -> None:
+    """From now on Ctrl-C ends the process with one line and ``EXIT_INTERRUPTED``. Main thread only.
+
+    Where SIGINT is ignored, as for the background jobs of a script, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True).start()
+
+
+def after_step(notify: Callable[[], None]) -> None:
+    """From now on the first Ctrl-C only calls ``notify`` and makes ``requested`` true; the second ends the process."""
+    _after_step[:] = [notify]
+
+
+def requested() -> bool:
+    """Whether there was a Ctrl-C that the run answers after its step."""
+    return _requested.is_set()
+
+
+def _watch(signals: int) -> None:
+    while number := os.read(signals, 1):
+        if number[0] != signal.SIGINT:  # every signal that Python handles comes through here
+            continue
+        if _after_step and not _requested.is_set():
+            _requested.set()
+            _say(FIRST)
+            _after_step[0]()
+        else:
+            _say(SECOND if _requested.is_set() else EARLY)
+            os._exit(EXIT_INTERRUPTED)
+
+
+def _say(text: str) -> None:
+    # Without Python's streams: the main thread may hold their locks. On a terminal, "^C" and a progress bar are in the
+    # line, and the bar has hidden the cursor.
+    start = "\n\033[?25h" if os.isatty(2) else ""
+    os.write(2, f"{start}{program()}: {text}\n".encode())

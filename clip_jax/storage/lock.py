@@ -1,0 +1,199 @@
+"""One run at a time in a folder: a lease, which the first process holds and renews.
+
+``lock.json`` names the process that trains in the folder, on disk or in a bucket. A process that was killed leaves it
+behind. On the same machine one can see that it is gone; from elsewhere one watches the file for the length of a lease,
+by its content alone, because clocks differ. A process that finds somebody else's name in the file has lost the folder,
+and ends.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clip_jax.command_line import program
+from clip_jax.errors import EXIT_USER_ERROR, UserError
+from clip_jax.storage import atomic
+from clip_jax.storage.buckets import Remote
+
+FILE = "lock.json"
+LEASE_SECONDS = 60.0
+RENEWALS = 6
+"""Per lease, so that a few that fail do not lose the folder."""
+SETTLE_SECONDS = 0.5
+"""After taking over a lease: time in which another process that does the same has written its name."""
+
+Holder = dict[str, Any]
+
+
+class Store(NamedTuple):
+    """Where the file is. Reading gives None where there is none or half of one."""
+
+    read: Callable[[], Holder | None]
+    create: Callable[[Holder], bool]
+    """False where the file is there already."""
+    replace: Callable[[Holder], None]
+    remove: Callable[[], None]
+
+
+@contextlib.contextmanager
+def locked(where: str, path: Path, remote: Remote | None) -> Iterator[None]:
+    """Holds the run folder ``where`` for the block. Raises UserError where a process that lives holds it."""
+    store = _local(path / FILE) if remote is None else _in_bucket(remote)
+    holder = {
+        "owner": secrets.token_hex(8),
+        "host": platform.node(),
+        "machine": machine(),
+        "process": os.getpid(),
+        "process_started": process_started(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "renewed": 0,
+    }
+    _acquire(store, holder, where)
+    over = threading.Event()
+    thread = threading.Thread(target=_renew, args=(store, holder, where, over), name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=LEASE_SECONDS / RENEWALS)
+        with contextlib.suppress(Exception):  # what is left behind runs out by itself
+            if _owner(store.read()) == holder["owner"]:
+                store.remove()
+
+
+def _acquire(store: Store, holder: Holder, where: str) -> None:
+    found = store.read()
+    if found is None and store.create(holder):
+        return
+    if found := found or store.read():
+        _wait_until_free(store, found, where)
+    store.replace(holder)
+    time.sleep(SETTLE_SECONDS)
+    if _owner(found := store.read()) != holder["owner"] and found is not None:
+        raise _in_use(found, where)
+
+
+def _wait_until_free(store: Store, found: Holder, where: str) -> None:
+    """Returns when the process that wrote the lease is gone. Raises UserError when it is not."""
+    if found["machine"] == machine():
+        if process_started(found["process"]) == found["process_started"]:
+            raise _in_use(found, where)
+        return
+    print(
+        f"{where}: {_described(found)} has not released it; waiting up to {LEASE_SECONDS:.0f} s to see whether it runs",
+        flush=True,
+    )
+    deadline = time.monotonic() + LEASE_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(LEASE_SECONDS / RENEWALS / 4)
+        now = store.read()
+        if now is None:
+            return
+        if now != found:
+            raise _in_use(now, where)
+
+
+def _renew(store: Store, holder: Holder, where: str, over: threading.Event) -> None:
+    while not over.wait(LEASE_SECONDS / RENEWALS):
+        try:
+            found = store.read()
+            if found is not None and _owner(found) != holder["owner"]:
+                print(f"{program()}: {where}: taken over by {_described(found)}; this process ends", flush=True)
+                os._exit(EXIT_USER_ERROR)
+            holder["renewed"] += 1
+            store.replace(holder)
+        except Exception:  # a full disk, or a store that is away: the run itself reports those
+            continue
+
+
+def _owner(holder: Holder | None) -> str | None:
+    return None if holder is None else holder["owner"]
+
+
+def _described(holder: Holder) -> str:
+    return f"process {holder['process']} on {holder['host']} (since {holder['since']})"
+
+
+def _in_use(holder: Holder, where: str) -> UserError:
+    return UserError(f"{where} is in use by {_described(holder)}: stop that run first, or use another --workdir")
+
+
+def machine() -> str:
+    """What process numbers belong to: a boot of a machine, and on it a namespace, such as a container's."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
+def process_started(number: int) -> int | None:
+    """When a process of this machine started, in ticks since boot (0 where the system does not say); None: it is gone.
+
+    Process numbers are used again; together with the start they are not.
+    """
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass
+        return 0
+    try:
+        state, *fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])
+
+
+def _local(file: Path) -> Store:
+    def read() -> Holder | None:
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def create(holder: Holder) -> bool:
+        whole = file.with_name(f".{FILE}.{holder['owner']}")
+        whole.write_text(json.dumps(holder), encoding="utf-8")
+        try:
+            os.link(whole, file)  # fails where the file exists, and shows no half of it
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            whole.replace(file)
+        finally:
+            whole.unlink(missing_ok=True)
+        return True
+
+    return Store(read, create, lambda holder: atomic.write_text(file, json.dumps(holder)), file.unlink)
+
+
+def _in_bucket(remote: Remote) -> Store:
+    name, files = f"{remote.root}/{FILE}", remote.filesystem
+
+    def read() -> Holder | None:
+        try:
+            return json.loads(files.cat_file(name))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def create(holder: Holder) -> bool:
+        try:
+            files.pipe_file(name, json.dumps(holder).encode(), mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    return Store(
+        read, create, lambda holder: files.pipe_file(name, json.dumps(holder).encode()), lambda: files.rm_file(name)
+    )

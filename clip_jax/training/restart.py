@@ -1,0 +1,116 @@
+"""What a start may change about a run that the folder already has, and what is done about it."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from clip_jax import config as configs
+from clip_jax.errors import UserError
+from clip_jax.evaluation.protocols import Evaluation
+from clip_jax.storage import lock, run_folder
+from clip_jax.storage.checkpoints import latest_step
+from clip_jax.storage.run_folder import Folder
+from clip_jax.training import metrics
+from clip_jax.training.run import Run
+from clip_jax.training.setup import make_schedule
+
+RESULT = ("protocol", "source", "caption", "templates")
+"""The fields of an evaluation that change its numbers; schedule and batch size do not."""
+
+
+@contextlib.contextmanager
+def hold(folder: Folder, config: ConfigDict, previous: Mapping[str, Any] | None) -> Iterator[None]:
+    """Keeps other runs out of the folder. Raises UserError where one trains in it, or did until a moment ago.
+
+    The tokenizer of a run that begins anew with other settings is removed: it was learned under the old ones.
+    """
+    first = jax.process_index() == 0
+    with lock.locked(str(folder), folder.path, folder.remote) if first else contextlib.nullcontext():
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the first process has the lock")
+        folder.pull()
+        now = run_folder.read(folder.path) if run_folder.is_run(folder.path) else None
+        if now != previous:
+            raise UserError(f"{folder}: another run has just started or ended here; repeat the command")
+        if previous is not None and changes(folder, previous, config) and latest_step(str(folder)) is None:
+            shutil.rmtree(folder.path / "tokenizer", ignore_errors=True)
+            if jax.process_count() > 1:  # before one of them makes it again
+                multihost_utils.sync_global_devices("the tokenizer is removed")
+        yield
+
+
+def changes(folder: Folder, previous: Mapping[str, Any], config: ConfigDict) -> list[str]:
+    """The settings that differ and that a restart may not change."""
+    saved = configs.from_json(previous["config"], str(folder))
+    return configs.differences(configs.to_json(saved), configs.to_json(config))
+
+
+def check_settings(folder: Folder, previous: Mapping[str, Any], config: ConfigDict) -> None:
+    """Raises UserError for settings that a run cannot change once a step of it is saved."""
+    changed = ", ".join(changes(folder, previous, config))
+    if changed and latest_step(str(folder)) is not None:
+        raise UserError(
+            f"{folder} holds a run with other settings ({changed}); use a new --workdir, "
+            "or omit --config to resume it with its own settings"
+        )
+    if changed:
+        print(f"{folder}: no step is saved yet, so the run begins anew with the changed settings ({changed})")
+
+
+def check_data(run: Run, previous: Mapping[str, Any]) -> None:
+    """Raises UserError where the training data is not the run's, unless it was mended and the config accepts that."""
+    then, now = previous["data"]["train"], run.train
+    if then["fingerprint"] == now.fingerprint:
+        return
+    if then["samples"] != len(now):
+        raise UserError(
+            f"{now.name} is not the data this run began with ({then['samples']} examples then, {len(now)} now); "
+            "restore it, or start in a new --workdir"
+        )
+    if run.config.data.changed != "accept":
+        raise UserError(
+            f"{now.name} is not the data this run began with, though it has as many examples; restore it, or, if "
+            "it was mended, continue with --config.data.changed=accept"
+        )
+    print(f"{run.folder}: the training data changed (config.data.changed=accept); later steps take the new one")
+
+
+def check_length(run: Run, previous: Mapping[str, Any]) -> None:
+    """Says what becomes of the learning rate in a run made longer. Raises UserError for a shorter one."""
+    old, new = previous.get("steps", run.steps), run.steps
+    if new == old:
+        return
+    if new < old:
+        raise UserError(
+            f"config.steps: {run.folder} is a run of {old} steps, and this would make it {new}; it can be made longer, "
+            "not shorter: use a new --workdir"
+        )
+    config, examples = configs.phases(run.config)[-1].config, len(run.train)
+    before, after = (float(make_schedule(config, steps, examples)(old - 1)) for steps in (old, new))
+    print(
+        f"{run.folder}: now {new} steps in place of {old}. From here the learning rate is that of a run of {new} steps "
+        f"({config.optimizer.schedule}): at step {old} it was to be {before:.3g} and would be {after:.3g}"
+    )
+
+
+def forget_replaced(run: Run, previous: Mapping[str, Any]) -> None:
+    """Drops the last step's results of evaluations that measure something else now, so that they are made again."""
+    then, now = configs.from_json(previous["config"], str(run.folder)).eval, run.config.eval
+    replaced = [name for name in now if name in then and any(then[name][f] != now[name][f] for f in RESULT)]
+    if replaced and jax.process_index() == 0:
+        metrics.forget(run.workdir / metrics.FILE, run.steps, replaced)
+
+
+def lacking(run: Run, evaluations: tuple[Evaluation, ...]) -> list[Evaluation]:
+    """The evaluations without results at the last step, the same on all processes."""
+    found = metrics.evaluated(run.workdir / metrics.FILE, run.steps)  # the first process's file
+    flags = np.array([evaluation.name not in found for evaluation in evaluations])
+    if jax.process_count() > 1 and len(flags):
+        flags = np.asarray(multihost_utils.broadcast_one_to_all(flags))
+    return [evaluation for evaluation, flag in zip(evaluations, flags, strict=True) if flag]
