@@ -16,7 +16,7 @@ def test_a_reason_of_several_lines_is_joined_and_one_above_its_setting_is_found(
     found = reasons()
     assert (
         found["tokenizer.vocab"].startswith("Path of clip's bpe_simple")
-        and "(empty: trained)" in found["tokenizer.vocab"]
+        and "sentencepiece: trained." in found["tokenizer.vocab"]
     )
     assert "in the middle of a run" in found["phases"]
     assert found["checkpoint.every_epochs"] == "none given: at the end only"
