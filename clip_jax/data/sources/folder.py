@@ -17,11 +17,12 @@ import io
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from clip_jax.data.sources import identity
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError
 
@@ -42,6 +43,7 @@ class _Row(NamedTuple):
 class _Folder:
     name: str
     fingerprint: str
+    former_fingerprint: str
     class_names: tuple[str, ...]
     root: Path
     rows: tuple[_Row, ...] = field(repr=False)
@@ -83,10 +85,22 @@ def open_folder(where: str) -> Source:
         labels = {class_name: label for label, class_name in enumerate(class_names)}
         rows = [_Row(file, (_top(file),), labels[_top(file)]) for file in sizes]
 
+    images = dict(zip(sizes, identity.of_files([root / file for file in sizes]), strict=True))
+    return _Folder(
+        name=f"folder:{where}",
+        fingerprint=_fingerprint(rows, images)[:24],
+        former_fingerprint=_fingerprint(rows, sizes)[:16],  # older code took the size of an image for its content
+        class_names=class_names,
+        root=root,
+        rows=tuple(rows),
+    )
+
+
+def _fingerprint(rows: Iterable[_Row], images: Mapping[str, int | str]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.file, sizes[row.file], row.captions]).encode())
-    return _Folder(f"folder:{where}", digest.hexdigest()[:16], class_names, root, tuple(rows))
+        digest.update(json.dumps([row.file, images[row.file], row.captions]).encode())
+    return digest.hexdigest()
 
 
 def _search(root: Path) -> tuple[dict[str, int], list[str]]:

@@ -1,35 +1,33 @@
-"""webdataset / img2dataset tar shards by random access, over an index that is built once and memory-mapped.
+"""webdataset / img2dataset tar shards by random access, over an index that is made once and memory-mapped.
 
 A sample is the members with the same name before the first dot: ``000.jpg``, ``000.txt``, ``000.json``, ``000.cls``.
-Members of other kinds are not read, and nothing is ever extracted or unpickled. The index has the offset and size of
-each member; it is stored in the user's cache folder under a hash of the shards' names, sizes and times.
+Members of other kinds are not read, and nothing is ever extracted or unpickled. ``tar_index.py`` has the places of the
+members, ``tar_headers.py`` reads them.
 
 Faults: a missing or truncated shard stops the run before it starts (``truncated="keep"`` uses the samples before
 the cut); an empty caption or a broken image is a fault of its sample alone and is raised as BadSampleError.
 """
 
+import bisect
 import glob
 import hashlib
 import json
 import os
-import shutil
-import tarfile
-import tempfile
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from clip_jax.data.sources import tar_headers, tar_index
 from clip_jax.data.sources.sample import BadSampleError, Sample
+from clip_jax.data.sources.tar_headers import BLOCK
+from clip_jax.data.sources.tar_index import KINDS, Index
 from clip_jax.errors import UserError
+from clip_jax.storage import ranges
+from clip_jax.storage.ranges import Read, Stat
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-MEMBERS = ("image", "txt", "json", "cls")
-MAX_MEMBER_BYTES = 256 * 1024 * 1024
-
-# Offset and size of each member of one sample; size -1: the sample has no such member.
-ENTRY = np.dtype([("shard", "<i4"), *((f"{m}_{what}", "<i8") for m in MEMBERS for what in ("offset", "size"))])
+AT_ONCE_BYTES = 16 * 1024 * 1024
+"""A sample is read in one piece, unless its members are farther apart than this."""
 
 
 @dataclass(frozen=True)
@@ -38,39 +36,36 @@ class TarSource:
 
     name: str
     fingerprint: str
+    former_fingerprint: str
     shards: tuple[Path, ...]
     caption: str
     """``txt``, or a dotted path into the sample's JSON such as ``caption`` or ``captions.de``."""
     class_names: tuple[str, ...] = ()
-    index: np.ndarray = field(repr=False, default=None)
+    index: Index = field(repr=False, default=None)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> Sample:
-        entry = self.index[i]
-        file = _open(self.shards[entry["shard"]])
+        start, *members, end = self.index.rows[i].tolist()
+        number = bisect.bisect_right(self.index.starts, i) - 1
+        shard, known = self.shards[number], self.index.shards[number]
+        read = ranges.reader(str(shard), Stat(known.size, known.version))
+        wanted = {kind: block * BLOCK for kind, block in zip(KINDS, members, strict=True) if block}
+        name, data = _read_members(read, start * BLOCK, end * BLOCK, wanted)
+        key = f"{shard.name}/{os.path.splitext(name.removeprefix('./'))[0]}"
+        captions = self._captions(data, key)
+        label = int(data["cls"]) if self.class_names else -1
+        return Sample(data["image"], captions, key, label)
 
-        def member(kind: str) -> bytes:
-            size = int(entry[f"{kind}_size"])
-            data = os.pread(file.fileno(), size, int(entry[f"{kind}_offset"])) if size > 0 else b""
-            if len(data) != max(size, 0):  # the shard was changed after it was opened
-                raise OSError(f"{file.name}: {len(data)} of {size} bytes at {entry[f'{kind}_offset']}")
-            return data
-
-        key = f"{Path(file.name).name}/{_member_stem(file.fileno(), int(entry['image_offset']))}"
-        captions = self._captions(member, key)
-        label = int(member("cls")) if self.class_names else -1
-        return Sample(member("image"), captions, key, label)
-
-    def _captions(self, member, key: str) -> tuple[str, ...]:
+    def _captions(self, data: dict[str, bytes], key: str) -> tuple[str, ...]:
         try:
             if self.class_names and self.caption == "txt":
-                found = member("txt").decode() or self.class_names[int(member("cls"))]
+                found = data.get("txt", b"").decode() or self.class_names[int(data["cls"])]
             elif self.caption == "txt":
-                found = member("txt").decode()
+                found = data.get("txt", b"").decode()
             else:
-                found = json.loads(member("json") or b"{}")
+                found = json.loads(data.get("json") or b"{}")
                 for part in self.caption.split("."):
                     found = found.get(part, "") if isinstance(found, dict) else ""
         except (UnicodeDecodeError, json.JSONDecodeError, ValueError, IndexError) as error:
@@ -84,22 +79,64 @@ class TarSource:
 def open_tar(where: str, *, caption: str = "txt", truncated: str = "stop") -> TarSource:
     """Shards by a glob pattern, a folder of .tar files, or several of these separated by commas."""
     shards = [shard for pattern in where.split(",") for shard in _expand(pattern)]
-    files = [(str(s.resolve()), s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
-    cached = hashlib.sha256(json.dumps([files, truncated, ENTRY.descr]).encode()).hexdigest()[:24]
-    folder = _cache_folder() / cached
-    if not (folder / "index.npy").exists():
-        _build(shards, truncated, folder)
-    index = np.load(folder / "index.npy", mmap_mode="r")
+    index = tar_index.open_index([str(shard) for shard in shards], truncated)
     class_names = ()
     labels_file = shards[0].parent / "classnames.txt"
-    if labels_file.exists() and len(index) and (index["cls_size"] > 0).all():
+    if labels_file.exists() and index.having("labels") == len(index):
         class_names = tuple(labels_file.read_text(encoding="utf-8").splitlines())
-    if caption == "txt" and not class_names and len(index) and not (index["txt_size"] >= 0).any():
+    if caption == "txt" and not class_names and not index.having("txt"):
         raise UserError(f"{where}: no sample has a .txt caption; set config.data.caption to a path in the .json")
-    # Names and sizes, but no times or folders: a copy of the shards is the same data.
-    content = hashlib.sha256(json.dumps([[Path(f).name, size] for f, size, _ in files]).encode())
+    # What is in the shards, not where they are or how they are called: a copy is the same data.
+    content = json.dumps([[shard.digest for shard in index.shards], caption, class_names])
+    return TarSource(
+        name=f"tar:{where}",
+        fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
+        former_fingerprint=_former_fingerprint(shards, index, caption),
+        shards=tuple(shards),
+        caption=caption,
+        class_names=class_names,
+        index=index,
+    )
+
+
+def _former_fingerprint(shards: list[Path], index: Index, caption: str) -> str:
+    """As in the ``run.json`` of older code: names and sizes of the shards, and the number of samples."""
+    files = [[s.resolve().name, known.size] for s, known in zip(shards, index.shards, strict=True)]
+    content = hashlib.sha256(json.dumps(files).encode())
     content.update(np.int64(len(index)).tobytes() + caption.encode())
-    return TarSource(f"tar:{where}", content.hexdigest()[:16], tuple(shards), caption, class_names, index)
+    return content.hexdigest()[:16]
+
+
+def _read_members(read: Read, start: int, end: int, wanted: dict[str, int]) -> tuple[str, dict[str, bytes]]:
+    """The name of the sample's image and the data of its members, whose offsets are given.
+
+    Raises OSError where they are not there: the shard was changed after it was opened.
+    """
+    if end - start <= AT_ONCE_BYTES:
+        held = read(start, end - start)
+        pieces = [(start, len(held))]
+
+        def at(offset: int, size: int) -> bytes:
+            return held[offset - start : offset - start + size]
+
+    else:  # in two groups, all images and then all captions
+        at, pieces = read, [(offset - BLOCK, BLOCK) for offset in wanted.values()]
+    name, found, kinds = "", {}, {offset: kind for kind, offset in wanted.items()}
+    try:
+        for first, size in pieces:
+            for member in tar_headers.members(at, first, first + size):
+                kind = kinds.get(member.offset)
+                if kind is None:
+                    continue
+                found[kind] = at(member.offset, member.size)
+                if len(found[kind]) != member.size:
+                    raise OSError(f"{len(found[kind])} of {member.size} bytes at {member.offset}")
+                name = member.name if kind == "image" else name
+    except tar_headers.TarError as error:
+        raise OSError(str(error)) from error
+    if len(found) != len(wanted):
+        raise OSError(f"no {' and no '.join(sorted(wanted.keys() - found.keys()))} at byte {start}")
+    return name, found
 
 
 def _expand(pattern: str) -> list[Path]:
@@ -114,86 +151,3 @@ def _expand(pattern: str) -> list[Path]:
     if not found:
         raise UserError(f"{pattern}: no such shard; give a .tar file, a folder of them or a pattern like train-*.tar")
     return found
-
-
-def _cache_folder() -> Path:
-    base = (
-        os.environ.get("CLIP_JAX_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_jax"
-    )
-    return Path(base) / "tar_index"
-
-
-def _build(shards: list[Path], truncated: str, folder: Path) -> None:
-    """Reads the headers of all shards and writes the index.
-
-    Other processes may do so at the same time. The first index stays: a file that a process on another machine has
-    mapped must not be replaced on a network file system.
-    """
-    entries = np.concatenate([_scan(shard, number, truncated) for number, shard in enumerate(shards)])
-    if not len(entries):
-        raise UserError(f"{shards[0]}: no samples (an image with a .txt, .json or .cls of the same name) in the shards")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        np.save(temporary / "index.npy", entries)
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was first, and its index is the same
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _scan(shard: Path, number: int, truncated: str) -> np.ndarray:
-    """ENTRY[samples] of one shard: members grouped by the name before the first dot of its last part."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    end = 0
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                end = member.offset_data + member.size
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                kind = "image" if extension.lower() in IMAGES else extension.lower()
-                if not member.isreg() or kind not in MEMBERS or member.size > MAX_MEMBER_BYTES:
-                    continue
-                samples.setdefault(f"{folder}/{stem}", {}).setdefault(kind, (member.offset_data, member.size))
-        size = shard.stat().st_size
-        # tarfile accepts a file that ends between two members; a complete one ends with blocks of zeros.
-        cut = end > size or not _ends_with_zeros(shard, size)
-    except tarfile.TarError as error:
-        cut = True
-        if not samples:
-            raise UserError(f"{shard}: not a tar file ({error}); remove it or download it again") from error
-    if cut and truncated == "stop":
-        raise UserError(
-            f"{shard}: truncated at byte {shard.stat().st_size}; download it again, "
-            "or set config.data.truncated=keep to use the samples before the cut"
-        )
-    if cut:
-        size = shard.stat().st_size
-        samples = {k: s for k, s in samples.items() if all(offset + n <= size for offset, n in s.values())}
-    rows = [
-        (number, *(value for kind in MEMBERS for value in sample.get(kind, (0, -1))))
-        for sample in samples.values()
-        if "image" in sample and len(sample) > 1
-    ]
-    return np.array(rows, ENTRY)
-
-
-def _ends_with_zeros(shard: Path, size: int) -> bool:
-    with open(shard, "rb") as file:
-        file.seek(max(0, size - 1024))
-        return not any(file.read())
-
-
-@lru_cache(maxsize=256)  # an evicted file stays open for the thread that reads it, until its last reference is gone
-def _open(shard: Path):
-    return open(shard, "rb", buffering=0)
-
-
-def _member_stem(descriptor: int, data_offset: int) -> str:
-    """The name in the header before a member's data, without its extension: for messages, hence not in the index."""
-    name = os.pread(descriptor, 100, data_offset - 512).split(b"\0", 1)[0]
-    return name.decode(errors="replace").partition(".")[0]
