@@ -104,7 +104,10 @@ def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
     """Raises UserError if the training data changed since the run started; warns about other changes."""
     if previous is None:
         return
-    if previous["data"]["train"]["fingerprint"] != run.train.fingerprint:
+    recorded = previous["data"]["train"]["fingerprint"]
+    if recorded == run.train.former_fingerprint:
+        print(f"{run.folder}: recorded names and sizes of its data, which are the same; now records its content")
+    elif recorded != run.train.fingerprint:
         raise UserError(
             f"{run.train.name} is not the data this run began with "
             f"({previous['data']['train']['samples']} examples then, {len(run.train)} now); "

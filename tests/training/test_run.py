@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from clip_jax import __version__
+from clip_jax.data.sources.tar import open_tar
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.errors import UserError
 from clip_jax.training import console, loop
@@ -96,8 +99,6 @@ def test_a_folder_and_its_run_belong_together(small_run, tmp_path):
 
 
 def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(small_run, copy)
     run = json.loads((copy / "run.json").read_text())
@@ -108,10 +109,41 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
         loop.run(workdir=str(copy), recipe=None, overrides={})
 
 
+def copy_with_data(small_run, tmp_path) -> tuple[Path, Path]:
+    """A finished run and its training shards, of which the copy knows only the copy."""
+    data, workdir = tmp_path / "train", tmp_path / "run"
+    shutil.copytree(small_run.parent / "train", data)
+    shutil.copytree(small_run, workdir)
+    run = json.loads((workdir / "run.json").read_text())
+    run["config"]["data"]["train"] = f"tar:{data}"
+    (workdir / "run.json").write_text(json.dumps(run))
+    return workdir, data
+
+
+def test_a_shard_with_other_pairs_and_the_same_size_is_other_data(small_run, tmp_path):
+    workdir, data = copy_with_data(small_run, tmp_path)
+    shard, before = data / "train-00000.tar", (data / "train-00000.tar").stat().st_size
+    write_shard(shard, [sample(i, f"picture numer  {i}") for i in reversed(range(25))])
+    assert shard.stat().st_size == before
+    with pytest.raises(UserError, match="is not the data this run began with"):
+        loop.run(workdir=str(workdir), recipe=None, overrides={})
+
+
+def test_a_run_that_recorded_names_and_sizes_goes_on_and_records_content(small_run, tmp_path, capsys):
+    workdir, data = copy_with_data(small_run, tmp_path)
+    run = json.loads((workdir / "run.json").read_text())
+    new = run["data"]["train"]["fingerprint"]
+    run["data"]["train"]["fingerprint"] = open_tar(str(data)).former_fingerprint
+    (workdir / "run.json").write_text(json.dumps(run))
+    assert loop.run(workdir=str(workdir), recipe=None, overrides={}) == 0
+    assert "now records its content" in capsys.readouterr().out
+    assert json.loads((workdir / "run.json").read_text())["data"]["train"]["fingerprint"] == new
+    assert loop.run(workdir=str(workdir), recipe=None, overrides={}) == 0
+    assert "now records its content" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("with_recipe", [False, True])
 def test_a_run_that_older_code_began_goes_on(small_run, tmp_path, capsys, with_recipe):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(small_run, copy)
     run = json.loads((copy / "run.json").read_text())
