@@ -263,6 +263,10 @@ def test_split_folders_are_not_taken_for_classes(tmp_path):
     assert open_folder(str(tmp_path / "train")).class_names == ("cat", "dog")
 
 
+def test_numbered_split_folders_are_not_taken_for_classes(tmp_path):
+    assert "train2017, val2017 are splits" in refusal(write(tmp_path, "train2017/1.jpg", "val2017/2.jpg"))
+
+
 def test_a_class_without_images_is_refused_because_it_would_renumber_the_others(tmp_path):
     write(tmp_path, "cat/1.jpg", "dog/2.jpg", texts={"bird/.keep": ""})
     assert "bird: a class without images" in refusal(tmp_path)
@@ -368,6 +372,14 @@ def test_the_tables_of_other_libraries_are_read(tmp_path, table, text):
     text = text.replace("{root}", str(tmp_path)).replace("{cwd}", os.path.relpath(tmp_path))
     write(tmp_path, "deep/a.jpg", "b.jpg", texts={table: text})
     assert captions(tmp_path) == {"b.jpg": ("a b",), "deep/a.jpg": ("an a",)}
+
+
+def test_a_table_may_name_images_without_their_folder_where_only_one_has_that_name(tmp_path):
+    text = "image,caption\na.jpg,an a\na.jpg,still an a\nb.jpg,a b\n"
+    write(tmp_path, "Images/a.jpg", "Images/b.jpg", texts={"captions.txt": text})
+    assert captions(tmp_path) == {"Images/a.jpg": ("an a", "still an a"), "Images/b.jpg": ("a b",)}
+    write(tmp_path, "more/a.jpg")
+    assert "captions.txt, line 2: a.jpg is not an image" in refusal(tmp_path)
 
 
 def test_a_table_of_something_else_leaves_captions_where_they_are_and_is_reported(tmp_path):

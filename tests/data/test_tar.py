@@ -108,12 +108,12 @@ def test_what_makes_no_pair_is_counted_by_reason_with_its_first_name(tmp_path):
     assert [s.captions for s in source] == [(f"about {i}",) for i in range(9)]
     notes = "\n".join(source.notes)
     for line in (
-        "2 images without a .txt, .json or .cls (first: alone.jpg)",
+        "2 images without a .txt, .json or .cls (first: odd.tar/alone.jpg)",
         "1 captions or labels without an image (images end in jpg, jpeg, jfif",
-        "1 further image files of the same key (first: 0.jpeg)",
-        "1 further files of a pair (first: 0.seg.png)",
-        "1 hidden files (first: ._0.jpg)",
-        "1 links (tar --dereference stores the files that they lead to) (first: c.jpg)",
+        "1 further image files of the same key (first: odd.tar/0.jpeg)",
+        "1 further files of a pair (first: odd.tar/0.seg.png)",
+        "1 hidden files (first: odd.tar/._0.jpg)",
+        "1 links (tar --dereference --hard-dereference stores what they lead to) (first: odd.tar/c.jpg)",
     ):
         assert f"left out: {line}" in notes
     assert open_tar(where).notes == source.notes, "the same from the index"
@@ -121,8 +121,8 @@ def test_what_makes_no_pair_is_counted_by_reason_with_its_first_name(tmp_path):
 
 def test_a_reason_names_the_ending_that_is_not_read(tmp_path):
     source = open_tar(write_members(tmp_path / "a.tar", *pair("0"), ("x.heic", b""), ("y.heic", b""), ("README", b"")))
-    assert "left out: 2 files that are not read, ending in .heic (first: x.heic)" in source.notes
-    assert "left out: 1 files that are not read, without a usual ending (first: README)" in source.notes
+    assert "left out: 2 files that are not read, ending in .heic (first: a.tar/x.heic)" in source.notes
+    assert "left out: 1 files that are not read, without a usual ending (first: a.tar/README)" in source.notes
 
 
 def test_a_pair_whose_name_is_repeated_is_another_pair(tmp_path):
@@ -136,7 +136,7 @@ def test_too_many_incomplete_pairs_are_refused_with_the_reasons(tmp_path, pairs,
     members = [m for i in range(pairs) for m in ((f"{i}.jpg", b""), (f"{i}.txt", b"x"))]
     where = write_members(tmp_path / "a.tar", *members, *((f"lone{i}.jpg", b"") for i in range(alone)))
     with pytest.raises(
-        UserError, match=rf"{alone} of {pairs + alone} pairs are incomplete: .*first: lone0.jpg.*max_bad_share"
+        UserError, match=rf"{alone} of {pairs + alone} pairs are incomplete: .*first: a.tar/lone0.jpg.*max_bad_share"
     ):
         open_tar(where, max_bad_share=max_bad_share)
     assert len(open_tar(where, max_bad_share=0.6)) == pairs
@@ -160,11 +160,14 @@ def write_labels(folder: Path, labels: list[bytes | None], classes: str = "cat\n
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([b"1", b"2", b"3", b"4"], r"the label of 000000003.cls is 4 and none is 0: they count from 1, subtract 1"),
-        ([b"0", b"-1", b"2"], r"1 of 3 labels are no numbers from 0 \(first: 000000001.cls\)"),
-        ([b"0", b"dog"], r"1 of 2 labels are no numbers from 0 \(first: 000000001.cls\)"),
-        ([b"0", b"1", b"", b"2"], r"1 of 4 labels are no numbers from 0 \(first: 000000002.cls\)"),
-        ([b"7"], r"the label of 000000000.cls is 7; labels are 0\.\.3, the lines of .*classnames.txt"),
+        (
+            [b"1", b"2", b"3", b"4"],
+            r"the label of 0.tar/000000003.cls is 4 and none is 0: they count from 1, subtract 1",
+        ),
+        ([b"0", b"-1", b"2"], r"1 of 3 labels are no numbers from 0 \(first: 0.tar/000000001.cls\)"),
+        ([b"0", b"dog"], r"1 of 2 labels are no numbers from 0 \(first: 0.tar/000000001.cls\)"),
+        ([b"0", b"1", b"", b"2"], r"1 of 4 labels are no numbers from 0 \(first: 0.tar/000000002.cls\)"),
+        ([b"7"], r"the label of 0.tar/000000000.cls is 7; labels are 0\.\.3, the lines of .*classnames.txt"),
     ],
 )
 def test_a_label_that_is_no_line_of_the_class_names_is_refused(tmp_path, labels, said):

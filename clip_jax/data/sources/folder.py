@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -125,7 +126,8 @@ def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str
         return _from_jsons(where, opening), (), ()
     found = [name for name in files.tables if name in tables.OURS]
     if not found and not beside:  # other libraries' tables, where nothing of ours is there
-        found = [name for name in files.tables if tables.is_table(root / name, caption)]
+        candidates = [*files.tables, *(text for text in files.texts.values() if text == tables.KAGGLE)]
+        found = [name for name in candidates if tables.is_table(root / name, caption)]
     others = [name for name in files.tables if name not in found]
     if others:
         opening.left_out.other("tables that are not read", shown(others[0]), len(others))
@@ -207,11 +209,14 @@ def _from_table(path: Path, opening: _Opening) -> list[_Row]:
     """Rows in the order of the images, whatever the order of the table."""
     # macOS spells an accented letter in two characters, a spreadsheet in one.
     by_name = {unicodedata.normalize("NFC", image): image for image in opening.files.images}
+    bases = Counter(name.rpartition("/")[2] for name in by_name)
+    by_name = {base: image for name, image in by_name.items() if bases[base := name.rpartition("/")[2]] == 1} | by_name
     found: dict[str, list[str]] = {}
     absent: list[tuple[int, str]] = []
     top = os.path.abspath(path.parent)
     for line, file, texts in tables.read(path, opening.caption):
-        # As we write it, or as OpenCLIP does: absolute, or relative to the working directory.
+        # As we write it; as OpenCLIP does: absolute, or relative to the working directory; or without its folder, where
+        # only one file has that name (Flickr8k).
         names = (os.path.normpath(file), os.path.relpath(os.path.abspath(file), top))
         image = next((by_name[n] for n in (unicodedata.normalize("NFC", name) for name in names) if n in by_name), None)
         if image is None:
@@ -258,7 +263,7 @@ def _class_folders(opening: _Opening) -> tuple[str, ...]:
     loose = [image for image in files.images if "/" not in image]
     if loose or len(names) < 2:
         _refuse_images_without_captions(opening, loose or list(files.images), [], 0)
-    if set(map(str.lower, names)) <= SPLIT_FOLDERS:
+    if {name.lower().rstrip("0123456789") for name in names} <= SPLIT_FOLDERS:  # COCO has train2017
         raise UserError(
             f"{root}: {', '.join(names)} are splits, not classes; name one of them: folder:{root / names[0]}"
         )

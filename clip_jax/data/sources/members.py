@@ -46,8 +46,8 @@ def split(name: str) -> tuple[str, str]:
     return (key, kind) if dot and kind in KINDS else (name, "")
 
 
-def pairs(members: Iterable[Any]) -> tuple[list[Group], LeftOut]:
-    """The pairs in the order of their first members, and what is left out.
+def pairs(members: Iterable[Any], shard: str) -> tuple[list[Group], LeftOut]:
+    """The pairs in the order of their first members, and what is left out, by names that begin with the shard's.
 
     Of several members of one kind and key the first one counts; but a name that is repeated after its pair is complete
     begins another pair, which is how two shards in one file look.
@@ -58,12 +58,12 @@ def pairs(members: Iterable[Any]) -> tuple[list[Group], LeftOut]:
     for member in members:
         key, kind = split(member.name)
         if reason := _unread(member, kind):
-            left_out.other(reason, shown(member.name))
+            left_out.other(reason, full_name(member, shard))
             continue
         group = current.get(key)
         if group is not None and kind in group.members:
             if not (group.is_pair and group.members[kind].name == member.name):
-                left_out.other(f"further {kind} files of the same key", shown(member.name))
+                left_out.other(f"further {kind} files of the same key", full_name(member, shard))
                 continue
             group = None
         if group is None:
@@ -73,7 +73,7 @@ def pairs(members: Iterable[Any]) -> tuple[list[Group], LeftOut]:
     made = [group for group in groups if group.is_pair]
     keys = {group.key for group in made}
     for group in groups:
-        name = shown(next(iter(group.members.values())).name)
+        name = full_name(next(iter(group.members.values())), shard)
         if group.is_pair:
             continue
         if not keys.isdisjoint(_shorter(group.key)):  # webdataset's compound endings: 000.seg.png beside 000.jpg
@@ -85,14 +85,19 @@ def pairs(members: Iterable[Any]) -> tuple[list[Group], LeftOut]:
     return made, left_out
 
 
-def labels(groups: Iterable[Group], read: Callable[[Any], bytes]) -> Labels:
+def labels(groups: Iterable[Group], shard: str, read: Callable[[Any], bytes]) -> Labels:
     """The labels of pairs; ``read`` gives the content of a member."""
     found = Labels()
     for group in groups:
         member = group.members.get("cls")
         if member is not None:
-            found = found.with_label(read(member) if member.size <= 32 else b"", shown(member.name))
+            found = found.with_label(read(member) if member.size <= 32 else b"", full_name(member, shard))
     return found
+
+
+def full_name(member: Any, shard: str) -> str:
+    """Shard and member, for messages."""
+    return f"{shown(shard)}/{shown(member.name.removeprefix('./'))}"
 
 
 def _unread(member: Any, kind: str) -> str:
@@ -101,7 +106,7 @@ def _unread(member: Any, kind: str) -> str:
     if parts[-1].startswith(".") or "__MACOSX" in parts:
         return "hidden files"
     if not member.regular:
-        return "links (tar --dereference stores the files that they lead to)"
+        return "links (tar --dereference --hard-dereference stores what they lead to)"
     if not kind:
         return f"files that are not read, {_ending(member.name)}"
     return f"files larger than {MAX_BYTES >> 20} MiB" if member.size > MAX_BYTES else ""

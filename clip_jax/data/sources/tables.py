@@ -18,6 +18,8 @@ from clip_jax.errors import UserError
 
 ENDINGS = (".csv", ".tsv", ".jsonl")
 OURS = ("captions.csv", "captions.tsv", "captions.jsonl")
+KAGGLE = "captions.txt"
+"""Flickr8k as it is downloaded there: columns ``image`` and ``caption``, the images in a folder beside it."""
 FILE_COLUMNS = ("file", "file_name", "filepath", "filename", "image", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title")
 

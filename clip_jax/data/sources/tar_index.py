@@ -221,7 +221,7 @@ def _scan(shard: str, name: str, size: int, version: str, truncated: str) -> tup
         )
     if ranges.stat(shard) != Stat(size, version):
         raise UserError(f"{shard}: was changed while it was read; wait until it is written, and start again")
-    groups, left_out = members.pairs(m for m in scanned if m.header.offset + m.size <= size)
+    groups, left_out = members.pairs((m for m in scanned if m.header.offset + m.size <= size), os.path.basename(name))
     if problem:
         left_out.other("shards that are truncated or no tar files, with what is after the cut", shown(name))
     rows, digest = np.zeros((len(groups), COLUMNS), "<u4"), hashlib.sha256()
@@ -233,7 +233,7 @@ def _scan(shard: str, name: str, size: int, version: str, truncated: str) -> tup
             digest.update(f"{kind} {member.header.offset} {member.size} {member.sampled}\n".encode())
         digest.update(group.key.encode("utf-8", "surrogateescape") + b"\n")
     counts = tuple(sum(kind in group.members for group in groups) for kind in KINDS)
-    labels = members.labels(groups, lambda member: member.label)
+    labels = members.labels(groups, os.path.basename(name), lambda member: member.label)
     known = Shard(name, size, version, len(rows), digest.hexdigest()[:24], counts, left_out.to_json(), labels)
     return known, rows
 
