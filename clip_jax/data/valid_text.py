@@ -5,6 +5,7 @@ such halves too. Tokenizers, files and terminals refuse them, usually much later
 """
 
 import os
+import unicodedata
 from pathlib import PurePath
 
 
@@ -19,4 +20,9 @@ def shown(name: str | bytes | PurePath) -> str:
     """A file's name for messages, in full on one line: bytes that are not UTF-8 and control characters as ``\\xe9``."""
     raw = name if isinstance(name, bytes) else os.fsencode(name)
     text = raw.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_shown(character: str) -> bool:
+    """Spaces of other kinds (macOS has one in "10.15 PM") and the joiner in emoji are not "printable" in Python."""
+    return character.isprintable() or character == "\u200d" or unicodedata.category(character) == "Zs"

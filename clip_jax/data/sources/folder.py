@@ -27,7 +27,7 @@ from clip_jax.data.sources import identity, tables
 from clip_jax.data.sources.folder_files import Files, find_files
 from clip_jax.data.sources.left_out import MAX_SHARE, LeftOut
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
-from clip_jax.data.valid_text import shown
+from clip_jax.data.valid_text import shown, valid
 from clip_jax.errors import UserError
 
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -191,11 +191,13 @@ def _from_text(path: Path, caption: str) -> tuple[str, ...]:
 def _from_jsons(where: str, opening: _Opening) -> list[_Row]:
     root, files = opening.root, opening.files
     used = [image for image in files.images if _key(image) in files.jsons]
-    contents = {image: (root / files.jsons[_key(image)]).read_bytes() for image in used}
-    caption_files.check_path(f"folder:{where}", opening.caption, contents.values())
-    missing = [image for image in files.images if image not in contents]
+    beside = [root / files.jsons[_key(image)] for image in used]
+    found = [_from_json(file.read_bytes(), opening.caption) for file in beside]
+    if not any(found):
+        caption_files.check_path(f"folder:{where}", opening.caption, (file.read_bytes() for file in beside[:100]))
+    missing = [image for image in files.images if _key(image) not in files.jsons]
     _refuse_images_without_captions(opening, missing, [files.jsons[_key(used[0])]], len(used))
-    return [_Row(image, _from_json(content, opening.caption)) for image, content in contents.items()]
+    return [_Row(image, captions) for image, captions in zip(used, found, strict=True)]
 
 
 def _from_json(content: bytes, path: str) -> tuple[str, ...]:
@@ -268,7 +270,7 @@ def _class_folders(opening: _Opening) -> tuple[str, ...]:
             f"{root}: {', '.join(names)} are splits, not classes; name one of them: folder:{root / names[0]}"
         )
     for name in names:
-        if shown(name) != name:
+        if valid(name) != name:
             raise UserError(f"{shown(root / name)}: the name of a class is not valid text; rename the folder")
     used = {_top(image) for image in files.images}
     empty = [name for name in names if name not in used]
