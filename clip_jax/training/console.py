@@ -28,7 +28,7 @@ def header(run: Run) -> list[tuple[str, str]]:
         ("mesh", f"{axes} on {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
         ("XLA flags", xla_flags.describe(jax.default_backend())),
         ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} per device"),
-        ("steps", f"{run.steps} ({run.steps * batch / len(train):.1f} epochs)"),
+        ("steps", f"{run.steps} ({run.steps * batch / run.phases[0].batches.order.epoch:.1f} epochs)"),
         ("data", f"{train.name}, {len(train)} examples"),
     ]
     for number, phase in enumerate(run.phases[1:], start=2):

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import config as configs
 from clip_jax.data import tokenizers
+from clip_jax.data.sources.mixture import Mixture
 from clip_jax.data.sources.sample import BadSampleError, Source
 from clip_jax.data.stream import read
 from clip_jax.data.tokenizers import Tokenizer, stored
@@ -49,8 +50,9 @@ def _make_tokenizer(workdir: Path, kind: str, config: ConfigDict, source: Source
 
 
 def _captions(source: Source, examples: int) -> Iterator[str]:
-    """The captions of the first examples, without those of bad ones."""
-    for index in range(min(examples, len(source))):
+    """The captions of the first examples (of a mixture, of each of its sources), without those of bad ones."""
+    several = isinstance(source, Mixture)
+    for index in source.some(examples) if several else range(min(examples, len(source))):
         try:
             yield from read(source, index).captions
         except BadSampleError:
