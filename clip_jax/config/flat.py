@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
-from clip_jax.settings import UNITS, defaults, evaluation
+from clip_jax.settings import SEVERAL, UNITS, defaults, evaluation
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -33,9 +33,9 @@ def set_value(config: ConfigDict, key: str, value: Any) -> None:
     config[last] = value
 
 
-def parse(text: str, default: Any) -> Any:
+def parse(key: str, text: str, default: Any) -> Any:
     """The value of ``--config.key=text``, by the type of the default."""
-    if isinstance(default, str):
+    if isinstance(default, str) and not (key in SEVERAL and text.lstrip().startswith(("(", "["))):
         return text
     if isinstance(default, bool) and text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -62,6 +62,8 @@ def typed(where: str, key: str, value: Any, default: Any) -> Any:
         return tuple(value)
     if type(value) is type(default):
         return value
+    if key in SEVERAL and isinstance(value, tuple | list):
+        return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
     kinds: dict[str, str | Callable] = {
         "int": "a whole number",
         "float": "a number",

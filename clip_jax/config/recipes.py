@@ -77,7 +77,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> Co
             raise UserError(f"--config.{key}={text}: {key} is not a setting{nearest(key, known)}")
         for sibling, default in siblings(key, known).items():  # of several durations the command line's wins
             set_value(config, sibling, default)
-        set_value(config, key, parse(text, known[key]))
+        set_value(config, key, parse(key, text, known[key]))
     check(config, where)
     return config
 
@@ -111,4 +111,4 @@ def later_settings(values: Mapping[str, Any], config: ConfigDict) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | list) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value

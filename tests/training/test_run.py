@@ -109,6 +109,19 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
         loop.run(workdir=str(copy), recipe=None, overrides={})
 
 
+def test_a_run_over_a_mixture_learns_from_all_its_sources(tmp_path, capsys):
+    recipe = runs.write_recipe(tmp_path)
+    train = f'(("tar:{tmp_path}/train", 1.0), ("tar:{tmp_path}/held_out", 2.0, "captions.de"), ("shapes:heldout", 0.1))'
+    overrides = {"data.train": train, "epochs": "2.0", "eval.held_out.source": "", "log.tensorboard": "False"}
+    assert loop.run(workdir=str(tmp_path / "run"), recipe=str(recipe), overrides=overrides) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.0.jsonl").read_text().splitlines()]
+    used = [index for line in lines for index in line["samples"]]
+    assert len(lines) == (50 + 2 * 13 + 51) * 2 // 16  # an epoch is the sum of weight * samples
+    counts = [sum(first <= i < last for i in used) for first, last in ((0, 50), (50, 63), (63, 575))]
+    assert [round(count / len(used), 1) for count in counts] == [0.4, 0.2, 0.4]
+    assert f"tar:{tmp_path}/held_out x 2" in (tmp_path / "run" / "run.json").read_text()
+
+
 def copy_with_data(small_run, tmp_path) -> tuple[Path, Path]:
     """A finished run and its training shards, of which the copy knows only the copy."""
     data, workdir = tmp_path / "train", tmp_path / "run"
