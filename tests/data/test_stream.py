@@ -105,7 +105,7 @@ def test_a_mixture_gives_the_same_batches_on_1_2_and_4_hosts_and_from_any_step(t
 
 def test_a_mixture_names_its_samples_by_their_source_and_has_no_labels(tmp_path):
     source = mixture(tmp_path).source
-    assert len(source) == 37 + 480 and source[31].key == "train-00000.tar/000000001"
+    assert len(source) == 37 + 480 and source[31].key == "train-00000.tar/000000001.jpg"
     assert source[40].key == "shapes:zero_shot/3" and source[40].label == -1
     assert source.some(9) == [0, 1, 2, 30, 31, 32, 37, 38, 39]
     with pytest.raises(IndexError):
