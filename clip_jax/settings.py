@@ -40,7 +40,10 @@ def defaults() -> ConfigDict:
             # What changes in the middle of a run: ({"start": 5000, "model.image.image_size": 384},), starts in steps.
             "phases": (),
             "data": {
-                "train": "shapes:train",  # kind:where, see clip_jax/data/sources
+                # kind:where, see clip_jax/data/sources; or several: (("tar:a", 1.0), ("tar:b", 4.0, "captions.de")),
+                # each with a weight and, where it has one of its own, a caption setting.
+                "train": "shapes:train",
+                "mixture": "weight",  # how often each example of a source is seen; share: its share of each batch
                 "samples": AUTO,  # examples in the dataset, for a plan without the data; training counts them
                 # Of tar shards and folders: txt, txt_lines (each line of the .txt is a caption), or a dotted path into
                 # the sample's JSON, such as caption or captions.de.
@@ -192,6 +195,7 @@ def ranges() -> dict[str, Range]:
 
 
 CHOICES = {
+    "data.mixture": ("weight", "share"),
     "data.truncated": ("stop", "keep"),
     "data.changed": ("stop", "accept"),
     "tokenizer.kind": ("", *KINDS),
@@ -205,6 +209,9 @@ CHOICES = {
     "optimizer.decay": ("kernels", "matrices", "matrices_and_positions"),
     "optimizer.first_moment_dtype": ("float32", "bfloat16"),
 }
+
+SEVERAL = ("data.train",)
+"""The settings that are a text or a tuple of entries."""
 
 EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot")}
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}

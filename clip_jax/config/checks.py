@@ -126,6 +126,7 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
         if not isinstance(factors, Mapping) or not _are_numbers(tuple(factors.values()), len(factors), above=-1e-9):
             example = '({"image/*": 0.1},)'
             raise UserError(f"{where}: optimizer.rate_factors: {factors} is not patterns with factors, as in {example}")
+    _check_mixture(given, where)
     for name in evaluations:
         templates.check(f"{where}: eval.{name}.templates", given[f"eval.{name}.templates"])
     for key, highest, meaning in (
@@ -135,6 +136,23 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
         values = given[f"data.{key}"]
         if not _are_numbers(values, 2, above=0) or not values[0] <= values[1] <= highest:
             raise UserError(f"{where}: data.{key}={values}: {meaning}")
+
+
+def _check_mixture(given: Mapping[str, Any], where: str) -> None:
+    train = given["data.train"]
+    if isinstance(train, str):
+        if given["data.mixture"] != "weight":
+            raise UserError(f"{where}: data.mixture has no effect with a single source in data.train")
+        return
+    for entry in train:
+        source, weight, *caption = entry if isinstance(entry, tuple) and len(entry) in (2, 3) else (None, None)
+        if not isinstance(source, str) or not _are_numbers((weight,), 1, above=0) or not math.isfinite(weight):
+            way_out = '(("tar:a", 1.0), ("tar:b", 4.0, "captions.de")), with weights above 0'
+            raise UserError(f"{where}: data.train: {entry!r} is not a source with a weight, as in {way_out}")
+        if caption and not isinstance(caption[0], str):
+            raise UserError(f"{where}: data.train: {caption[0]!r} of {source} is not a caption setting")
+    if not train:
+        raise UserError(f"{where}: data.train is empty")
 
 
 def _are_numbers(values: tuple, count: int, above: float) -> bool:

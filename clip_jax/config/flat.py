@@ -10,9 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
-from clip_jax.settings import UNITS, defaults, evaluation
+from clip_jax.settings import SEVERAL, UNITS, defaults, evaluation
 
-PATHS = ("data.train", "data.tfds_dir", "tokenizer.vocab", "model.init_from")
+PATHS = ("data.train", "data.tfds_dir", "data.links_to", "tokenizer.vocab", "model.init_from")
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -37,9 +37,9 @@ def set_value(config: ConfigDict, key: str, value: Any) -> None:
     config[last] = value
 
 
-def parse(text: str, default: Any) -> Any:
+def parse(key: str, text: str, default: Any) -> Any:
     """The value of ``--config.key=text``, by the type of the default."""
-    if isinstance(default, str):
+    if isinstance(default, str) and not (key in SEVERAL and text.lstrip().startswith(("(", "["))):
         return text
     if isinstance(default, bool) and text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -66,6 +66,8 @@ def typed(where: str, key: str, value: Any, default: Any) -> Any:
         return tuple(value)
     if type(value) is type(default):
         return value
+    if key in SEVERAL and isinstance(value, tuple | list):
+        return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
     kinds: dict[str, str | Callable] = {
         "int": "a whole number",
         "float": "a number",
@@ -90,5 +92,9 @@ def siblings(key: str, known: Mapping[str, Any]) -> dict[str, Any]:
 def expand_home(key: str, value: Any) -> Any:
     """A setting with the user's home in place of ``~``, where the setting is a path or a source (``tar:~/shards``)."""
     if key not in PATHS and not re.fullmatch(r"eval\.[^.]+\.source", key):
+        return value
+    if isinstance(value, tuple | list):  # a mixture: sources with their weights
+        return type(value)(expand_home(key, part) for part in value)
+    if not isinstance(value, str):
         return value
     return re.sub(r"(^|[:,=+])~(?=/|$)", lambda found: found[1] + os.path.expanduser("~"), value)

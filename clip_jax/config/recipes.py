@@ -22,7 +22,17 @@ from clip_jax.settings import AUTO, UNITS, defaults, evaluation
 MAY_CHANGE_ON_RESTART = ("micro_batch", "mesh", "eval", "checkpoint", "log")
 COMPUTE_ONLY = ("model.scan", "model.remat", "model.attention")
 """May change as well: other devices have other memory, and the numbers stay, up to rounding."""
-SAME_BATCHES = ("max_bad_share", "changed", "workers", "prefetch", "train", "tfds_dir", "truncated", "samples")
+SAME_BATCHES = (
+    "max_bad_share",
+    "changed",
+    "workers",
+    "prefetch",
+    "train",
+    "tfds_dir",
+    "truncated",
+    "samples",
+    "links_to",
+)
 """Of ``data``: where the data is and how it is read. That it is the same data is checked by its fingerprint."""
 
 
@@ -96,7 +106,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> Co
         known = known_settings(tuple(config.eval))
         if key not in known:
             raise UserError(f"--config.{key}={text}: {key} is not a setting{nearest(key, known)}")
-        value = parse(text, known[key])
+        value = parse(key, text, known[key])
         if value != AUTO:  # of several durations the command line's wins; -1 gives none
             for sibling, default in siblings(key, known).items():
                 if sibling not in overrides:  # two of the command line are a mistake, which check() finds
@@ -136,4 +146,4 @@ def later_settings(values: Mapping[str, Any], config: ConfigDict) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | list) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value

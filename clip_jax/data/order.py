@@ -9,7 +9,11 @@ shards. Nothing is materialized: a permutation is a Feistel network, applied unt
 over a billion samples costs nothing to set up, and does not change with the version of any library.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from math import lcm
 
 import numpy as np
 
@@ -69,6 +73,15 @@ class Order:
     block: int = 1
     window: int = 1
 
+    @property
+    def epoch(self) -> int:
+        """Pairs in an epoch."""
+        return self.samples
+
+    def another(self, index: int, rng: np.random.Generator) -> int:
+        """A sample in place of an unusable one."""
+        return int(rng.integers(self.samples))
+
     def positions(self, step: int) -> np.ndarray:
         """int64[batch_size]: the positions in the run that batch ``step`` holds."""
         return np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
@@ -109,3 +122,94 @@ class Order:
         rank = shuffled // n
         rank = rank + (shuffled >= start(np.minimum(rank + 1, blocks)))
         return permute(rank, blocks, seed) * n + (shuffled - start(rank))
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """The order of a run over several sources, whose samples are numbered one source after the other.
+
+    Every batch has its quota of each source, rounded so that the rounding never adds up: any number of consecutive
+    batches has the exact shares, to less than one pair per source. The rows of a batch are shuffled. A source has an
+    order of its own over the pairs that it gives, so that each of its epochs visits each of its samples once.
+    """
+
+    orders: tuple[Order, ...]
+    shares: tuple[int, ...]
+    """Pairs of each source, relative to each other."""
+    epoch: int
+    batch_size: int
+    seed: int
+
+    def positions(self, step: int) -> np.ndarray:
+        """int64[batch_size]: the positions in the run that batch ``step`` holds."""
+        return np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """int64[n] -> int64[n]: the sample at each position of the run."""
+        steps, offsets = np.divmod(positions, self.batch_size)
+        out = np.empty_like(offsets)
+        for step in np.unique(steps):
+            inside = steps == step
+            rows = permute(offsets[inside], self.batch_size, fold(self.seed, int(step), 4))
+            before = np.array(self.counts(int(step) * self.batch_size))
+            ends = np.cumsum(np.array(self.counts((int(step) + 1) * self.batch_size)) - before)
+            sources = np.searchsorted(ends, rows, side="right")
+            samples = np.empty_like(rows)
+            for source in np.unique(sources):
+                own = sources == source
+                seen = before[source] + rows[own] - (ends[source - 1] if source else 0)
+                samples[own] = self._first(source) + self.orders[source].indices(seen)
+            out[inside] = samples
+        return out
+
+    def batch(self, step: int) -> np.ndarray:
+        """int64[batch_size]: the samples of batch ``step``."""
+        return self.indices(self.positions(step))
+
+    def another(self, index: int, rng: np.random.Generator) -> int:
+        """A sample of the same source in place of an unusable one."""
+        source = max(i for i in range(len(self.orders)) if self._first(i) <= index)
+        return self._first(source) + self.orders[source].another(index, rng)
+
+    def counts(self, pairs: int) -> list[int]:
+        """How many of the first ``pairs`` pairs of the run each source gives.
+
+        Each source takes its share of what the sources before it leave, rounded down: no count ever decreases, as
+        it could if each were rounded alone.
+        """
+        found, left, shares = [], pairs, sum(self.shares)
+        for share in self.shares:
+            found.append(left * share // shares)  # exact integers of any size
+            left, shares = left - found[-1], shares - share
+            if not shares:
+                break
+        return found
+
+    def _first(self, source: int) -> int:
+        return list(accumulate((order.samples for order in self.orders), initial=0))[source]
+
+
+def mix(
+    samples: Sequence[int],
+    weights: Sequence[float],
+    batch_size: int,
+    seed: int,
+    *,
+    by_share: bool = False,
+    block: int = 1,
+    window: int = 1,
+) -> MixedOrder:
+    """The order over sources of so many samples each.
+
+    A weight says how often each sample of a source is seen, relative to the others: an epoch is the sum of
+    weight * samples. ``by_share``: weights are shares of the batch, and an epoch is the sum of samples.
+    """
+    exact = [Fraction(str(weight)) * (1 if by_share else n) for weight, n in zip(weights, samples, strict=True)]
+    whole = lcm(*(share.denominator for share in exact))
+    return MixedOrder(
+        orders=tuple(Order(n, batch_size, fold(seed, i, 3), block, window) for i, n in enumerate(samples)),
+        shares=tuple(int(share * whole) for share in exact),
+        epoch=sum(samples) if by_share else max(1, int(sum(exact))),
+        batch_size=batch_size,
+        seed=seed,
+    )

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from clip_jax.data import images
-from clip_jax.data.order import Order, fold
+from clip_jax.data.order import MixedOrder, Order, fold
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.views import PAIR, View, empty_batch
 from clip_jax.errors import UserError
@@ -77,7 +77,7 @@ class TrainingBatches:
     """Batch k of a run, or a process's rows of it."""
 
     source: Source
-    order: Order
+    order: Order | MixedOrder
     views: Mapping[str, View]
     faults: Faults
 
@@ -109,7 +109,7 @@ class TrainingBatches:
                 self.faults.count(BadSampleError(str(error), key))
             except BadSampleError as error:
                 self.faults.count(error)
-            index = int(rng.integers(len(self.source)))
+            index = self.order.another(index, rng)
         raise UserError(
             f"{self.source.name}: {REPLACEMENT_ATTEMPTS} examples in a row could not be used ({self.faults.summary()})"
         )

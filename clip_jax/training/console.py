@@ -31,7 +31,7 @@ def header(run: Run) -> list[tuple[str, str]]:
         ("XLA flags", xla_flags.describe(jax.default_backend())),
         ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} per device"),
         *(("", note) for note in repeated_pairs(run)),
-        ("steps", f"{run.steps} ({run.steps * batch / len(train):.1f} epochs)"),
+        ("steps", f"{run.steps} ({run.steps * batch / run.phases[0].batches.order.epoch:.1f} epochs)"),
         ("data", f"{train.name}, {len(train)} examples"),
         *(("", note) for note in notes(train)),
     ]

@@ -68,6 +68,9 @@ def check_data(run: Run, previous: Mapping[str, Any]) -> None:
     then, now = previous["data"]["train"], run.train
     if then["fingerprint"] == now.fingerprint:
         return
+    if then["fingerprint"] == now.former_fingerprint:
+        print(f"{run.folder}: recorded names and sizes of its data, which are the same; now records its content")
+        return
     if then["samples"] != len(now):
         raise UserError(
             f"{now.name} is not the data this run began with ({then['samples']} examples then, {len(now)} now); "

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from clip_jax import __version__, presets, version
 from clip_jax import config as configs
-from clip_jax.data.order import Order, fold
+from clip_jax.data.order import MixedOrder, Order, fold, mix
 from clip_jax.data.sources import open_source
+from clip_jax.data.sources.mixture import Mixture, open_mixture
 from clip_jax.data.sources.sample import Source
 from clip_jax.data.stream import Faults, TrainingBatches
 from clip_jax.data.tokenizers import Tokenizer
@@ -113,15 +114,13 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
     # All sources are opened before anything heavy: a mistyped one is reported at once.
     opened = {name: open_evaluation(config, name, image_size) for name in config.eval if config.eval[name].source}
     train = open_training(config, image_size)
-    examples = len(train)
+    order = make_order(config, train)
+    examples = order.epoch
     steps = configs.duration(config, "", examples)
     configs.check_lengths(config, steps, examples)
 
     tokenizer = prepare_tokenizer(folder.path, config, train)
     faults = Faults(config.data.max_bad_share)
-    order = Order(
-        examples, config.batch_size, fold(config.seed, 1), config.data.shuffle_block, config.data.shuffle_window
-    )
     stops = [*(phase.start for phase in phase_configs[1:]), steps]
     if any(phase.start >= steps for phase in phase_configs):
         raise UserError(f"config.phases: a phase starts at step {phase_configs[-1].start} of a run of {steps}")
@@ -157,7 +156,28 @@ def resolve_preset(config: ConfigDict, tokenizer: Tokenizer) -> Preset:
 
 
 def open_training(config: ConfigDict, image_size: int) -> Source:
-    return _open(config, config.data.train, config.data.caption, image_size)
+    train = config.data.train
+    if isinstance(train, str):
+        return _open(config, train, config.data.caption, image_size)
+    # A caption setting of its own is the third part of an entry.
+    opened = [_open(config, where, *(caption or [config.data.caption]), image_size) for where, _, *caption in train]
+    return open_mixture(opened, [weight for _, weight, *_ in train])
+
+
+def make_order(config: ConfigDict, train: Source) -> Order | MixedOrder:
+    """Which examples make batch k of the run."""
+    data, seed = config.data, fold(config.seed, 1)
+    if not isinstance(train, Mixture):
+        return Order(len(train), config.batch_size, seed, data.shuffle_block, data.shuffle_window)
+    return mix(
+        [len(part) for part in train.parts],
+        [weight for _, weight, *_ in data.train],
+        config.batch_size,
+        seed,
+        by_share=data.mixture == "share",
+        block=data.shuffle_block,
+        window=data.shuffle_window,
+    )
 
 
 def open_evaluation(config: ConfigDict, name: str, image_size: int) -> Source:

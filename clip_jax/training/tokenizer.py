@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import config as configs
 from clip_jax.data import tokenizers
+from clip_jax.data.sources.mixture import Mixture
 from clip_jax.data.sources.sample import BadSampleError, Source
 from clip_jax.data.stream import read
 from clip_jax.data.tokenizers import Tokenizer, stored
@@ -63,17 +64,21 @@ def _of_weights(config: ConfigDict, kind: str) -> Path | None:
 
 
 def _captions(source: Source, examples: int) -> Iterator[str]:
-    """The captions of the first examples, without those of bad ones; UserError where all are bad."""
+    """The captions of the first examples (of a mixture, of each of its sources), without those of bad ones.
+
+    Raises UserError where all are bad.
+    """
     faults: collections.Counter = collections.Counter()
-    count = min(examples, len(source))
-    for index in range(count):
+    several = isinstance(source, Mixture)
+    indices = source.some(examples) if several else range(min(examples, len(source)))
+    for index in indices:
         try:
             yield from read(source, index).captions
         except BadSampleError as error:
             faults[error.reason] += 1
-    if faults.total() == count:
+    if faults.total() == len(indices):
         reasons = ", ".join(f"{n} {reason}" for reason, n in faults.most_common())
-        raise UserError(f"{source.name}: no captions to train a tokenizer on in {count} examples ({reasons})")
+        raise UserError(f"{source.name}: no captions to train a tokenizer on in {len(indices)} examples ({reasons})")
 
 
 def _broadcast(data: bytes) -> bytes:

@@ -54,6 +54,10 @@ def recipe(tmp_path, body: str) -> str:
         ("    config.examples = 100\n", "are both given"),
         ("    config.steps = -1\n", "give one of steps, examples, epochs"),
         ("    config.data.crop_scale = (2.0, 1.0)\n", "data.crop_scale"),
+        ("    config.data.train = (('tar:a', 1.0), 'tar:b')\n", "data.train: 'tar:b' is not a source with a weight"),
+        ("    config.data.train = (('tar:a', 0.0),)\n", "with weights above 0"),
+        ("    config.data.train = (('tar:a', 1.0, 3),)\n", "data.train: 3 of tar:a is not a caption setting"),
+        ("    config.data.mixture = 'share'\n", "data.mixture has no effect with a single source"),
         ("    config.eval.a = evaluation(templates=('a photo',))\n", "write {} once, for the class name"),
         ("    config.eval.a = 'folder:x'\n", "eval.a is a section: config.eval.a = evaluation(source='folder:x'"),
         ("    config.eval.a = evaluation()\n    config.eval.a.sorce = 'x'\n", "nearest: eval.a.source"),
@@ -303,3 +307,13 @@ def test_sizes_of_the_model_can_be_overridden_and_must_go_together():
 def test_a_missing_recipe_names_the_nearest():
     with pytest.raises(UserError, match=re.escape("configs/emojy.py: no such recipe (nearest: configs/emoji.py)")):
         load("configs/emojy.py")
+
+
+def test_a_mixture_is_given_on_the_command_line_and_survives_run_json():
+    text = '(("tar:a,b", 1), ["tar:c", 4.0, "captions.de"])'
+    config = override(valid(), {"data.train": text, "data.mixture": "share"}, "here")
+    assert config.data.train == (("tar:a,b", 1), ("tar:c", 4.0, "captions.de"))
+    again = from_json(to_json(config), "run.json")
+    assert tuple(again.data.train) == config.data.train and differences(to_json(again), to_json(config)) == []
+    other = override(config, {"data.train": text.replace("4.0", "5.0")}, "here")
+    assert differences(to_json(config), to_json(other)) == ["data.train"]

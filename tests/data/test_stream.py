@@ -1,10 +1,13 @@
 """Batches: pure functions of (seed, k), the same for any split over hosts; bad samples are replaced and counted."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from clip_jax.data.order import Order
+from clip_jax.data.order import Order, mix
 from clip_jax.data.sources import open_source
+from clip_jax.data.sources.mixture import open_mixture
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.stream import Faults, TrainingBatches, read, stream
 from clip_jax.data.views import View, pair_views
@@ -75,6 +78,38 @@ def test_another_view_draws_from_its_own_generator_and_changes_no_pair(tmp_path)
     halves = [batches(source, more=noise)(2, rows)["noise"] for rows in np.split(np.arange(8), 2)]
     np.testing.assert_array_equal(more["noise"], np.concatenate(halves))
     assert len(np.unique(more["noise"])) == 24
+
+
+def mixture(tmp_path):
+    parts = [open_source(write_shards(tmp_path / name, n), image_size=24) for name, n in (("a", 30), ("b", 7))]
+    parts.append(open_source("shapes:zero_shot", image_size=32))
+    make, weights = batches(parts[0]), [1.0, 4.0, 0.05]
+    order = mix([len(part) for part in parts], weights, 8, seed=0)
+    return dataclasses.replace(make, source=open_mixture(parts, weights), order=order)
+
+
+def test_a_mixture_gives_the_same_batches_on_1_2_and_4_hosts_and_from_any_step(tmp_path):
+    """Beyond the epochs of each source and of the mixture, across shards and sources."""
+    make = mixture(tmp_path)
+    steps = 3 * make.order.epoch // 8
+    whole = list(stream(make, np.arange(8), 0, steps, workers=2, prefetch=3))
+    source = np.searchsorted([30, 37], np.concatenate([batch["index"] for batch in whole]), side="right")
+    assert set(source) == {0, 1, 2} and (source == 0).sum() > 60 and (source == 1).sum() > 60
+    for hosts, first in ((2, 5), (4, 11)):
+        parts = [
+            list(stream(make, rows, first, steps, workers=1, prefetch=2)) for rows in np.split(np.arange(8), hosts)
+        ]
+        for step, together in enumerate(zip(*parts, strict=True), first):
+            assert equal(whole[step], {name: np.concatenate([p[name] for p in together]) for name in whole[step]})
+
+
+def test_a_mixture_names_its_samples_by_their_source_and_has_no_labels(tmp_path):
+    source = mixture(tmp_path).source
+    assert len(source) == 37 + 480 and source[31].key == "train-00000.tar/000000001.jpg"
+    assert source[40].key == "shapes:zero_shot/3" and source[40].label == -1
+    assert source.some(9) == [0, 1, 2, 30, 31, 32, 37, 38, 39]
+    with pytest.raises(IndexError):
+        source[len(source)]
 
 
 def faulty(tmp_path):

@@ -27,14 +27,6 @@ def test_captions_may_come_from_a_path_in_the_json(tmp_path):
     assert open_tar(where, caption="tags")[1].captions == ("a", "b1")
 
 
-def test_the_index_is_built_once(tmp_path, monkeypatch):
-    where = write_shards(tmp_path, 4).removeprefix("tar:")
-    first = open_tar(where)
-    monkeypatch.setattr(tarfile, "open", lambda *_: pytest.fail("the shards were scanned again"))
-    again = open_tar(where)
-    assert len(again) == 4 and again.fingerprint == first.fingerprint
-
-
 def test_a_changed_shard_is_scanned_again_and_has_another_fingerprint(tmp_path):
     where = write_shards(tmp_path, 4).removeprefix("tar:")
     before = open_tar(where)

@@ -5,12 +5,14 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from clip_jax import __version__
 from clip_jax.data import stream
+from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.tokenizers import train_sentencepiece
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.errors import UserError
@@ -205,6 +207,52 @@ def test_the_users_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
     assert folder.path == tmp_path / "run" and str(folder) == str(tmp_path / "run")
     assert (config.data.train, config.tokenizer.vocab) == (f"tar:{tmp_path}/train", f"{tmp_path}/a.model")
     assert config.eval.a.source == f"folder:{tmp_path}/x"
+
+
+def test_a_run_over_a_mixture_learns_from_all_its_sources(tmp_path, capsys):
+    recipe = runs.write_recipe(tmp_path)
+    train = f'(("tar:{tmp_path}/train", 1.0), ("tar:{tmp_path}/held_out", 2.0, "captions.de"), ("shapes:heldout", 0.1))'
+    overrides = {"data.train": train, "epochs": "2.0", "eval.held_out.source": "", "log.tensorboard": "False"}
+    assert loop.run(workdir=str(tmp_path / "run"), recipe=str(recipe), overrides=overrides) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.0.jsonl").read_text().splitlines()]
+    used = [index for line in lines for index in line["samples"]]
+    assert len(lines) == (50 + 2 * 13 + 51) * 2 // 16  # an epoch is the sum of weight * samples
+    counts = [sum(first <= i < last for i in used) for first, last in ((0, 50), (50, 63), (63, 575))]
+    assert [round(count / len(used), 1) for count in counts] == [0.4, 0.2, 0.4]
+    assert f"tar:{tmp_path}/held_out x 2" in (tmp_path / "run" / "run.json").read_text()
+
+
+def copy_with_data(small_run, tmp_path) -> tuple[Path, Path]:
+    """A finished run and its training shards, of which the copy knows only the copy."""
+    data, workdir = tmp_path / "train", tmp_path / "run"
+    shutil.copytree(small_run.parent / "train", data)
+    shutil.copytree(small_run, workdir)
+    run = json.loads((workdir / "run.json").read_text())
+    run["config"]["data"]["train"] = f"tar:{data}"
+    (workdir / "run.json").write_text(json.dumps(run))
+    return workdir, data
+
+
+def test_a_shard_with_other_pairs_and_the_same_size_is_other_data(small_run, tmp_path):
+    workdir, data = copy_with_data(small_run, tmp_path)
+    shard, before = data / "train-00000.tar", (data / "train-00000.tar").stat().st_size
+    write_shard(shard, [sample(i, f"picture numer  {i}") for i in reversed(range(25))])
+    assert shard.stat().st_size == before
+    with pytest.raises(UserError, match="is not the data this run began with"):
+        loop.run(workdir=str(workdir), recipe=None, overrides={})
+
+
+def test_a_run_that_recorded_names_and_sizes_goes_on_and_records_content(small_run, tmp_path, capsys):
+    workdir, data = copy_with_data(small_run, tmp_path)
+    run = json.loads((workdir / "run.json").read_text())
+    new = run["data"]["train"]["fingerprint"]
+    run["data"]["train"]["fingerprint"] = open_tar(str(data)).former_fingerprint
+    (workdir / "run.json").write_text(json.dumps(run))
+    assert loop.run(workdir=str(workdir), recipe=None, overrides={}) == 0
+    assert "now records its content" in capsys.readouterr().out
+    assert json.loads((workdir / "run.json").read_text())["data"]["train"]["fingerprint"] == new
+    assert loop.run(workdir=str(workdir), recipe=None, overrides={}) == 0
+    assert "now records its content" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("with_recipe", [False, True])

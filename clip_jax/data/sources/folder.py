@@ -16,14 +16,14 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from clip_jax.data import images
 from clip_jax.data.sources import captions as caption_files
-from clip_jax.data.sources import tables
+from clip_jax.data.sources import identity, tables
 from clip_jax.data.sources.folder_files import Files, find_files
 from clip_jax.data.sources.left_out import MAX_SHARE, LeftOut
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
@@ -45,6 +45,7 @@ class _Row(NamedTuple):
 class _Folder:
     name: str
     fingerprint: str
+    former_fingerprint: str
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
     root: Path
@@ -96,11 +97,24 @@ def open_folder(
             opening.left_out.other(
                 f"files that are not read, {f'ending in {ending}' if ending else 'without an ending'}", shown(name)
             )
+    content = dict(zip(files.images, identity.of_files([root / file for file in files.images]), strict=True))
+    return _Folder(
+        name=f"folder:{where}",
+        fingerprint=_fingerprint(rows, content)[:24],
+        # Older code took the size of an image for its content.
+        former_fingerprint=_fingerprint(rows, files.images)[:16],
+        class_names=class_names,
+        notes=(*notes, *opening.left_out.notes()),
+        root=root,
+        rows=tuple(rows),
+    )
+
+
+def _fingerprint(rows: Sequence[_Row], images_: Mapping[str, int | str]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.file, files.images[row.file], row.captions]).encode())
-    notes = (*notes, *opening.left_out.notes())
-    return _Folder(f"folder:{where}", digest.hexdigest()[:16], class_names, notes, root, tuple(rows))
+        digest.update(json.dumps([row.file, images_[row.file], row.captions]).encode())
+    return digest.hexdigest()
 
 
 def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str, ...], tuple[str, ...]]:

@@ -122,37 +122,3 @@ def _shorter(key: str) -> Iterator[str]:
 def _ending(name: str) -> str:
     _, dot, ending = name.rpartition("/")[2].rpartition(".")
     return f"ending in .{ending}" if dot and ending.isalnum() and len(ending) <= 8 else "without a usual ending"
-
-
-def name_of(read: Callable[[int, int], bytes], data_offset: int) -> str:
-    """The name of the member whose data begins at an offset, from the headers before it: for messages.
-
-    A header has 100 bytes for a name and 155 for its folder; longer names, and in Python's tar files all that are not
-    ASCII, are in an extended header before it. ``read(offset, size)`` reads the shard.
-    """
-    start = max(0, data_offset - 8 * 512)
-    blocks = read(start, data_offset - start)
-    header = blocks[-512:]
-    name, folder = (part.split(b"\0", 1)[0] for part in (header[:100], header[345:500]))
-    if header[257:263] == b"ustar\0" and folder:
-        name = folder + b"/" + name
-    if len(name) >= 99 or b"?" in name or not name.isascii():
-        name = _long_name(blocks[:-512]) or name
-    return shown(name.removeprefix(b"./"))
-
-
-def _long_name(blocks: bytes) -> bytes:
-    """The name in a GNU or pax extended header at the end of these blocks."""
-    for back in range(2, len(blocks) // 512 + 1):
-        header, data = blocks[-512 * back :][:512], blocks[-512 * (back - 1) :]
-        try:
-            size = int(header[124:136].strip(b" \0") or b"0", 8)
-        except ValueError:
-            continue
-        if header[257:262] != b"ustar" or -(-size // 512) != back - 1:
-            continue
-        if header[156:157] == b"L":
-            return data[:size].rstrip(b"\0")
-        if header[156:157] == b"x" and b" path=" in data[:size]:
-            return data[:size].partition(b" path=")[2].split(b"\n", 1)[0]
-    return b""

@@ -41,6 +41,8 @@ class Source(Protocol):
     """As in the config: ``kind:where``."""
     fingerprint: str
     """Changes whenever a sample or their order does, so that a resumed run can refuse other data."""
+    former_fingerprint: str
+    """As older code made it, of names and sizes, for runs that recorded that one; empty where it is the same."""
     class_names: tuple[str, ...]
     """What ``Sample.label`` indexes; empty where samples have no labels."""
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clip_jax.data.sources import identity
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
 
@@ -39,6 +40,7 @@ class _Layout(NamedTuple):
 class _TfdsSource:
     name: str
     fingerprint: str
+    former_fingerprint: str
     class_names: tuple[str, ...]
     title: str
     """Dataset and split, for messages: ``coco_captions/2014/1.1.0 test``."""
@@ -108,11 +110,13 @@ def open_split(where: str, split: str, *, data_dir: str = "") -> Source:
     info.set_file_format("array_record", override=True, override_if_initialized=True)
     instructions = _file_instructions(where, split, info, folder)
     layout = _find_layout(where, features)
+    former = _former_fingerprint(info, split, instructions)
     used = dict.fromkeys(filter(None, (layout.image, *layout.captions[:1], layout.label)))
     is_encoded = isinstance(features[layout.image], tfds.features.Image)
     return _TfdsSource(
         name=f"tfds:{where}/{split}",
-        fingerprint=_fingerprint(info, split, instructions),
+        fingerprint=_fingerprint(former, instructions),
+        former_fingerprint=former,
         class_names=tuple(features[layout.label].names) if layout.label else (),
         title=f"{info.full_name} {split}",
         layout=layout,
@@ -278,7 +282,14 @@ def _captions(example: dict, path: tuple[str, ...], key: str) -> tuple[str, ...]
     return captions
 
 
-def _fingerprint(info, split: str, instructions: list) -> str:
+def _fingerprint(former: str, instructions: list) -> str:
+    """Of names and sizes, and of the files' bytes where they are on this machine."""
+    files = [i.filename for i in instructions]
+    digests = [] if any("://" in file for file in files) else identity.of_files(files)
+    return hashlib.sha256(json.dumps([former, digests]).encode()).hexdigest()[:24]
+
+
+def _former_fingerprint(info, split: str, instructions: list) -> str:
     files = [(os.path.basename(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
     # The size in bytes differs where a dataset was prepared again, with other content, under the same version.
     identity = [info.full_name, split, sum(i.take for i in instructions), files, int(info.dataset_size)]

@@ -68,6 +68,8 @@ class Shapes:
     def class_names(self) -> tuple[str, ...]:
         return CLASS_NAMES if self.split == "zero_shot" else ()
 
+    former_fingerprint = ""
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Covers pixels and captions of the first samples, so that an edited dataset cannot pass for the old one."""

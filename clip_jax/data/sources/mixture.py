@@ -1,0 +1,58 @@
+"""Several sources as one: the samples of the first, then those of the second, and so on.
+
+How often each is seen is a matter of the order (``data/order.py``: ``mix``); names, keys and fingerprints are here.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from clip_jax.data.sources.sample import Sample, Source, notes
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Made by ``open_mixture``."""
+
+    name: str
+    fingerprint: str
+    parts: tuple[Source, ...]
+    starts: tuple[int, ...] = field(repr=False)
+    """The first sample of each part, and the number of all."""
+    former_fingerprint: str = ""
+    class_names: tuple[str, ...] = ()
+    """Labels of different sources mean different things."""
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self.starts, index) - 1
+        return self.parts[part][index - self.starts[part]]._replace(label=-1)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of the parts, each with the part's name."""
+        return tuple(f"{part.name}: {note}" for part in self.parts for note in notes(part))
+
+    def some(self, count: int) -> list[int]:
+        """About ``count`` samples, the first of each part, as many of each as far as there are."""
+        each = -(-count // len(self.parts))
+        ranges = itertools.pairwise(self.starts)
+        return [index for start, end in ranges for index in range(start, min(end, start + each))]
+
+
+def open_mixture(parts: Sequence[Source], weights: Sequence[float]) -> Mixture:
+    """The parts in their order; their weights are part of the name only."""
+    content = json.dumps([part.fingerprint for part in parts])
+    return Mixture(
+        name=" + ".join(f"{part.name} x {weight:g}" for part, weight in zip(parts, weights, strict=True)),
+        fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
+        parts=tuple(parts),
+        starts=tuple(itertools.accumulate((len(part) for part in parts), initial=0)),
+    )

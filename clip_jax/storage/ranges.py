@@ -1,0 +1,63 @@
+"""Files read by range on this machine: what they are (size and version), and any bytes of them.
+
+Descriptors are kept open, so that a file that is replaced by another one is still read as it was; a file that is
+written to in place is noticed by its version.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+Read = Callable[[int, int], bytes]
+"""(offset, size) -> the bytes there; fewer only where the file ends."""
+
+OPEN_FILES = 256
+"""An evicted file stays open for the thread that reads it, until its last reference is gone."""
+
+
+class Stat(NamedTuple):
+    size: int
+    """In bytes."""
+    version: str
+    """Changes whenever the content does: the time of the last change."""
+
+
+def stat(where: str) -> Stat:
+    """Raises OSError."""
+    return _stat(os.stat(where))
+
+
+def reader(where: str, expected: Stat | None = None) -> Read:
+    """Reads any range of a file. With ``expected``, OSError where the file is not that one any more."""
+
+    def read(offset: int, size: int) -> bytes:
+        file = _open(where)
+        if expected is not None and _stat(os.fstat(file.fileno())) != expected:
+            _open.cache_clear()  # a file of the same name may be the expected one again
+            raise OSError(f"{where} was changed while it was read; start again")
+        return os.pread(file.fileno(), size, offset) if size > 0 else b""
+
+    return read
+
+
+def buffered(read: Read, window: int) -> Read:
+    """For reading forward in small pieces: at least ``window`` bytes are read at a time, by one thread."""
+    start, held = 0, b""
+
+    def piece(offset: int, size: int) -> bytes:
+        nonlocal start, held
+        if not start <= offset <= offset + size <= start + len(held):
+            start, held = offset, read(offset, max(size, window))
+        return held[offset - start : offset - start + size]
+
+    return piece
+
+
+def _stat(found: os.stat_result) -> Stat:
+    return Stat(found.st_size, str(found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)
+def _open(where: str):
+    return open(where, "rb", buffering=0)
