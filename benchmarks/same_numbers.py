@@ -17,6 +17,7 @@ from pathlib import Path
 from clip_jax.training.metrics import is_timing
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
 RENAMED = {"eval/heldout/": "eval/held_out/"}
 EVALUATION_TOLERANCE = 1e-6
 
@@ -27,10 +28,13 @@ def train(commit: str, recipe: str, steps: int, folder: Path) -> list[dict[str, 
     if not tree.exists():
         subprocess.run(["git", "worktree", "add", "--detach", "--force", tree, commit], cwd=ROOT, check=True)
         if not (folder / "shared").exists():
-            (folder / "shared").symlink_to(ROOT.parent / "shared")  # the emoji recipe's data
+            (folder / "shared").symlink_to(ROOT.parent / "shared")  # where an older emoji recipe looks for its data
+        (tree / "data").mkdir(exist_ok=True)
+        (tree / "data/emoji").symlink_to(DATA / "emoji")  # where a newer one does
+    vocabulary = [f"--config.tokenizer.vocab={DATA}/clip_bpe/bpe_simple_vocab_16e6.txt.gz"] if recipe == "emoji" else []
     lengths = [f"--config.steps={steps}", "--config.log.every_steps=1", f"--config.optimizer.warmup_steps={steps // 2}"]
     subprocess.run(
-        [sys.executable, "main.py", f"--config=configs/{recipe}.py", f"--workdir={workdir}", *lengths],
+        [sys.executable, "main.py", f"--config=configs/{recipe}.py", f"--workdir={workdir}", *lengths, *vocabulary],
         cwd=tree,
         env=os.environ | {"PYTHONPATH": str(tree)},
         check=True,

@@ -1,6 +1,7 @@
 """The wheel is complete: installed without the checkout, it trains by a recipe's name and classifies."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,12 @@ def pip(*arguments: object) -> None:
 
 @pytest.mark.slow
 def test_an_installed_wheel_trains_by_a_recipes_name(tmp_path):
-    pip("wheel", "--no-deps", "--wheel-dir", tmp_path / "wheel", ROOT)
+    source = tmp_path / "source"  # a build leaves files behind
+    for name in ("clip_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip("wheel", "--no-deps", "--wheel-dir", tmp_path / "wheel", source)
     (wheel,) = (tmp_path / "wheel").iterdir()
     installed, here = tmp_path / "installed", tmp_path / "an empty folder"
     pip("install", "--no-deps", "--target", installed, wheel)

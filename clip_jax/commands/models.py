@@ -81,6 +81,10 @@ def _counted(which: str, tower: Any, embed_dim: int) -> int:
 
 
 def _wanted(name: str, patterns: list[str]) -> bool:
-    spelled = name.replace("/", "-").lower()
-    folded = [pattern.replace("/", "-").lower() for pattern in patterns]
-    return not folded or any(fnmatch.fnmatch(spelled, p) or p in spelled for p in folded)
+    """Whether a pattern fits the name or a part of it; one in small letters fits both, as B and big differ by case."""
+    spelled = name.replace("/", "-")
+    for pattern in (pattern.replace("/", "-") for pattern in patterns):
+        text = spelled.lower() if pattern == pattern.lower() else spelled
+        if pattern in text or fnmatch.fnmatchcase(text, pattern):
+            return True
+    return not patterns

@@ -38,6 +38,12 @@ def test_the_table_has_one_line_per_model_under_a_heading(capsys):
     ]
 
 
+def test_capital_letters_tell_base_from_big(capsys):
+    assert main(["models", "ViT-B*"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert "ViT-B/32" in names and not [name for name in names if "big" in name]
+
+
 def test_an_unknown_name_is_one_line(capsys):
     assert main(["models", "ViT-B/33"]) == 2
     assert "nearest: ViT-B/32" in capsys.readouterr().err
