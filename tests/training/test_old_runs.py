@@ -37,7 +37,12 @@ def test_a_run_of_earlier_code_resumes_with_its_own_numbers(name, tmp_path, caps
         # Adafactor's bfloat16 moments round a last bit up or down, on another number of devices as on another CPU.
         norms = [line.pop("train/update_norm", 0.0) for line in (ours, theirs)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-3 if name == "sigmoid" else 1e-5)
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        # A recall among too few candidates is no longer reported, and ranks are. Of 120 images two or three are as near
+        # to one class as to another, on one CPU and not on the next.
+        for metric in theirs.keys() & ours.keys():
+            of_ties = metric.startswith("eval/") and ("top" in metric or "R@" in metric)
+            assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5, abs=0.03 if of_ties else 1e-6), metric
+        assert all("_R@" in metric for metric in theirs.keys() - ours.keys())
     assert re.search(r"begun by older code, which had no .*model.frozen, .*phases", capsys.readouterr().out)
     config = json.loads((workdir / "run.json").read_text())["config"]
     assert "loss" not in config and set(config["eval"]) == {"heldout", "zero_shot"}

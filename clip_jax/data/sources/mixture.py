@@ -48,8 +48,8 @@ class Mixture:
 
 
 def open_mixture(parts: Sequence[Source], weights: Sequence[float]) -> Mixture:
-    """The parts in their order; their weights are part of the name only."""
-    content = json.dumps([part.fingerprint for part in parts])
+    """The parts in their order; with other weights, batches are others."""
+    content = json.dumps([(part.fingerprint, weight) for part, weight in zip(parts, weights, strict=True)])
     return Mixture(
         name=" + ".join(f"{part.name} x {weight:g}" for part, weight in zip(parts, weights, strict=True)),
         fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
