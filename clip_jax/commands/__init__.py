@@ -6,13 +6,14 @@ import sys
 
 from clip_jax import __version__
 from clip_jax.command_line import split_overrides
-from clip_jax.commands import classify, compare, embed, evaluate, export, import_, plan, search
+from clip_jax.commands import classify, compare, embed, evaluate, export, fewshot, import_, plan, search
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
 COMMANDS = {
     "classify": classify,
     "evaluate": evaluate,
     "compare": compare,
+    "fewshot": fewshot,
     "embed": embed,
     "search": search,
     "import": import_,
