@@ -143,8 +143,9 @@ def defaults() -> ConfigDict:
 def evaluation(**fields: Any) -> ConfigDict:
     """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
     known = {
-        "protocol": "retrieval",  # retrieval (with the held-out loss) or zero_shot
-        "source": "",  # kind:where, like data.train; zero_shot needs labels; empty: the evaluation is off
+        "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, composition or corruptions
+        # kind:where, like data.train; zero_shot and corruptions need labels, composition shapes:heldout; empty: off
+        "source": "",
         "caption": "",  # like data.caption, of this source; empty: data.caption
         "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
         "batch_size": AUTO,  # -1: the training batch
@@ -213,7 +214,7 @@ CHOICES = {
 SEVERAL = ("data.train",)
 """The settings that are a text or a tuple of entries."""
 
-EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot")}
+EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot", "composition", "corruptions")}
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}
 
 SIZES = Range(1, auto=True)

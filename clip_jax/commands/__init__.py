@@ -9,7 +9,20 @@ import sys
 
 from clip_jax import __version__
 from clip_jax.command_line import split_overrides
-from clip_jax.commands import classify, compare, embed, evaluate, export, import_, models, plan, push, search, train
+from clip_jax.commands import (
+    classify,
+    compare,
+    embed,
+    evaluate,
+    export,
+    fewshot,
+    import_,
+    models,
+    plan,
+    push,
+    search,
+    train,
+)
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
 COMMANDS = {
@@ -19,6 +32,7 @@ COMMANDS = {
     "classify": classify,
     "evaluate": evaluate,
     "compare": compare,
+    "fewshot": fewshot,
     "embed": embed,
     "search": search,
     "import": import_,

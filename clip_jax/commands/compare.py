@@ -27,8 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not shared:
         raise UserError(f"{arguments.a} and {arguments.b} have no dataset in common")
     for name in shared:
-        same = all(a[name]["identity"][key] == b[name]["identity"][key] for key in ("source", "train", "protocol"))
-        if not same:
+        if not _same_examples(a[name], b[name]):
             print(f"{name}: other examples or another protocol; not compared")
             continue
         hits = [np.load(Path(folder) / f"{name}.npz") for folder in (arguments.a, arguments.b)]
@@ -45,6 +44,14 @@ def run(arguments: argparse.Namespace) -> None:
             delta = hits[1][metric] - hits[0][metric]
             for example in np.flatnonzero(delta)[: arguments.changed]:
                 print(f"  example {example}: {'gained' if delta[example] > 0 else 'lost'}")
+
+
+def _same_examples(a: dict, b: dict) -> bool:
+    keys = ["protocol", "source", "train"]
+    if a["source"].startswith("shapes:"):  # the same scenes, rendered at the size of each model
+        keys = ["protocol"]
+    same = all(a["identity"][key] == b["identity"][key] for key in keys)
+    return same and a["source"] == b["source"] and a["examples"] == b["examples"]
 
 
 def _records(folder: Path) -> dict[str, dict]:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(line)
     for line in suites.averages(suite, records, missing):
         print(line)
-    _write_report(output, records, sources)
+    _write_report(output, arguments.model, records, sources)
     print(f"{output}/report.html, results.md, results.csv, results.jsonl")
 
 
@@ -95,7 +95,7 @@ def _weights(text: str | None, models: int) -> list[float] | None:
     return shares
 
 
-def _write_report(output: Path, records: list[dict], sources: dict) -> None:
+def _write_report(output: Path, models: list[str], records: list[dict], sources: dict) -> None:
     from clip_jax.data import images
     from clip_jax.reports import evaluation as page
     from clip_jax.storage import atomic
@@ -103,4 +103,4 @@ def _write_report(output: Path, records: list[dict], sources: dict) -> None:
     def picture(dataset: str, index: int):
         return images.resize_and_crop(sources[dataset][index].image, 72)
 
-    atomic.write_text(output / "report.html", page.render(f"Evaluation: {output.name}", records, picture))
+    atomic.write_text(output / "report.html", page.render(f"Evaluation of {', '.join(models)}", records, picture))

@@ -12,7 +12,9 @@ import numpy as np
 from clip_jax.data.sources.sample import Source, notes
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
+from clip_jax.evaluation.prompts import Prompts, for_model
 from clip_jax.evaluation.retrieval import retrieval as retrieval_metrics
+from clip_jax.evaluation.runner import Subject, Task, run
 from clip_jax.evaluation.zero_shot import accuracy, classifier
 from clip_jax.models.clip import Params
 
@@ -31,6 +33,8 @@ class Evaluation(NamedTuple):
     embedder: Embedder
     loss: Loss | None
     """The held-out loss over all pairs; None where the run has no contrastive objective."""
+    tokenizer: str = ""
+    """The kind of tokenizer of the model: SigLIP's wants canonical prompts."""
 
 
 Metrics = dict[str, float]
@@ -56,13 +60,27 @@ def zero_shot(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
     def encode(prompts: Sequence[str]) -> np.ndarray:
         return embed_texts(evaluation.embedder, weights, prompts)
 
-    classes = classifier(evaluation.source.class_names, evaluation.templates, encode)
+    wanted = for_model(_prompts(evaluation), evaluation.tokenizer)
+    classes = classifier(wanted.class_names, wanted.templates, encode)
     return accuracy(embedded.images, embedded.labels, classes) | _counts(embedded), embedded
+
+
+def by_runner(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
+    """A protocol that ``clip-jax evaluate`` has, too: composition of the bundled scenes, corruptions."""
+    scale = float(np.exp(np.asarray(weights.params["logit_scale"])))
+    subject = Subject(evaluation.name, evaluation.embedder, weights, scale, evaluation.tokenizer)
+    task = Task(evaluation.name, evaluation.protocol, evaluation.source, _prompts(evaluation))
+    result = run(task, [subject])
+    metrics = {name: value for name, value in result.metrics.items() if value is not None}
+    embedded = subject.embed(evaluation.source, texts=evaluation.protocol == "composition")
+    return metrics | _counts(embedded), embedded
 
 
 PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded]]] = {
     "retrieval": retrieval,
     "zero_shot": zero_shot,
+    "composition": by_runner,
+    "corruptions": by_runner,
 }
 
 
@@ -74,19 +92,19 @@ def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embed
 
 def check(evaluation: Evaluation) -> None:
     """Raises UserError for a source that the protocol cannot use."""
-    if evaluation.protocol == "zero_shot" and not evaluation.source.class_names:
+    where = f"config.eval.{evaluation.name}.source={evaluation.source.name}"
+    if evaluation.protocol in ("zero_shot", "corruptions") and not evaluation.source.class_names:
         reasons = "".join(f"; {note}" for note in notes(evaluation.source))
-        raise UserError(
-            f"config.eval.{evaluation.name}.source={evaluation.source.name}: its examples have no labels to classify"
-            f"{reasons}"
-        )
+        raise UserError(f"{where}: its examples have no labels to classify{reasons}")
+    if evaluation.protocol == "composition" and not hasattr(evaluation.source, "describe"):
+        raise UserError(f"{where}: composition is measured on the bundled scenes: shapes:heldout")
 
 
 def try_one_batch(evaluation: Evaluation, weights: Variables) -> None:
     """Embeds one batch, so that a source without usable examples is reported before training and not after it."""
     try:
         embedded = embed_source(evaluation.embedder, weights, evaluation.source, limit=evaluation.embedder.batch_size)
-        if evaluation.protocol == "zero_shot":
+        if evaluation.source.class_names and evaluation.protocol in ("zero_shot", "corruptions"):
             _check_labels(evaluation, embedded)
     except UserError as error:
         raise UserError(f"config.eval.{evaluation.name}: {error}") from error
@@ -101,6 +119,10 @@ def _check_labels(evaluation: Evaluation, embedded: Embedded) -> None:
             f"{evaluation.source.name}: {len(wrong)} of {len(embedded.labels)} labels are not in 0..{classes - 1} "
             f"(example {embedded.indices[wrong[0]]} has {embedded.labels[wrong[0]]}); correct or remove these examples"
         )
+
+
+def _prompts(evaluation: Evaluation) -> Prompts:
+    return Prompts(tuple(evaluation.source.class_names), evaluation.templates)
 
 
 def _counts(embedded: Embedded) -> Metrics:

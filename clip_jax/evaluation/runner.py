@@ -241,7 +241,7 @@ def _composition(task: Task, models: Ensemble) -> Result:
     metrics = {kind: float(wins[kinds == kind].mean()) for kind in sorted(set(kinds))}
     metrics["mean"] = float(np.mean(list(metrics.values())))
     details = {"all_equal": composition.all_equal(true, false), "pairs": len(made)}
-    return Result(metrics, "mean", len(embedded.images), embedded.skipped.total(), None, {"mean": wins}, {}, details)
+    return Result(metrics, "mean", len(embedded.images), embedded.skipped.total(), None, {"pairs": wins}, {}, details)
 
 
 def _corruptions(task: Task, models: Ensemble) -> Result:

@@ -16,6 +16,9 @@ Record = Mapping[str, Any]
 Pictures = Callable[[str, int], UInt8[np.ndarray, "side side 3"]]
 """(dataset, index in its source) -> a picture; all of one size."""
 PLAIN = {"C", "captions_per_image"}
+"""What is no share of 1."""
+ALIASES = ("acc1", "acc5", "mean_per_class_recall", "image_retrieval_", "text_retrieval_")
+"""CLIP_benchmark's names of metrics that have ours, too."""
 
 
 def render(title: str, records: Sequence[Record], pictures: Pictures) -> str:
@@ -53,30 +56,36 @@ class _Shown:
 
 
 def _task(dataset: str, records: Sequence[Record], shown: _Shown) -> str:
-    names = list(dict.fromkeys(name for r in records for name in r["metrics"]))
+    names = list(dict.fromkeys(n for r in records for n in r["metrics"] if not n.startswith(ALIASES)))
     rows = {name: [_value(name, r["metrics"].get(name)) for r in records] for name in names}
     skipped = f", {records[0]['skipped']} skipped" if records[0]["skipped"] else ""
     note = f"{records[0]['source']}: {records[0]['examples']:,} images{skipped}"
     note += f"; prompts {records[0]['prompts']}" if records[0].get("prompts") else ""
     content = document.results("metric", [r["model"] for r in records], rows)
+    content += document.panels([f for r in records for f in _figures(r, len(records) > 1)], "small")
     for record in records:
-        details = record["details"]
-        if details.get("all_equal"):
-            content += f'<p class="warning">{escape(record["model"])}: all its scores are equal.</p>'
-        content += document.panels(_figures(record, len(records) > 1), "small")
-        if "confusion" in details:
-            content += _confusion(record, len(records) > 1)
-        for worst in details.get("worst_classes", ())[:5]:
-            if worst["examples"]:
-                strip = "".join(shown.picture(dataset, index) for index in worst["examples"])
-                text = f"{worst['class']}: {formats.percent(worst['top1'])} of {worst['images']}, mostly taken for "
-                content += _strip(text + worst["taken_for"], "", strip)
-        for entry in details.get("gallery", ()):
-            strip = "".join(shown.picture(dataset, i, right=i == entry["image"]) for i in entry["nearest"])
-            if entry["image"] not in entry["nearest"]:
-                strip += f'<span class="gap">…</span>{shown.picture(dataset, entry["image"], right=True)}'
-            content += _strip(entry["caption"], f"its image ranks {entry['rank']}", strip)
+        shown_of = _confusion(record) + _examples(dataset, record["details"], shown)
+        if record["details"].get("all_equal"):
+            shown_of = '<p class="warning">All its scores are equal.</p>' + shown_of
+        if shown_of:
+            content += (f"<h3>{escape(record['model'])}</h3>" if len(records) > 1 else "") + shown_of
     return document.section(dataset, content, note)
+
+
+def _examples(dataset: str, details: Mapping[str, Any], shown: _Shown) -> str:
+    """The worst classes with some of their images, and captions with the images that they retrieve."""
+    strips = ""
+    for worst in details.get("worst_classes", ())[:4]:
+        if worst["examples"]:
+            strip = "".join(shown.picture(dataset, index) for index in worst["examples"])
+            text = f"{worst['class']}: {formats.percent(worst['top1'])} of {worst['images']} images"
+            strips += _strip(text, f"mostly taken for {worst['taken_for']}", strip)
+    for entry in details.get("gallery", ()):
+        strip = "".join(shown.picture(dataset, i, right=i == entry["image"]) for i in entry["nearest"])
+        if entry["image"] not in entry["nearest"]:
+            strip += f'<span class="gap">…</span>{shown.picture(dataset, entry["image"], right=True)}'
+        strips += _strip(entry["caption"], f"its image ranks {entry['rank']}", strip)
+    return f'<div class="captions">{strips}</div>' if strips else ""
 
 
 def _figures(record: Record, several: bool) -> list[tuple[str, str]]:
@@ -92,7 +101,9 @@ def _figures(record: Record, several: bool) -> list[tuple[str, str]]:
     return figures
 
 
-def _confusion(record: Record, several: bool) -> str:
+def _confusion(record: Record) -> str:
+    if "confusion" not in record["details"]:
+        return ""
     counts = np.array(record["details"]["confusion"]["counts"])
     names = record["details"]["confusion"]["classes"]
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -105,12 +116,11 @@ def _confusion(record: Record, several: bool) -> str:
             for j in range(len(names))
         )
         body += f'<tr><th scope="row">{escape(name)} {i + 1}</th>{cells}</tr>'
-    title = f"Confusion matrix, {record['model']}" if several else "Confusion matrix"
     table = (
         f'<table class="matrix" style="--n:{len(names)}"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody>'
     )
     return (
-        f"<details><summary>{escape(title)} (rows: the right class)</summary>"
+        "<details><summary>Confusion matrix (rows: the right class)</summary>"
         f'<div class="scroll">{table}</table></div></details>'
     )
 

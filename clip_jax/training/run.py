@@ -228,6 +228,7 @@ def make_evaluations(
             every=configs.duration(config, f"eval.{name}.every_", examples),
             embedder=embedders[batch_size],
             loss=loss,
+            tokenizer=preset.tokenizer,
         )
         protocols.check(evaluation)
         made.append(evaluation)

@@ -1,4 +1,4 @@
-"""``clip-jax embed``, ``search`` and ``compare`` on a small run."""
+"""``clip-jax embed``, ``search``, ``compare`` and ``fewshot`` on a small run."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_jax import load
 from clip_jax.commands import main
@@ -98,3 +99,25 @@ def test_compare_pairs_the_examples_of_two_models(place, tmp_path, capsys):
     records = [json.loads(next(folder.glob("*.json")).read_text())["metrics"]["t2i_R@1"] for folder in (a, b)]
     assert f"t2i_R@1  {records[1] - records[0]:+.4f}" in said
     assert main(["compare", str(a), str(tmp_path)]) == 2
+
+
+def test_fewshot_fits_a_head_that_reproduces_its_accuracy(place, tmp_path, capsys):
+    for label in ("one", "two"):
+        (tmp_path / "parts" / label).mkdir(parents=True)
+        for i in range(10):
+            color = 40 * i if label == "one" else 255 - 3 * i
+            picture = np.full((32, 32, 3), (min(color, 90), 120, 200 if label == "one" else 10), np.uint8)
+            Image.fromarray(picture).save(tmp_path / "parts" / label / f"{i}.png")
+    head, data = tmp_path / "head.npz", f"--data=folder:{tmp_path / 'parts'}"
+    command = ["fewshot", f"--model={place / 'run'}", data, f"--head={head}"]
+    assert main([*command, "--shots=1,8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("zero-shot") and "(4 test images, 2 classes)" in lines[0]
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "8"] and lines[3].startswith("all 16 images")
+    stored = np.load(head)
+    assert stored["class_names"].tolist() == ["one", "two"] and stored["weights"].shape == (16, 2)
+    paths = [str(tmp_path / "parts" / label / f"{i}.png") for label in ("one", "two") for i in range(10)]
+    predicted = (load(place / "run").encode_image(paths) @ stored["weights"] + stored["bias"]).argmax(axis=1)
+    assert np.mean(predicted == np.repeat([0, 1], 10)) >= 0.9
+    assert main([*command, "--shots=9"]) == 2 and "has only 8 examples" in capsys.readouterr().err
+    assert main([*command, "--shots=x"]) == 2 and "--shots=x" in capsys.readouterr().err
