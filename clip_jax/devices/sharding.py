@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -120,6 +121,20 @@ def gather_features(table: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.A
     rows = nn.logical_to_mesh_axes(("vocab",), RULES)[0]
     whole = PartitionSpec(rows if table.shape[0] % mesh.shape[rows] == 0 else None)
     return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, whole))
+
+
+def copy_for_each_part(kernel: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
+    """A kernel [features, vocabulary] as [parts of the batch, features, vocabulary], for use in a loop.
+
+    Each device holds one copy, gathered along fsdp and split over tensor. The gradients of all iterations then add up
+    where they arise, and are summed over the devices once; those of a replicated kernel would be in each iteration.
+    """
+    if mesh is None:
+        return kernel[None]
+    vocabulary = nn.logical_to_mesh_axes(("vocab",), RULES)[0]
+    last = vocabulary if kernel.shape[1] % mesh.shape[vocabulary] == 0 else None
+    copies = jnp.broadcast_to(kernel, (batch_shards(mesh), *kernel.shape))
+    return jax.lax.with_sharding_constraint(copies, NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, last)))
 
 
 def split_batch(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:

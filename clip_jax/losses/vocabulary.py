@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from clip_jax.devices.sharding import batch_shards, split_rows
+from clip_jax.devices.sharding import batch_shards, copy_for_each_part, split_rows
 
 CHUNK_LOGITS = 2**24
 """Logits that a device holds at one time: 64 MiB of float32."""
@@ -37,7 +37,10 @@ def cross_entropy(
     def by_device(x: Array) -> Array:
         return split_rows(x.reshape(shards, tokens, *x.shape[2:]), mesh)
 
-    order = jnp.argsort(by_device(weights) == 0, axis=1, stable=True)
+    is_padding = by_device(weights) == 0
+    order = jnp.argsort(is_padding, axis=1, stable=True)
+    needed = jnp.max(jnp.sum(~is_padding, axis=1))
+    heads = copy_for_each_part(head, mesh)
 
     def chunks(x: Array) -> Array:
         """[batch, length, ...] -> [chunks, devices, tokens, ...], each device's tokens with weight first."""
@@ -45,17 +48,21 @@ def cross_entropy(
         x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(shards, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    def one_chunk(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        logits = jnp.einsum("dtw,wv->dtv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    def one_chunk(heads: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+        logits = jnp.einsum("dtw,dwv->dtv", hidden, heads.astype(hidden.dtype), preferred_element_type=jnp.float32)
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - own
-        return jnp.sum(weights * losses), jnp.sum(weights * (own >= jnp.max(logits, axis=-1)))
+        right = own >= jnp.max(logits, axis=-1)
+        return jnp.sum(weights * losses, axis=1), jnp.sum(weights * right, axis=1)
+
+    nothing = (split_rows(jnp.zeros(shards, jnp.float32), mesh),) * 2
 
     @jax.checkpoint
-    def step(sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
-        zero = jnp.zeros((), jnp.float32)
-        new = jax.lax.cond(jnp.any(chunk[2] > 0), one_chunk, lambda *_: (zero, zero), *chunk)
+    def step(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        number, *arrays = chunk
+        new = jax.lax.cond(number * size < needed, one_chunk, lambda *_: nothing, heads, *arrays)
         return (sums[0] + new[0], sums[1] + new[1]), None
 
-    start = (jnp.zeros((), jnp.float32),) * 2
-    return jax.lax.scan(step, start, (chunks(hidden), chunks(targets), chunks(weights)))[0]
+    arrays = (chunks(hidden), chunks(targets), chunks(weights))
+    sums, _ = jax.lax.scan(step, nothing, (jnp.arange(len(arrays[0])), *arrays))
+    return jnp.sum(sums[0]), jnp.sum(sums[1])

@@ -51,17 +51,17 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
         return loss, {"accuracy": right}
 
     def cost(*, batch_size: int, micro_batches: int, mesh: MeshLike, slices: int) -> Cost:
-        shape, pairs = decoder_shape(model, settings), batch_size // batch_shards(mesh)
+        shape, pairs, tensor = decoder_shape(model, settings), batch_size // batch_shards(mesh), mesh.shape["tensor"]
         repeated = model.compute.remat != "none"
         vocabulary = 2 * shape.length * shape.width * tower.vocab_size
         # The vocabulary's logits are computed again in the backward pass; pass 1 of micro-batches has no part in it.
         flops = (3 + repeated) * shape.forward_flops(image_shape(model)[0]) + 4 * vocabulary
         tokens = pairs // micro_batches * shape.length
         return Cost(
-            flops=pairs * flops // mesh.shape["tensor"],
+            flops=pairs * flops // tensor,
             activations=_saved(traceable(model), tuple(settings.items()), pairs // micro_batches),
-            # They exist while nothing else of the loss does: logits, probabilities, gradient.
-            across=3 * 4 * chunk_size(tokens, tower.vocab_size) * tower.vocab_size,
+            # A chunk's logits, probabilities and gradient; the head's copy and its gradient.
+            working=4 * tower.vocab_size * (3 * chunk_size(tokens, tower.vocab_size) + 2 * shape.width // tensor),
         )
 
     return Objective(init=init, prepare=prepare, local=local, cost=cost)

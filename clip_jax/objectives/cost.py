@@ -26,6 +26,8 @@ class Cost(NamedTuple):
     """Bytes saved for the backward pass of one micro-batch."""
     across: int = 0
     """Bytes that exist while the term across the batch is computed."""
+    working: int = 0
+    """Bytes that exist while the local term is computed, beside the activations."""
     transfers: tuple[Transfer, ...] = ()
 
 

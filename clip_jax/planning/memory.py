@@ -71,6 +71,7 @@ def objectives_cost(learner: Learner, batch_size: int, slices: int = 1) -> Cost:
         flops=sum(cost.flops for cost in costs),
         activations=sum(cost.activations for cost in costs),
         across=sum(cost.across for cost in costs),
+        working=max((cost.working for cost in costs), default=0),
         transfers=tuple(transfer for cost in costs for transfer in cost.transfers),
     )
 
@@ -97,7 +98,7 @@ def step_memory(learner: Learner, state: TrainState, batch_size: int, *, tiled: 
         # In micro-batches: the sum so far, and the gradient of this one.
         gradients=trained * min(micro_batches, 2),
         activations=saved + cost.activations,
-        working=block + _gathered(model, state.params, mesh) + inputs,
+        working=block + cost.working + _gathered(model, state.params, mesh) + inputs,
         loss=cost.across + inputs,
     )
 

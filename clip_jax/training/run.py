@@ -116,6 +116,8 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
     train = open_training(config, image_size)
     order = make_order(config, train)
     examples = order.epoch
+    for phase in phase_configs:
+        check_labels(phase.config, train)
     steps = configs.duration(config, "", examples)
     configs.check_lengths(config, steps, examples)
 
@@ -184,6 +186,16 @@ def open_evaluation(config: ConfigDict, name: str, image_size: int) -> Source:
     """The source of a named evaluation, with a caption setting of its own."""
     evaluation = config.eval[name]
     return _open(config, evaluation.source, evaluation.caption or config.data.caption, image_size)
+
+
+def check_labels(config: ConfigDict, train: Source) -> None:
+    """Raises UserError where labels decide what is a positive, and the examples have none."""
+    contrastive = config.objectives.contrastive
+    if contrastive.weight > 0 and contrastive.positives == "labels" and not train.class_names:
+        raise UserError(
+            f"config.objectives.contrastive.positives=labels: the examples of {train.name} have no labels; "
+            "captions makes those with equal captions positives of each other"
+        )
 
 
 def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Source:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clip_jax import presets
-from clip_jax.devices.sharding import make_mesh
+from clip_jax.devices.sharding import batch_sharding, make_mesh, replicated
 from clip_jax.losses import vocabulary
 from clip_jax.losses.vocabulary import cross_entropy
 from clip_jax.models.clip import CLIP
@@ -138,3 +138,17 @@ def test_chunks_of_padding_are_skipped_and_no_array_has_the_logits_of_the_batch(
     shapes = [shape.split("[")[1] for shape in program.buffers(run.lower(hidden, head).compile().as_text())]
     sizes = [np.prod([int(n) for n in shape.rstrip("]").split(",") if n]) for shape in shapes]
     assert max(sizes) <= 16 * 600 < 32 * 16 * 600 / 8
+
+
+def test_the_heads_gradient_is_summed_over_the_devices_once_and_not_in_each_chunk(monkeypatch):
+    monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 0)
+    (hidden, head), targets, weights = vocabulary_case(32, 16, size=600)
+    mesh = make_mesh(4, 2)
+    rows = [jax.device_put(x, batch_sharding(mesh)) for x in (hidden, targets, weights)]
+
+    @jax.jit
+    def run(head, hidden, targets, weights):
+        return jax.value_and_grad(lambda *x: cross_entropy(*x, targets, weights, mesh)[0], (0, 1))(hidden, head)
+
+    sent = program.collectives(run.lower(jax.device_put(head, replicated(mesh)), *rows).compile().as_text())
+    assert len(jax.devices()) == 8 and sum(c.bytes * c.times for c in sent) < 1.1 * head.nbytes
