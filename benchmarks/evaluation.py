@@ -45,6 +45,11 @@ def show(name: str, seconds: tuple[list[float], list[float]], memory: int | None
     print(f"{name}: {statistics.median(seconds[0]):.2f} s, {statistics.median(seconds[1]):.2f} process s{grown}")
 
 
+def _show_ratio(name: str, found: list[tuple[list[float], list[float]]]) -> None:
+    (wall, process), (other_wall, other_process) = found
+    print(f"{name} / ours: {peer.ratio(wall, other_wall)} wall, {peer.ratio(process, other_process)} process")
+
+
 def classify(args: argparse.Namespace) -> None:
     from clip_jax.evaluation import zero_shot
 
@@ -133,7 +138,7 @@ def prompts(args: argparse.Namespace) -> None:
         repeats=args.repeats,
     )
     show(f"{len(names) * len(templates)} prompts", ours[0])
-    print(f"the text tower's bare forward pass / ours: {peer.ratio(ours[0][0], ours[1][0])}")
+    _show_ratio("the text tower's bare forward pass", ours)
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -169,7 +174,7 @@ def embed(args: argparse.Namespace) -> None:
 
     ours = measure(lambda: embed_source(embedder, weights, Photos(), texts=False), bare, repeats=args.repeats)
     show(f"{4 * args.batch} photos of 640x480", ours[0])
-    print(f"the image tower's bare forward pass / ours: {peer.ratio(ours[0][0], ours[1][0])}")
+    _show_ratio("the image tower's bare forward pass", ours)
 
 
 PARTS = {"classify": classify, "prompts": prompts, "retrieval": retrieval, "search": search, "embed": embed}

@@ -35,11 +35,11 @@ def test_the_probe_does_not_depend_on_the_order_of_examples():
 
 def test_the_sweep_finds_the_best_value_of_all_and_fits_on_both_splits():
     train, validation = blobs(24, noise=2.0), blobs(60, noise=2.0, seed=1)
-    found = probe.linear_probe(train, validation, 4, iterations=50)
+    found = probe.linear_probe(train, validation, 4, iterations=20)
     assert set(np.round(np.log10(list(found.validation)), 3)) >= {-6, -4, -2, 0, 2, 4, 6}
     assert found.validation[found.c] == max(found.validation.values())
     both = [np.concatenate(parts) for parts in zip(train, validation, strict=True)]
-    assert found.head.loss == pytest.approx(probe.logistic_regression(*both, 4, found.c, iterations=50).loss)
+    assert found.head.loss == pytest.approx(probe.logistic_regression(*both, 4, found.c, iterations=20).loss)
     assert len(found.validation) < 20
 
 
