@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from clip_jax import config as configs
 from clip_jax.devices.sharding import batch_sharding, batch_shards, make_mesh
 from clip_jax.evaluation.embed import Variables, make_encoders
+from clip_jax.planning.cycles import estimated_cycles
 from clip_jax.planning.memory import bytes_per_device
 from clip_jax.planning.program import collectives
 from clip_jax.planning.search import STEPS
@@ -42,13 +43,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         needed, free = parse_out_of_memory(str(error))
         return {"fits": False, "hbm_bytes": needed, "free_hbm_bytes": free, "transfers": []} | _seconds(started)
     peak = compiled.memory_analysis().peak_memory_in_bytes
-    moved = compiled_transfers(collectives(compiled.as_text()), [_coordinates(d) for d in mesh.devices.flat])
+    hlo = compiled.as_text()
+    moved = compiled_transfers(collectives(hlo), [_coordinates(d) for d in mesh.devices.flat])
     return {
         "fits": peak <= request["free_hbm_bytes"],
         "hbm_bytes": peak,
         "free_hbm_bytes": request["free_hbm_bytes"],
         "transfers": [t._asdict() for t in moved],
         "evaluation_hbm_bytes": evaluation_bytes(config, learner),
+        "cycles": estimated_cycles(hlo),
     } | _seconds(started)
 
 

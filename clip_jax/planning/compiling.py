@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from clip_jax.devices.hardware import Machines
 from clip_jax.errors import UserError
 from clip_jax.objectives.cost import Transfer
 
+PROFILE = "--xla_jf_dump_static_llo_profile_to"
 INSTALL = "pip install 'clip-jax-tpu[plan]'"
 
 
@@ -36,6 +38,8 @@ class Compiled(NamedTuple):
     transfers: tuple[Transfer, ...] = ()
     evaluation_hbm_bytes: int | None = None
     """The same for the encoders of the evaluations, with the training state beside them; None: not compiled."""
+    cycles: int | None = None
+    """The compiler's estimate of a step on one core, without transfers between devices; None: it made none."""
 
 
 def is_installed() -> bool:
@@ -55,20 +59,28 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
         "free_hbm_bytes": machines.chip.free_hbm_per_device,
     }
     variables = os.environ | environment(machines)
-    if config.mesh.xla_flags:
-        variables["LIBTPU_INIT_ARGS"] = xla_flags.merge("tpu", os.environ.get("LIBTPU_INIT_ARGS", ""))
-    done = subprocess.run(
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    flags = xla_flags.merge("tpu", flags) if config.mesh.xla_flags else flags
+    with tempfile.TemporaryDirectory() as profile:
+        # Without a folder for profiles, whose files nobody reads, the compiler estimates no Pallas kernel.
+        done = _run_compiler(request, variables | {"LIBTPU_INIT_ARGS": f"{flags} {PROFILE}={profile}".strip()})
+    if done.returncode < 0:  # the compiler's check of what it profiles can end the process; the program itself is fine
+        done = _run_compiler(request, variables | {"LIBTPU_INIT_ARGS": flags})
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(f"the TPU compiler failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return Compiled(**answer | {"transfers": tuple(Transfer(**t) for t in answer["transfers"])})
+
+
+def _run_compiler(request: dict[str, object], variables: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
         [sys.executable, "-m", "clip_jax.planning.compiler"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
         env=variables,
     )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"the TPU compiler failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
-    answer = json.loads(done.stdout.splitlines()[-1])
-    return Compiled(**answer | {"transfers": tuple(Transfer(**t) for t in answer["transfers"])})
 
 
 def environment(machines: Machines) -> dict[str, str]:
