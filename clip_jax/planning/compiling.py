@@ -57,20 +57,35 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
         "config": configs.to_json(config),
         "topology": topology(machines),
         "free_hbm_bytes": machines.chip.free_hbm_per_device,
+        "only_kernels": False,
     }
     variables = os.environ | environment(machines)
-    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    flags = xla_flags.merge("tpu", flags) if config.mesh.xla_flags else flags
-    with tempfile.TemporaryDirectory() as profile:
-        # Without a folder for profiles, whose files nobody reads, the compiler estimates no Pallas kernel.
-        done = _run_compiler(request, variables | {"LIBTPU_INIT_ARGS": f"{flags} {PROFILE}={profile}".strip()})
-    if done.returncode < 0:  # the compiler's check of what it profiles can end the process; the program itself is fine
-        done = _run_compiler(request, variables | {"LIBTPU_INIT_ARGS": flags})
+    if config.mesh.xla_flags:
+        variables["LIBTPU_INIT_ARGS"] = xla_flags.merge("tpu", os.environ.get("LIBTPU_INIT_ARGS", ""))
+    done = _run_compiler(request, variables)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(f"the TPU compiler failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
     answer = json.loads(done.stdout.splitlines()[-1])
+    kernels = answer.pop("kernels", {})
+    if kernels:
+        answer["cycles"] = _with_kernels(answer["cycles"], kernels, request, variables)
     return Compiled(**answer | {"transfers": tuple(Transfer(**t) for t in answer["transfers"])})
+
+
+def _with_kernels(
+    cycles: int, kernels: dict[str, int], request: dict[str, object], variables: dict[str, str]
+) -> int | None:
+    """The cycles of a program with its Pallas kernels, which a second process estimates; None where it cannot."""
+    with tempfile.TemporaryDirectory() as profile:  # its files are not read: the compiler estimates kernels with it
+        flags = f"{variables.get('LIBTPU_INIT_ARGS', '')} {PROFILE}={profile}".strip()
+        done = _run_compiler(request | {"only_kernels": True}, variables | {"LIBTPU_INIT_ARGS": flags})
+    if done.returncode:
+        return None
+    each = json.loads(done.stdout.splitlines()[-1])
+    if not kernels.keys() <= each.keys():
+        return None
+    return cycles + sum(times * each[shapes] for shapes, times in kernels.items())
 
 
 def _run_compiler(request: dict[str, object], variables: dict[str, str]) -> subprocess.CompletedProcess:

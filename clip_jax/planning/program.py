@@ -40,7 +40,7 @@ def _flops(equation: JaxprEqn) -> int:
         return _convolution(equation)
     if name == "cond":
         return max(matmul_flops(branch) for branch in parameters["branches"])
-    inside = sum(map(matmul_flops, filter(_is_program, jax.tree.leaves(parameters, is_leaf=_is_program))))
+    inside = sum(map(matmul_flops, filter(is_program, jax.tree.leaves(parameters, is_leaf=is_program))))
     if name == "scan":
         return inside * parameters["length"]
     if name == "shard_map":
@@ -52,7 +52,7 @@ def _flops(equation: JaxprEqn) -> int:
     return inside
 
 
-def _is_program(x: object) -> bool:
+def is_program(x: object) -> bool:
     return isinstance(x, ClosedJaxpr | Jaxpr)
 
 

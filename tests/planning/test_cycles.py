@@ -3,14 +3,17 @@
 import json
 import subprocess
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from clip_jax import config as configs
 from clip_jax.commands import main
 from clip_jax.devices.hardware import TPUS, tpu
+from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.planning import compiling
 from clip_jax.planning.compiling import Compiled
-from clip_jax.planning.cycles import clock, estimated_cycles
+from clip_jax.planning.cycles import clock, estimate, pallas_calls, signature
 
 KERNEL = (
     "%kernel = f32[8]{0} custom-call(f32[8]{0} %fusion.2), "
@@ -55,13 +58,16 @@ def program(backend):
     return PROGRAM.replace("KERNEL", KERNEL.replace("BACKEND", backend))
 
 
-def test_loops_count_by_trips_fusions_once_and_kernels_too():
-    assert estimated_cycles(program(',"estimated_cycles":"1000"')) == 5 + 12 * 100 + 20 + 1000
+def test_loops_count_by_trips_fusions_once_and_kernels_apart():
+    assert estimate(program("")) == (5 + 12 * 100 + 20, {"f32[8] -> f32[8]": 1})
+    assert estimate(program(',"estimated_cycles":"1000"')) == (5 + 12 * 100 + 20 + 1000, {})
 
 
-def test_a_kernel_without_an_estimate_leaves_the_program_without_one():
-    assert estimated_cycles(program("")) is None
-    assert estimated_cycles("HloModule cpu\n\nENTRY %main (x: f32[8]) -> f32[8] {\n}\n") is None
+def test_a_kernel_of_a_step_is_found_by_its_shapes():
+    query = jax.ShapeDtypeStruct((8, 100, 4, 64), jnp.bfloat16)
+    step = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: TPUAttention()(x, x, x), x))
+    (call,) = pallas_calls(jax.make_jaxpr(step)(query))
+    assert signature(call) == " ".join(["bf16[8,128,256]"] * 3) + " -> bf16[8,128,256]"
 
 
 def test_clocks_are_those_that_are_published():
@@ -107,15 +113,15 @@ def test_the_plan_says_that_it_is_the_compilers_estimate(answer, capsys):
     assert "not measured" not in capsys.readouterr().out
 
 
-def test_a_compiler_that_its_profile_ends_is_asked_again_without(monkeypatch):
-    given = {"fits": True, "hbm_bytes": 1, "free_hbm_bytes": 2, "transfers": [], "seconds": 1.0, "cycles": None}
-    asked = []
+@pytest.mark.parametrize(("kernels", "total"), [({}, 100), ({"a": 2, "b": 1}, 100 + 2 * 30 + 7), ({"c": 1}, None)])
+def test_kernels_are_estimated_alone_and_count_by_their_executions(monkeypatch, kernels, total):
+    step = {"fits": True, "hbm_bytes": 1, "free_hbm_bytes": 2, "transfers": [], "seconds": 1.0, "cycles": 100}
 
     def run(request, variables):
-        asked.append(variables["LIBTPU_INIT_ARGS"])
-        crashed = compiling.PROFILE in asked[-1]
-        return subprocess.CompletedProcess([], -6 if crashed else 0, "" if crashed else json.dumps(given), "aborted")
+        assert request["only_kernels"] == (compiling.PROFILE in variables.get("LIBTPU_INIT_ARGS", ""))
+        found = {"a": 30, "b": 7} if request["only_kernels"] else step | {"kernels": kernels}
+        return subprocess.CompletedProcess([], 0, json.dumps(found), "")
 
     monkeypatch.setattr(compiling, "_run_compiler", run)
     compiled = compiling.compile_step(configs.load("configs/clip_vit_b32.py", {}), tpu("v5e-8"))
-    assert compiled.fits and compiled.cycles is None and len(asked) == 2
+    assert compiled.cycles == total
