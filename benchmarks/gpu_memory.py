@@ -36,14 +36,14 @@ from clip_jax.planning.search import estimate as estimate_plan
 from clip_jax.training.setup import make_learner
 
 DOTS = {"model.remat": "dots"}
-CUDNN = {"model.attention": "cudnn"}
+CUDNN, XLA = {"model.attention": "cudnn"}, {"model.attention": "xla"}
 # name -> recipe, GPUs, overrides
 STEPS = {
-    "B/16, 1,024 pairs": ("clip_vit_b16", 1, {"batch_size": "1024"}),
+    "B/16, 1,024 pairs": ("clip_vit_b16", 1, {"batch_size": "1024"} | XLA),
     "B/16, 1,024 pairs, cuDNN": ("clip_vit_b16", 1, {"batch_size": "1024"} | CUDNN),
-    "L/14, 256 pairs": ("clip_vit_l14", 1, {"batch_size": "256"} | DOTS),
+    "L/14, 256 pairs": ("clip_vit_l14", 1, {"batch_size": "256"} | DOTS | XLA),
     "L/14, 256 pairs, cuDNN": ("clip_vit_l14", 1, {"batch_size": "256"} | DOTS | CUDNN),
-    "L/14, 128 pairs, no remat": ("clip_vit_l14", 1, {"batch_size": "128", "model.remat": "none"}),
+    "L/14, 128 pairs, no remat": ("clip_vit_l14", 1, {"batch_size": "128", "model.remat": "none"} | XLA),
     "L/14, 128 pairs, no remat, cuDNN": ("clip_vit_l14", 1, {"batch_size": "128", "model.remat": "none"} | CUDNN),
     "L/14, 1,024 pairs in 4, cuDNN": ("clip_vit_l14", 1, {"batch_size": "1024", "micro_batch": "256"} | DOTS | CUDNN),
     "L/14, 8 x 256 pairs, fsdp, cuDNN": ("clip_vit_l14", 8, {"batch_size": "2048", "mesh.fsdp": "8"} | DOTS | CUDNN),

@@ -76,7 +76,7 @@ def defaults() -> ConfigDict:
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
                 "remat": "none",  # recomputed in the backward pass: none, dots, named, offload, full
-                "attention": "xla",  # or cudnn: its fused kernel, on NVIDIA GPUs with bfloat16
+                "attention": "auto",  # cudnn on NVIDIA GPUs in bfloat16, else xla; tpu: a Pallas kernel for TPUs
                 "patch_dropout": 0.0,  # share of an image's patches that training drops (FLIP: 0.5 to 0.75)
                 "embed_dim": AUTO,
                 "frozen": (),  # patterns of parameters that are not trained: ("image/*",)
@@ -202,7 +202,7 @@ CHOICES = {
     "tokenizer.kind": ("", *KINDS),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "named", "offload", "full"),
-    "model.attention": tuple(ATTENTION),
+    "model.attention": ("auto", *ATTENTION),
     "model.activation": ("", *ACTIVATIONS),
     "optimizer.name": ("adamw", "adafactor", "stable_adamw", "lamb", "muon"),
     "optimizer.schedule": ("cosine", "rsqrt", "constant", "wsd"),
@@ -260,7 +260,6 @@ RANGES = {
 ONLY_WITH = (
     ("tokenizer.train_captions", "tokenizer.kind", ("sentencepiece",)),
     ("optimizer.timescale", "optimizer.schedule", ("rsqrt",)),
-    ("model.attention", "model.dtype", ("bfloat16",)),
     ("optimizer.eps", "optimizer.name", ("adamw", "stable_adamw", "lamb", "muon")),
     ("optimizer.cooldown_form", "optimizer.schedule", ("wsd", "rsqrt", "constant")),
 )

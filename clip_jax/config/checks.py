@@ -100,6 +100,11 @@ def _check_combinations(given: Mapping[str, Any], where: str) -> None:
         if given[key] != known[key] and resolved[needs] not in values:
             way_out = f"leave it out or set {needs}={' or '.join(values)}"
             raise UserError(f"{where}: {key} has no effect with {needs}={resolved[needs]}; {way_out}")
+    if given["model.attention"] == "cudnn" and given["model.dtype"] != "bfloat16":
+        way_out = "leave it out or set model.dtype=bfloat16"
+        raise UserError(
+            f"{where}: model.attention=cudnn has no effect with model.dtype={given['model.dtype']}; {way_out}"
+        )
     if given["optimizer.schedule"] == "cosine" and any(given[f"optimizer.cooldown_{unit}"] != AUTO for unit in UNITS):
         raise UserError(f"{where}: optimizer.cooldown: a cosine ends at zero by itself; use it with wsd or rsqrt")
     if given["optimizer.schedule"] == "wsd" and all(given[f"optimizer.cooldown_{unit}"] == AUTO for unit in UNITS):

@@ -101,6 +101,13 @@ def on_cpu(mesh: Mesh | AbstractMesh | None) -> bool:
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
 
 
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    """``cpu``, ``gpu`` or ``tpu``; the empty string for a mesh without devices that says nothing about them."""
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].platform
+    return "" if mesh.abstract_device is None else mesh.abstract_device.platform
+
+
 def split_rows(x: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
     """Constrains activations [batch, ...] to the batch's sharding, replicated along all other axes.
 

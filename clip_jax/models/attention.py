@@ -1,4 +1,4 @@
-"""Attention: XLA's own products, or cuDNN's fused kernel on NVIDIA GPUs.
+"""Attention: XLA's own products, cuDNN's fused kernel on NVIDIA GPUs, or ours on TPUs (``attention_tpu.py``).
 
 All implementations are one function of the same arguments, so that a model runs with any (``config.model.attention``).
 """
@@ -65,7 +65,8 @@ def cudnn(query: Queries, key: Keys, value: Keys, *, causal: bool = False, mask:
     return jnp.where(jnp.any(visible, axis=-1)[:, :, None, None], mixed, 0)
 
 
-ATTENTION: dict[str, Attend] = {"xla": xla, "cudnn": cudnn}
+ATTENTION = ("xla", "cudnn", "tpu")
+"""The implementations by name; ``models/attention_choice.py`` makes one."""
 
 
 class Rotary(NamedTuple):

@@ -33,7 +33,7 @@ class Compute(NamedTuple):
     """Loop over the blocks, so that one block is compiled whatever the depth; False unrolls them."""
     remat: Remat = "none"
     attend: Attend = xla
-    """One of ``models.attention.ATTENTION``."""
+    """One of ``models.attention``'s functions, or ``models.attention_tpu.TPUAttention``."""
     mesh: Mesh | AbstractMesh | None = None
     """The mesh over which activations are split; None leaves them to the partitioner."""
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from clip_jax.devices.sharding import on_cpu, split_rows
 from clip_jax.models.attention import Mask, Rotary, rotate
+from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.compute import REMAT_POLICIES, Compute
 
 Initializer = Callable[..., Array]
@@ -162,16 +163,39 @@ class Attention(nn.Module):
             qkv_bias = jnp.stack([qkv_bias[0], jnp.zeros_like(qkv_bias[0]), qkv_bias[1]])
 
         dtype = self.compute.dtype
-        projected = product("...w,wshd->...shd", x, qkv, self.compute) + qkv_bias.astype(dtype)
-        projected = checkpoint_name(projected, "qkv")
-        query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
+        query, key, value = self._project(x, qkv, qkv_bias)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         mixed = checkpoint_name(self.compute.attend(query, key, value, causal=self.shape.causal, mask=mask), "mixed")
         if self.shape.swiglu:
             norm = LayerNorm(dtype, self.shape.norm_epsilon, name="norm")
             mixed = norm(mixed.reshape(x.shape)).reshape(mixed.shape)
+        if isinstance(self.compute.attend, TPUAttention):
+            return product("...f,fw->...w", mixed.reshape(x.shape), out.reshape(width, width), self.compute) + (
+                out_bias.astype(dtype)
+            )
         return product("...hd,hdw->...w", mixed, out, self.compute) + out_bias.astype(dtype)
+
+    def _project(
+        self, x: Float[Array, "batch tokens width"], qkv: Float[Array, "width 3 heads dim"], bias: Array
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, [batch, tokens, heads, dim] each.
+
+        The kernel for TPUs reads each as [batch, tokens, width]. Three products write them so; slices of one product
+        would be copied, and heads of 64 features as the minor axis would be laid out in another order and copied.
+        """
+        dtype = self.compute.dtype
+        if isinstance(self.compute.attend, TPUAttention):
+            width, _, heads, dim = qkv.shape
+            parts = (
+                product("...w,wf->...f", x, qkv[:, part].reshape(width, heads * dim), self.compute)
+                + bias[part].reshape(-1).astype(dtype)
+                for part in range(3)
+            )
+            return tuple(checkpoint_name(part, "qkv").reshape(*x.shape[:2], heads, dim) for part in parts)
+        projected = product("...w,wshd->...shd", x, qkv, self.compute) + bias.astype(dtype)
+        projected = checkpoint_name(projected, "qkv")
+        return projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
 
 
 class MLP(nn.Module):

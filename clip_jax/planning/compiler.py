@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from clip_jax import config as configs
 from clip_jax.devices.sharding import batch_sharding, batch_shards, make_mesh
 from clip_jax.evaluation.embed import Variables, make_encoders
+from clip_jax.planning.cycles import estimate, kernel_cycles
 from clip_jax.planning.memory import bytes_per_device
 from clip_jax.planning.program import collectives
 from clip_jax.planning.search import STEPS
@@ -27,13 +28,17 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Compiles the step of a request; returns the fields of ``Compiled``."""
+    """Compiles the step of a request; returns the fields of ``Compiled``, or the cycles of its Pallas kernels alone."""
     config = configs.from_json(request["config"], "the config")
     described = topologies.get_topology_desc(platform="tpu", **request["topology"])
     mesh = make_mesh(
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, list(described.devices)
     )
     learner = make_learner(config, mesh, steps=STEPS, examples=STEPS)
+    if request["only_kernels"]:
+        step = jax.make_jaxpr(learner.step())
+        arguments = learner.abstract_state(), learner.batch_spec(config.batch_size), learner.abstract_constants()
+        return kernel_cycles(step(*arguments), described.devices[0])
     started = time.perf_counter()
     lowered = learner.lower(config.batch_size)
     try:
@@ -42,13 +47,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         needed, free = parse_out_of_memory(str(error))
         return {"fits": False, "hbm_bytes": needed, "free_hbm_bytes": free, "transfers": []} | _seconds(started)
     peak = compiled.memory_analysis().peak_memory_in_bytes
-    moved = compiled_transfers(collectives(compiled.as_text()), [_coordinates(d) for d in mesh.devices.flat])
+    hlo = compiled.as_text()
+    moved = compiled_transfers(collectives(hlo), [_coordinates(d) for d in mesh.devices.flat])
     return {
         "fits": peak <= request["free_hbm_bytes"],
         "hbm_bytes": peak,
         "free_hbm_bytes": request["free_hbm_bytes"],
         "transfers": [t._asdict() for t in moved],
         "evaluation_hbm_bytes": evaluation_bytes(config, learner),
+        **estimate(hlo)._asdict(),
     } | _seconds(started)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from clip_jax.devices.hardware import Machines
 from clip_jax.errors import UserError
 from clip_jax.objectives.cost import Transfer
 
+PROFILE = "--xla_jf_dump_static_llo_profile_to"
 INSTALL = "pip install 'clip-jax-tpu[plan]'"
 
 
@@ -36,6 +38,8 @@ class Compiled(NamedTuple):
     transfers: tuple[Transfer, ...] = ()
     evaluation_hbm_bytes: int | None = None
     """The same for the encoders of the evaluations, with the training state beside them; None: not compiled."""
+    cycles: int | None = None
+    """The compiler's estimate of a step on one core, without transfers between devices; None: it made none."""
 
 
 def is_installed() -> bool:
@@ -53,22 +57,45 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
         "config": configs.to_json(config),
         "topology": topology(machines),
         "free_hbm_bytes": machines.chip.free_hbm_per_device,
+        "only_kernels": False,
     }
     variables = os.environ | environment(machines)
     if config.mesh.xla_flags:
         variables["LIBTPU_INIT_ARGS"] = xla_flags.merge("tpu", os.environ.get("LIBTPU_INIT_ARGS", ""))
-    done = subprocess.run(
+    done = _run_compiler(request, variables)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(f"the TPU compiler failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    kernels = answer.pop("kernels", {})
+    if kernels:
+        answer["cycles"] = _with_kernels(answer["cycles"], kernels, request, variables)
+    return Compiled(**answer | {"transfers": tuple(Transfer(**t) for t in answer["transfers"])})
+
+
+def _with_kernels(
+    cycles: int, kernels: dict[str, int], request: dict[str, object], variables: dict[str, str]
+) -> int | None:
+    """The cycles of a program with its Pallas kernels, which a second process estimates; None where it cannot."""
+    with tempfile.TemporaryDirectory() as profile:  # its files are not read: the compiler estimates kernels with it
+        flags = f"{variables.get('LIBTPU_INIT_ARGS', '')} {PROFILE}={profile}".strip()
+        done = _run_compiler(request | {"only_kernels": True}, variables | {"LIBTPU_INIT_ARGS": flags})
+    if done.returncode:
+        return None
+    each = json.loads(done.stdout.splitlines()[-1])
+    if not kernels.keys() <= each.keys():
+        return None
+    return cycles + sum(times * each[shapes] for shapes, times in kernels.items())
+
+
+def _run_compiler(request: dict[str, object], variables: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
         [sys.executable, "-m", "clip_jax.planning.compiler"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
         env=variables,
     )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"the TPU compiler failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
-    answer = json.loads(done.stdout.splitlines()[-1])
-    return Compiled(**answer | {"transfers": tuple(Transfer(**t) for t in answer["transfers"])})
 
 
 def environment(machines: Machines) -> dict[str, str]:

@@ -17,7 +17,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from clip_jax.devices.sharding import batch_shards
-from clip_jax.models.attention import Queries, cudnn
+from clip_jax.models.attention import Queries, cudnn, xla
+from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
@@ -153,6 +154,8 @@ def saved_bytes(
         compute = compute._replace(remat="full")
     if compute.attend is cudnn:
         compute = compute._replace(attend=_fused_attention)
+    if isinstance(compute.attend, TPUAttention):
+        compute = compute._replace(attend=TPUAttention())  # a few pairs do not divide over the mesh
     model, total = replace(model, compute=compute), 0
     for few, many, itemsize in _saved(model, patch_dropout, frozen):
         shape = tuple(a + (b - a) // PROBE_PAIRS * (pairs - PROBE_PAIRS) for a, b in zip(few, many, strict=True))
@@ -233,7 +236,7 @@ def _transformer_block(tower: ImageTower | TextTower, model: CLIP, pairs: int, t
     def allocated(*shape: int) -> int:
         return array_bytes((pairs, *shape), 1, tiled=tiled)
 
-    attention = 0 if model.compute.attend is cudnn else allocated(tower.heads, tokens, tokens) * (FLOAT32 + size)
+    attention = allocated(tower.heads, tokens, tokens) * (FLOAT32 + size) * (model.compute.attend is xla)
     heads, mlp = allocated(tokens, tower.heads, tower.width // tower.heads), allocated(tokens, tower.mlp_width)
     wide = 4 * heads * size + 3 * mlp * size
     return (attention + wide) // tensor + allocated(tokens, tower.width) * (2 * FLOAT32 + 2 * size)

@@ -14,6 +14,7 @@ from clip_jax.models import flops
 from clip_jax.models.clip import parameter_counts
 from clip_jax.planning import compiling
 from clip_jax.planning.compiling import Compiled
+from clip_jax.planning.cycles import clock
 from clip_jax.planning.memory import unsharded_bytes
 from clip_jax.planning.roofline import Roofline, roofline
 from clip_jax.planning.search import Candidate, SearchResult, estimate, search
@@ -70,11 +71,34 @@ class Plan(NamedTuple):
         return roofline(work._replace(transfers=transfers) if transfers else work, self.request.machines)
 
     @property
+    def cycle_seconds(self) -> float | None:
+        """The compiler's estimate of a step without transfers between devices; None where it made none."""
+        cycles = self.chosen_compiled.cycles
+        return None if cycles is None else cycles / clock(self.request.machines.chip)
+
+    @property
+    def compiler_seconds(self) -> float | None:
+        """The compiler's estimate of a step whose transfers overlap with its computation as far as they can."""
+        seconds = self.roofline
+        return None if self.cycle_seconds is None else max(self.cycle_seconds, *seconds)
+
+    @property
+    def serial_seconds(self) -> float:
+        """A step in which no transfer between devices overlaps with computation."""
+        seconds = self.roofline
+        return seconds.serial if self.cycle_seconds is None else self.cycle_seconds + seconds.ici + seconds.dcn
+
+    @property
     def step_seconds(self) -> float:
-        """The lower bound of a step's time, or its time at the MFU that the user assumes."""
-        peak = self.request.machines.chip.flops / self.request.machines.chip.devices_per_chip
-        at_mfu = self.chosen.work.model_flops / peak / self.request.mfu if self.request.mfu else 0.0
-        return max(self.roofline.overlapped, at_mfu)
+        """A step at the MFU that the user assumes, else by the compiler's estimate, else its lower bound."""
+        if self.request.mfu:
+            return max(self.roofline.overlapped, self.chosen.work.model_flops / self._peak / self.request.mfu)
+        return self.compiler_seconds or self.roofline.overlapped
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether all times are lower bounds: neither the user nor the compiler estimated any."""
+        return self.request.mfu is None and self.compiler_seconds is None
 
     @property
     def pairs_per_second(self) -> float:
@@ -82,8 +106,12 @@ class Plan(NamedTuple):
 
     @property
     def mfu(self) -> float:
-        peak = self.request.machines.chip.flops / self.request.machines.chip.devices_per_chip
-        return self.chosen.work.model_flops / peak / self.step_seconds
+        return self.chosen.work.model_flops / self._peak / self.step_seconds
+
+    @property
+    def _peak(self) -> float:
+        """FLOP/s of one JAX device."""
+        return self.request.machines.chip.flops / self.request.machines.chip.devices_per_chip
 
     @property
     def steps(self) -> int | None:
@@ -202,9 +230,21 @@ def to_json(plan: Plan) -> dict[str, Any]:
         ],
         "seconds": plan.roofline._asdict(),
         "bound": plan.roofline.bound,
+        "compiler": None
+        if plan.compiler_seconds is None
+        else {
+            "cycles": plan.chosen_compiled.cycles,
+            "seconds": plan.cycle_seconds,
+            "step_seconds": plan.compiler_seconds,
+        },
+        "at_most": {
+            "step_seconds": plan.roofline.overlapped,
+            "pairs_per_second": config.batch_size / plan.roofline.overlapped,
+            "mfu": work.model_flops / (machines.chip.flops / per_chip) / plan.roofline.overlapped,
+        },
         "step_seconds": plan.step_seconds,
         "pairs_per_second": plan.pairs_per_second,
-        "pairs_per_second_without_overlap": config.batch_size / plan.roofline.serial,
+        "pairs_per_second_without_overlap": config.batch_size / plan.serial_seconds,
         "mfu": plan.mfu,
         "steps": plan.steps,
         "hours": plan.hours,

@@ -40,7 +40,7 @@ def _flops(equation: JaxprEqn) -> int:
         return _convolution(equation)
     if name == "cond":
         return max(matmul_flops(branch) for branch in parameters["branches"])
-    inside = sum(map(matmul_flops, filter(_is_program, jax.tree.leaves(parameters, is_leaf=_is_program))))
+    inside = sum(map(matmul_flops, filter(is_program, jax.tree.leaves(parameters, is_leaf=is_program))))
     if name == "scan":
         return inside * parameters["length"]
     if name == "shard_map":
@@ -52,7 +52,7 @@ def _flops(equation: JaxprEqn) -> int:
     return inside
 
 
-def _is_program(x: object) -> bool:
+def is_program(x: object) -> bool:
     return isinstance(x, ClosedJaxpr | Jaxpr)
 
 
@@ -103,7 +103,7 @@ def axes(collective: Collective, mesh: Mesh) -> tuple[str, ...]:
     return tuple(name for name, along in zip(mesh.axis_names, differ, strict=True) if along)
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
     name: str
     shape: str
     opcode: str
@@ -111,7 +111,7 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-_Computations = dict[str, dict[str, _Instruction]]
+Computations = dict[str, dict[str, Instruction]]
 _COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
@@ -127,9 +127,9 @@ def collectives(hlo: str) -> list[Collective]:
     after a reduction inside the slice or before a gather. A loop of unknown trip count counts once.
     """
     found = []
-    computations, entry = _parse(hlo)
+    computations, entry = parse(hlo)
     partitions = re.search(r"num_partitions=(\d+)", hlo[: hlo.find("\n")])
-    for instruction, computation, times, _ in _executed(computations, entry):
+    for instruction, computation, times, _ in executed(computations, entry):
         if instruction.opcode == "send" and "megascale_transfer_type" in instruction.rest:
             size = _bytes(computations[computation][instruction.operands[0]].shape)
             found.append(_between_slices(instruction.rest, size, int(partitions[1]) if partitions else 1, times))
@@ -164,17 +164,17 @@ def buffers(hlo: str) -> dict[str, int]:
 
     Includes arguments and results; excludes arrays inside a fusion, which are never written.
     """
-    computations, entry = _parse(hlo)
+    computations, entry = parse(hlo)
     shapes: dict[str, int] = {}
-    for instruction, _, _, fused in _executed(computations, entry):
+    for instruction, _, _, fused in executed(computations, entry):
         if not fused:
             shapes |= {match[0]: _bytes(match[0]) for match in _ARRAY.finditer(_without_layouts(instruction.shape))}
     return dict(sorted(shapes.items(), key=lambda item: -item[1]))
 
 
-def _parse(hlo: str) -> tuple[_Computations, str]:
+def parse(hlo: str) -> tuple[Computations, str]:
     """({computation: {name: instruction}}, name of the entry computation)."""
-    computations: _Computations = {}
+    computations: Computations = {}
     entry = current = ""
     for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -186,7 +186,7 @@ def _parse(hlo: str) -> tuple[_Computations, str]:
             opcode, rest = rest.strip().split("(", 1)
             operands, rest = _split("(" + rest)
             names = tuple(re.findall(r"%([\w.\-]+)", operands))
-            computations[current][start[1]] = _Instruction(start[1], shape, opcode, names, operands + rest)
+            computations[current][start[1]] = Instruction(start[1], shape, opcode, names, operands + rest)
     return computations, entry
 
 
@@ -200,9 +200,9 @@ def _split(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _executed(
-    computations: _Computations, name: str, times: int = 1, fused: bool = False
-) -> Iterator[tuple[_Instruction, str, int, bool]]:
+def executed(
+    computations: Computations, name: str, times: int = 1, fused: bool = False
+) -> Iterator[tuple[Instruction, str, int, bool]]:
     """(instruction, its computation, executions, whether inside a fusion) of all instructions called from ``name``."""
     for instruction in computations[name].values():
         yield instruction, name, times, fused
@@ -213,10 +213,10 @@ def _executed(
         if instruction.opcode == "call":
             called += re.findall(r"\bto_apply=%?([\w.\-]+)", instruction.rest)
         for inner in called:
-            yield from _executed(computations, inner, times * repeat, fused or instruction.opcode == "fusion")
+            yield from executed(computations, inner, times * repeat, fused or instruction.opcode == "fusion")
 
 
-def _trip_count(loop: _Instruction, computations: _Computations, outside: str) -> int:
+def _trip_count(loop: Instruction, computations: Computations, outside: str) -> int:
     """The trip count that XLA states, or, in TPU programs, which omit it, the limit that the counter is compared with.
 
     The counter of a JAX scan starts at 0 and increases by 1. The result is 1 if the limit is not a constant.

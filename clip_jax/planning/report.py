@@ -78,11 +78,15 @@ def _step(plan: Plan) -> Rows:
         "ici": _moved(transfers, "ici_bytes", per_chip, machines.links),
         "dcn": _moved(transfers, "dcn_bytes", per_chip, 1),
     }
-    return [
+    rows = [
         (names[name], f"at least {_milliseconds(getattr(seconds, name)):>9}   {details[name]}")
         for name in seconds._fields
         if getattr(seconds, name) > 0
     ]
+    if plan.cycle_seconds is not None:
+        cycles = f"{plan.chosen_compiled.cycles / 1e6:,.1f} million cycles, transfers between chips not included"
+        rows.append(("compiler", f"about    {_milliseconds(plan.cycle_seconds):>9}   {cycles}"))
+    return rows
 
 
 def _moved(transfers: tuple[Transfer, ...], field: str, per_chip: int, links: int) -> str:
@@ -96,17 +100,21 @@ def _moved(transfers: tuple[Transfer, ...], field: str, per_chip: int, links: in
 def _run(plan: Plan) -> Rows:
     request, machines = plan.request, plan.request.machines
     per_pair = flops.training(plan.chosen.learner.model.architecture, plan.chosen.learner.frozen_towers)
-    least = "" if request.mfu else "at least "
+    least, most = ("at least ", "at most ") if plan.is_bound else ("", "") if request.mfu else ("about ", "about ")
     speed = (
-        f"{'' if request.mfu else 'at most '}{plan.pairs_per_second:,.0f} pairs/s "
+        f"{most}{plan.pairs_per_second:,.0f} pairs/s "
         f"({plan.pairs_per_second / machines.chips:,.1f} per chip), MFU {formats.percent(plan.mfu)}"
     )
     if not request.mfu:
-        slow = request.config.batch_size / plan.roofline.serial
+        slow = request.config.batch_size / plan.serial_seconds
         speed += f"; {slow:,.0f} pairs/s if nothing overlaps"
     bound = (NAMES if machines.chip.is_tpu else GPU_NAMES)[plan.roofline.bound]
-    rows = [
-        ("speed", speed),
+    rows = [("speed", speed)]
+    if not request.mfu and not plan.is_bound:
+        fastest = request.config.batch_size / plan.roofline.overlapped
+        rows.append(("source", "the TPU compiler's estimate of its own program; not measured"))
+        rows.append(("bound", f"no step is faster than {fastest:,.0f} pairs/s"))
+    rows += [
         ("bound by", bound),
         (
             "model FLOPs",

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
@@ -93,7 +93,11 @@ def abstract_mesh(config: ConfigDict, machines: Machines) -> AbstractMesh:
                 f"config.mesh.data={data} does not divide over {machines.slices} slices; "
                 "fsdp and tensor lie inside a slice: set mesh.data=-1 and a smaller mesh.fsdp"
             )
-    return AbstractMesh(mesh_shape(sizes.data, sizes.fsdp, sizes.tensor, machines.devices), AXES)
+    # The kind of device decides which attention the run takes.
+    chip = machines.chip
+    device = AbstractDevice(chip.device_kinds[0], 1 if chip.is_tpu else None, "tpu" if chip.is_tpu else "gpu")
+    shape = mesh_shape(sizes.data, sizes.fsdp, sizes.tensor, machines.devices)
+    return AbstractMesh(shape, AXES, abstract_device=device)
 
 
 def candidates(config: ConfigDict, machines: Machines) -> list[Candidate]:

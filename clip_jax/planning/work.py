@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.models import flops
-from clip_jax.models.attention import cudnn
+from clip_jax.models.attention import xla
 from clip_jax.models.clip import CLIP, Params
 from clip_jax.objectives.cost import Transfer, crossing
 from clip_jax.planning.memory import FLOAT32, Memory, objectives_cost
@@ -71,7 +71,7 @@ def repeated_flops(model: CLIP, frozen: Collection[str] = ()) -> int:
 
     ``full`` repeats a block except its last product, which no gradient needs; ``dots`` saves the products with weights
     and repeats the attention's own two products; ``named`` and ``offload`` save the attention's inputs and output, and
-    repeat its logits and the layers after it. cuDNN's attention computes its logits once more than XLA's.
+    repeat its logits and the layers after it. A fused kernel computes its logits once more than XLA.
     """
     total = 0
     for name, tower in (("image", model.architecture.image), ("text", model.architecture.text)):
@@ -91,7 +91,7 @@ def repeated_flops(model: CLIP, frozen: Collection[str] = ()) -> int:
                 "full": 2 * logits + queries_keys_values + after,
             }[model.compute.remat]
         )
-        total += tower.layers * logits * (model.compute.attend is cudnn)
+        total += tower.layers * logits * (model.compute.attend is not xla)
     return total
 
 

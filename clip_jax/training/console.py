@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from clip_jax.command_line import program
 from clip_jax.data.sources.sample import notes
 from clip_jax.devices import xla_flags
 from clip_jax.devices.sharding import batch_shards
+from clip_jax.models.attention_choice import choose_attention
 from clip_jax.reports import history, page, terminal
 from clip_jax.reports.gallery import Gallery
 from clip_jax.training.metrics import FILE
@@ -23,11 +25,15 @@ def header(run: Run) -> list[tuple[str, str]]:
     """Names and values of the run that is about to start."""
     counts, mesh, batch = run.parameters, run.mesh, run.config.batch_size
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    train = run.train
+    train, preset = run.train, run.phases[0].preset
+    attention = choose_attention(
+        run.config.model.attention, jnp.dtype(run.config.model.dtype), preset.architecture, mesh
+    )
     rows = [
         ("model", f"{run.config.model.name}, {counts['total'] / 1e6:.1f}M parameters"),
         ("towers", f"image {counts['image'] / 1e6:.1f}M, text {counts['text'] / 1e6:.1f}M, {run.config.model.dtype}"),
         ("mesh", f"{axes} on {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
+        ("attention", f"{attention.name} ({attention.reason})"),
         ("XLA flags", xla_flags.describe(jax.default_backend())),
         ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} per device"),
         *(("", note) for note in repeated_pairs(run)),

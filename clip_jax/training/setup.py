@@ -10,7 +10,7 @@ from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.views import pair_views
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.errors import UserError
-from clip_jax.models.attention import ATTENTION
+from clip_jax.models.attention_choice import choose_attention
 from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.compute import Compute
 from clip_jax.objectives import OBJECTIVES
@@ -105,17 +105,21 @@ def check_batch(config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
 
 def check_attention(config: ConfigDict, platform: str) -> None:
     """A fused kernel needs its platform: ``cpu``, ``gpu`` or ``tpu``."""
-    if config.model.attention == "cudnn" and platform != "gpu":
-        raise UserError(f"config.model.attention=cudnn runs on NVIDIA GPUs, and this is a {platform}: leave it at xla")
+    for name, needs, machines in (("cudnn", "gpu", "NVIDIA GPUs"), ("tpu", "tpu", "TPUs")):
+        if config.model.attention == name and platform != needs:
+            raise UserError(
+                f"config.model.attention={name} runs on {machines}, and this is a {platform}: leave it at auto"
+            )
 
 
 def make_model(config: ConfigDict, preset: Preset, mesh: Mesh | AbstractMesh | None) -> CLIP:
     """The preset's architecture, computed as the config says."""
+    dtype = jnp.dtype(config.model.dtype)
     compute = Compute(
-        dtype=jnp.dtype(config.model.dtype),
+        dtype=dtype,
         scan=config.model.scan,
         remat=config.model.remat,
-        attend=ATTENTION[config.model.attention],
+        attend=choose_attention(config.model.attention, dtype, preset.architecture, mesh).attend(mesh),
         mesh=mesh,
     )
     return CLIP(preset.architecture, compute)

@@ -110,7 +110,7 @@ def test_the_plan_counts_no_attention_weights_where_the_kernel_keeps_none():
 
 def test_it_needs_bfloat16_and_heads_of_a_multiple_of_eight_features(tmp_path):
     recipe = str(runs.write_recipe(tmp_path))
-    with pytest.raises(UserError, match=r"model.attention has no effect with model.dtype=float32.*bfloat16"):
+    with pytest.raises(UserError, match=r"model.attention=cudnn has no effect with model.dtype=float32.*bfloat16"):
         load(recipe, {"model.attention": "cudnn"})
     config = load(recipe, {"model.attention": "cudnn", "model.dtype": "bfloat16", "model.text.heads": "8"})
     with pytest.raises(UserError, match=r"text: width=32 and heads=8 make heads of 4 features.*multiples of 8"):
@@ -119,5 +119,5 @@ def test_it_needs_bfloat16_and_heads_of_a_multiple_of_eight_features(tmp_path):
 
 def test_a_run_without_an_nvidia_gpu_is_refused_in_one_line(tmp_path):
     overrides = {"model.attention": "cudnn", "model.dtype": "bfloat16"}
-    with pytest.raises(UserError, match="attention=cudnn runs on NVIDIA GPUs, and this is a cpu: leave it at xla"):
+    with pytest.raises(UserError, match="attention=cudnn runs on NVIDIA GPUs, and this is a cpu: leave it at auto"):
         loop.run(workdir=str(tmp_path / "run"), recipe=str(runs.write_recipe(tmp_path)), overrides=overrides)

@@ -1,0 +1,232 @@
+"""Attention for TPUs as one Pallas kernel forward and one backward; the scores never leave the chip's fast memory.
+
+XLA writes the scores of a short sequence to HBM several times, padded to 128 lanes: half of an L/14's training step by
+the TPU compiler's estimate. Towers have 16 to 1,100 tokens, so all keys of a head fit in fast memory at once: no online
+softmax is needed, and the backward kernel recomputes the scores instead of reading saved statistics.
+
+Inside a kernel the scores are transposed, ``[keys, queries]``: the sums of the softmax then run over sublanes, which
+the vector unit adds directly, and no product of the backward pass needs a transposed matrix of scores. Heads of 64
+features share the 128 lanes of a column: the other head's lanes are set to zero instead of being cut off, which costs
+the matrix unit nothing (it multiplies 128 x 128 tiles either way) and saves moving lanes.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from clip_jax.devices.sharding import BATCH_AXES
+from clip_jax.models.attention import Keys, Mask, Queries
+
+LANES = 128
+HIDDEN = -1e30
+"""A finite stand-in for the score of a key that a query does not see: a column of -inf alone would become NaN."""
+UNROLLED_SCORES = 12 * 256**2
+"""Scores per program. Fewer leave the units idle between programs; more take minutes to compile."""
+QUERIES = 512
+"""Queries per tile: the tiles of one head, a few arrays of keys x queries in float32, must fit in 16 MiB."""
+
+
+@dataclass(frozen=True)
+class TPUAttention:
+    """An ``Attend`` that splits batch and heads over the mesh, for the kernel works on one device's arrays."""
+
+    mesh: Mesh | AbstractMesh | None = None
+    interpret: bool = False
+    """Runs the kernel's operations one by one on any platform, for tests."""
+
+    def __call__(
+        self, query: Queries, key: Keys, value: Keys, *, causal: bool = False, mask: Mask | None = None
+    ) -> Queries:
+        attend = functools.partial(_attend, causal=causal, interpret=self.interpret)
+        if self.mesh is None or math.prod(self.mesh.shape.values()) == 1:
+            return attend(query, key, value, mask)
+        split = P(BATCH_AXES, None, "tensor")
+        seen = None if mask is None else P(BATCH_AXES if mask.shape[0] > 1 else None)
+        # The kernel says nothing about which axes its results vary over; all of them are split like its arguments.
+        mapped = jax.shard_map(
+            attend, mesh=self.mesh, in_specs=(split, split, split, seen), out_specs=split, check_vma=False
+        )
+        return mapped(query, key, value, mask)
+
+
+def _attend(query: Queries, key: Keys, value: Keys, mask: Mask | None, *, causal: bool, interpret: bool) -> Queries:
+    """The local part: pads tokens to whole lanes and heads to a divisor of a column."""
+    batch, queries, heads, dim = query.shape
+    keys, padded_dim = key.shape[1], next(size for size in (32, 64, LANES, 2 * LANES) if size >= dim)
+    per_column = max(1, LANES // padded_dim)
+    padded_heads = -(-heads // per_column) * per_column
+
+    def columns(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padded_heads - heads), (0, padded_dim - dim)))
+        # Tokens are padded in the kernel's shape: XLA would lay out and copy an array whose minor axis is one head.
+        return jnp.pad(x.reshape(*x.shape[:2], -1), ((0, 0), (0, -x.shape[1] % LANES), (0, 0)))
+
+    seen = None
+    if mask is not None:
+        seen = jnp.broadcast_to(mask, (mask.shape[0], queries, keys)).swapaxes(1, 2).astype(jnp.float32)
+        seen = jnp.pad(seen, ((0, 0), (0, -keys % LANES), (0, -queries % LANES)))
+    shape = _Shape(padded_dim, dim**-0.5, keys, causal, interpret)
+    mixed = _kernel(shape, columns(query), columns(key), columns(value), seen)
+    return mixed[:, :queries].reshape(batch, queries, padded_heads, padded_dim)[:, :, :heads, :dim]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    dim: int
+    scale: float
+    keys: int
+    """Without padding."""
+    causal: bool
+    interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel(
+    shape: _Shape,
+    query: Float[Array, "batch queries width"],
+    key: Float[Array, "batch keys width"],
+    value: Float[Array, "batch keys width"],
+    seen: Float[Array, "#batch keys queries"] | None,
+) -> Float[Array, "batch queries width"]:
+    return _call(_forward, shape, (query, key, value), seen, (query,))[0]
+
+
+def _kernel_forward(shape, query, key, value, seen):
+    return _kernel(shape, query, key, value, seen), (query, key, value, seen)
+
+
+def _kernel_backward(shape, saved, gradient):
+    *arrays, seen = saved
+    gradients = _call(_backward, shape, (*arrays, gradient), seen, arrays)
+    return *gradients, None if seen is None else jnp.zeros_like(seen)
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
+    """One program handles a few images and columns of 128 lanes, unrolled, so that their work overlaps."""
+    batch, queries, width = arrays[0].shape
+    keys, lanes = arrays[1].shape[1], max(LANES, shape.dim)
+    budget = max(1, UNROLLED_SCORES // (queries * keys * (lanes // shape.dim)))
+    columns = _divisor(width // lanes, budget)
+    images = _divisor(batch, budget // columns) if columns == width // lanes else 1
+
+    def block(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((images, x.shape[1], columns * lanes), lambda i, j: (i, 0, j))
+
+    specs, masks = [block(x) for x in arrays], ()
+    if seen is not None:
+        images_seen = images if seen.shape[0] > 1 else 1
+        shared = seen.shape[0] == 1
+        specs.append(pl.BlockSpec((images_seen, keys, queries), lambda i, j: (0 if shared else i, 0, 0)))
+        masks = (seen,)
+
+    def program(*refs):
+        inputs, outputs = refs[: len(specs)], refs[len(specs) :]
+        mask = inputs[-1] if masks else None
+        for image in range(images):
+            for column in range(columns):
+                at = image, slice(None), slice(column * lanes, (column + 1) * lanes)
+                visible = None if mask is None else mask[image if mask.shape[0] > 1 else 0]
+                body(shape, [ref.at[at] for ref in inputs[: len(arrays)]], visible, [ref.at[at] for ref in outputs])
+
+    return pl.pallas_call(
+        program,
+        grid=(batch // images, width // lanes // columns),
+        in_specs=specs,
+        out_specs=[block(x) for x in results],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=shape.interpret,
+    )(*arrays, *masks)
+
+
+def _forward(shape: _Shape, inputs, visible, outputs) -> None:
+    query, key, value = (ref[...] for ref in inputs)
+    transposed = value.T
+    for start in range(0, query.shape[0], QUERIES):
+        rows = slice(start, min(start + QUERIES, query.shape[0]))
+        mixed = []
+        for head, lanes in _heads(shape, query.shape[1]):
+            weights, total = _softmax(shape, key, _only(query[rows], lanes), visible, rows)
+            mixed.append(_dot(transposed[head], weights.astype(value.dtype), 1, 0) / total)
+        outputs[0][rows] = jnp.concatenate(mixed).astype(outputs[0].dtype).T
+
+
+def _backward(shape: _Shape, inputs, visible, outputs) -> None:
+    query, key, value, gradient = (ref[...] for ref in inputs)
+    transposed = key.T
+    d_key = d_value = 0.0
+    for start in range(0, query.shape[0], QUERIES):
+        rows = slice(start, min(start + QUERIES, query.shape[0]))
+        d_query = []
+        for head, lanes in _heads(shape, query.shape[1]):
+            one, d_mixed = _only(query[rows], lanes), _only(gradient[rows], lanes)
+            weights, total = _softmax(shape, key, one, visible, rows)
+            weights = weights * (1 / total)
+            d_weights = weights * _dot(value, d_mixed, 1, 1)
+            d_scores = (d_weights - weights * jnp.sum(d_weights, axis=0, keepdims=True)).astype(key.dtype)
+            d_value += _dot(weights.astype(value.dtype), d_mixed, 1, 0)
+            d_key += _dot(d_scores, one, 1, 0)
+            d_query.append(_dot(transposed[head], d_scores, 1, 0))
+        outputs[0][rows] = (jnp.concatenate(d_query) * shape.scale).astype(outputs[0].dtype).T
+    outputs[1][...] = (d_key * shape.scale).astype(outputs[1].dtype)
+    outputs[2][...] = d_value.astype(outputs[2].dtype)
+
+
+def _softmax(shape: _Shape, key, query, visible, rows: slice) -> tuple[Array, Array]:
+    """(weights before the division float32[keys, queries], their sums [1, queries], 1 for a query that sees no key)."""
+    scores = _dot(key, query, 1, 1) * shape.scale
+    conditions = []
+    if key.shape[0] != shape.keys:
+        conditions.append(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < shape.keys)
+    if shape.causal:
+        queries = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) + rows.start
+        conditions.append(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= queries)
+    if visible is not None:
+        conditions.append(visible[:, rows] > 0)
+    seen = functools.reduce(jnp.logical_and, conditions) if conditions else None
+    if seen is not None:
+        scores = jnp.where(seen, scores, HIDDEN)
+    weights = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
+    if visible is None:  # every query sees a key
+        return weights, jnp.sum(weights, axis=0, keepdims=True)
+    weights = jnp.where(seen, weights, 0.0)
+    total = jnp.sum(weights, axis=0, keepdims=True)
+    return weights, jnp.where(total > 0, total, 1.0)
+
+
+def _heads(shape: _Shape, lanes: int) -> list[tuple[slice, tuple[int, int] | None]]:
+    """The heads of a column: (their rows of a transposed column, their lanes; None: all of them)."""
+    bounds = [(start, start + shape.dim) for start in range(0, lanes, shape.dim)]
+    return [(slice(*bound), bound if len(bounds) > 1 else None) for bound in bounds]
+
+
+def _only(x: Array, lanes: tuple[int, int] | None) -> Array:
+    """Zero outside the lanes; selected in float32, because Mosaic has no select of packed bfloat16 on older chips."""
+    if lanes is None:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+    inside = (lane >= lanes[0]) & (lane < lanes[1])
+    return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)
+
+
+def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    """The product over one axis of each, summed in float32; float32 operands keep their precision."""
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    numbers = (((left_axis,), (right_axis,)), ((), ()))
+    return jax.lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``most``."""
+    return max(size for size in range(1, number + 1) if number % size == 0 and size <= max(1, most))
