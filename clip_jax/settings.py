@@ -45,7 +45,10 @@ def defaults() -> ConfigDict:
                 "train": "shapes:train",
                 "mixture": "weight",  # how often each example of a source is seen; share: its share of each batch
                 "samples": AUTO,  # examples in the dataset, for a plan without the data; training counts them
-                "caption": "txt",  # tar shards: txt, or a dotted path into the sample's JSON
+                # Tar shards: txt, lines (one each), or a dotted path into the sample's JSON; tables: a column. Several
+                # with their shares: captions.en=3,captions.de=1.
+                "caption": "txt",
+                "image": "",  # tables: the column of the images' paths or bytes; empty: found by its usual names
                 "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)

@@ -189,6 +189,7 @@ def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Sour
     opened = open_source(
         where,
         image_size=image_size,
+        image=config.data.image,
         caption=caption,
         truncated=config.data.truncated,
         tfds_dir=config.data.tfds_dir,

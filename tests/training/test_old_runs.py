@@ -37,7 +37,7 @@ def test_a_run_of_earlier_code_resumes_with_its_own_numbers(name, tmp_path, caps
         norms = [line.pop("train/update_norm", 0.0) for line in (ours, theirs)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-3 if name == "sigmoid" else 1e-5)
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-    assert "begun by older code, which had no data.mixture, model.frozen, phases" in capsys.readouterr().out
+    assert "begun by older code, which had no data.image, data.mixture, model.frozen, phases" in capsys.readouterr().out
     config = json.loads((workdir / "run.json").read_text())["config"]
     assert "loss" not in config and set(config["eval"]) == {"heldout", "zero_shot"}
 

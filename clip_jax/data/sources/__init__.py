@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from clip_jax.data.sources.folder import open_folder
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.sources.shapes import open_shapes
+from clip_jax.data.sources.table import open_csv, open_parquet
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.sources.tfds import open_tfds
 from clip_jax.errors import UserError, nearest
@@ -29,12 +30,14 @@ class Kind(NamedTuple):
 
 KINDS = {
     "shapes": Kind(open_shapes, ("image_size",), "the bundled dataset: shapes:train, shapes:heldout, shapes:zero_shot"),
-    "tar": Kind(open_tar, ("caption", "truncated"), "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar"),
+    "tar": Kind(open_tar, ("caption", "truncated"), "webdataset shards: tar:FOLDER, tar:FOLDER/{0000..0099}.tar"),
     "tfds": Kind(
         open_tfds,
         ("tfds_dir",),
         "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
     ),
+    "parquet": Kind(open_parquet, ("image", "caption"), "a table of images or paths with captions: parquet:FILES"),
+    "csv": Kind(open_csv, ("image", "caption"), "a table of paths with captions, .csv or .tsv: csv:FILES"),
     "folder": Kind(open_folder, (), "images with a .txt each: folder:DIR"),
 }
 
@@ -42,8 +45,8 @@ KINDS = {
 def open_source(where: str, **options: Any) -> Source:
     """``kind:where`` -> Source. Raises UserError for an unknown kind and for anything missing or malformed.
 
-    ``options`` are those of all kinds (``image_size``, ``caption``, ``truncated``, ``tfds_dir``); each kind takes its
-    own and has a default for every one of them.
+    ``options`` are those of all kinds (``image_size``, ``image``, ``caption``, ``truncated``, ``tfds_dir``); each kind
+    takes its own and has a default for every one of them.
     """
     name, _, rest = where.partition(":")
     if name not in KINDS:

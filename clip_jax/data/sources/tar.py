@@ -9,22 +9,26 @@ the cut); an empty caption or a broken image is a fault of its sample alone and 
 """
 
 import bisect
-import glob
 import hashlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from clip_jax.data.sources import tar_headers, tar_index
+from clip_jax.data.sources import captions, patterns, tar_headers, tar_index
+from clip_jax.data.sources.captions import Captions
 from clip_jax.data.sources.sample import BadSampleError, Sample
 from clip_jax.data.sources.tar_headers import BLOCK
 from clip_jax.data.sources.tar_index import KINDS, Index
 from clip_jax.errors import UserError
 from clip_jax.storage import ranges
 from clip_jax.storage.ranges import Read, Stat
+
+TEXT = ("txt", "lines")
+"""Caption fields that are the .txt; all others are in the .json."""
 
 AT_ONCE_BYTES = 16 * 1024 * 1024
 """A sample is read in one piece, unless its members are farther apart than this."""
@@ -38,8 +42,7 @@ class TarSource:
     fingerprint: str
     former_fingerprint: str
     shards: tuple[Path, ...]
-    caption: str
-    """``txt``, or a dotted path into the sample's JSON such as ``caption`` or ``captions.de``."""
+    captions: tuple[captions.Field, ...]
     class_names: tuple[str, ...] = ()
     index: Index = field(repr=False, default=None)
 
@@ -54,37 +57,41 @@ class TarSource:
         wanted = {kind: block * BLOCK for kind, block in zip(KINDS, members, strict=True) if block}
         name, data = _read_members(read, start * BLOCK, end * BLOCK, wanted)
         key = f"{shard.name}/{os.path.splitext(name.removeprefix('./'))[0]}"
-        captions = self._captions(data, key)
+        found = self._captions(data, key)
         label = int(data["cls"]) if self.class_names else -1
-        return Sample(data["image"], captions, key, label)
+        return Sample(data["image"], found.texts, key, label, shares=found.shares)
 
-    def _captions(self, data: dict[str, bytes], key: str) -> tuple[str, ...]:
+    def _captions(self, data: dict[str, bytes], key: str) -> Captions:
+        def field(name: str) -> Any:
+            if name not in TEXT:
+                return captions.path(about, name)
+            text = data.get("txt", b"").decode()
+            if not text and self.class_names:
+                return self.class_names[int(data["cls"])]
+            return text.splitlines() if name == "lines" else text
+
         try:
-            if self.class_names and self.caption == "txt":
-                found = data.get("txt", b"").decode() or self.class_names[int(data["cls"])]
-            elif self.caption == "txt":
-                found = data.get("txt", b"").decode()
-            else:
-                found = json.loads(data.get("json") or b"{}")
-                for part in self.caption.split("."):
-                    found = found.get(part, "") if isinstance(found, dict) else ""
+            needs_json = any(name not in TEXT for name, _ in self.captions)
+            about = json.loads(data.get("json") or b"{}") if needs_json else {}
+            found = captions.gather(self.captions, field)
         except (UnicodeDecodeError, json.JSONDecodeError, ValueError, IndexError) as error:
             raise BadSampleError(f"unreadable caption ({type(error).__name__})", key) from error
-        captions = tuple(c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str))
-        if not any(captions):
+        if not found.texts:
             raise BadSampleError("empty caption", key)
-        return tuple(c for c in captions if c)
+        return found
 
 
 def open_tar(where: str, *, caption: str = "txt", truncated: str = "stop") -> TarSource:
-    """Shards by a glob pattern, a folder of .tar files, or several of these separated by commas."""
-    shards = [shard for pattern in where.split(",") for shard in _expand(pattern)]
+    """Shards by the names that ``patterns.py`` takes; ``caption`` as in ``captions.py``."""
+    wanted = captions.fields(caption)
+    shards = [Path(file) for file in patterns.files(where, (".tar",))]
     index = tar_index.open_index([str(shard) for shard in shards], truncated)
     class_names = ()
     labels_file = shards[0].parent / "classnames.txt"
     if labels_file.exists() and index.having("labels") == len(index):
         class_names = tuple(labels_file.read_text(encoding="utf-8").splitlines())
-    if caption == "txt" and not class_names and not index.having("txt"):
+    beside = all(field.name in TEXT for field in wanted)
+    if beside and not class_names and not index.having("txt"):
         raise UserError(f"{where}: no sample has a .txt caption; set config.data.caption to a path in the .json")
     # What is in the shards, not where they are or how they are called: a copy is the same data.
     content = json.dumps([[shard.digest for shard in index.shards], caption, class_names])
@@ -93,7 +100,7 @@ def open_tar(where: str, *, caption: str = "txt", truncated: str = "stop") -> Ta
         fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
         former_fingerprint=_former_fingerprint(shards, index, caption),
         shards=tuple(shards),
-        caption=caption,
+        captions=wanted,
         class_names=class_names,
         index=index,
     )
@@ -137,17 +144,3 @@ def _read_members(read: Read, start: int, end: int, wanted: dict[str, int]) -> t
     if len(found) != len(wanted):
         raise OSError(f"no {' and no '.join(sorted(wanted.keys() - found.keys()))} at byte {start}")
     return name, found
-
-
-def _expand(pattern: str) -> list[Path]:
-    pattern = os.path.expanduser(pattern)
-    path = Path(pattern)
-    if path.is_dir():
-        found = sorted(path.glob("*.tar"))
-        if not found:
-            raise UserError(f"{pattern}: no .tar shards in this folder")
-        return found
-    found = sorted(Path(p) for p in glob.glob(pattern))
-    if not found:
-        raise UserError(f"{pattern}: no such shard; give a .tar file, a folder of them or a pattern like train-*.tar")
-    return found
