@@ -192,6 +192,7 @@ def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Sour
         image=config.data.image,
         caption=caption,
         truncated=config.data.truncated,
+        long_reads=config.data.shuffle_block > 1,
         tfds_dir=config.data.tfds_dir,
     )
     if not len(opened):

@@ -30,7 +30,9 @@ class Kind(NamedTuple):
 
 KINDS = {
     "shapes": Kind(open_shapes, ("image_size",), "the bundled dataset: shapes:train, shapes:heldout, shapes:zero_shot"),
-    "tar": Kind(open_tar, ("caption", "truncated"), "webdataset shards: tar:FOLDER, tar:FOLDER/{0000..0099}.tar"),
+    "tar": Kind(
+        open_tar, ("caption", "truncated", "long_reads"), "webdataset shards: tar:FOLDER, tar:FOLDER/{0000..0099}.tar"
+    ),
     "tfds": Kind(
         open_tfds,
         ("tfds_dir",),
@@ -45,8 +47,8 @@ KINDS = {
 def open_source(where: str, **options: Any) -> Source:
     """``kind:where`` -> Source. Raises UserError for an unknown kind and for anything missing or malformed.
 
-    ``options`` are those of all kinds (``image_size``, ``image``, ``caption``, ``truncated``, ``tfds_dir``); each kind
-    takes its own and has a default for every one of them.
+    ``options`` are those of all kinds (``image_size``, ``image``, ``caption``, ``truncated``, ``long_reads``,
+    ``tfds_dir``); each kind takes its own and has a default for every one of them.
     """
     name, _, rest = where.partition(":")
     if name not in KINDS:

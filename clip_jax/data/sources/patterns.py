@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from clip_jax.errors import UserError
+from clip_jax.storage import remote
 
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 BRACES = re.compile(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}")
@@ -36,6 +37,12 @@ def _parts(where: str) -> Iterator[str]:
 
 
 def _expand(pattern: str, suffixes: Sequence[str]) -> list[str]:
+    if remote.is_remote(pattern):  # whether they are there shows when they are opened, several at a time
+        ends = [p if p.endswith(tuple(suffixes)) else f"{p.rstrip('/')}/*{suffixes[0]}" for p in braces(pattern)]
+        found = [file for path in ends for file in (remote.glob(path) if "*" in path else [path])]
+        if not found:
+            raise UserError(f"{pattern}: no {suffixes[0]} files there")
+        return found
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         found = sorted(os.path.join(pattern, name) for name in os.listdir(pattern) if name.endswith(tuple(suffixes)))

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from clip_jax.data.sources.tar_index import KINDS, Index
 from clip_jax.errors import UserError
 from clip_jax.storage import ranges
 from clip_jax.storage.ranges import Read, Stat
+from clip_jax.storage.remote import Chunks
 
 TEXT = ("txt", "lines")
 """Caption fields that are the .txt; all others are in the .json."""
@@ -41,10 +41,13 @@ class TarSource:
     name: str
     fingerprint: str
     former_fingerprint: str
-    shards: tuple[Path, ...]
+    shards: tuple[str, ...]
+    """Paths or URLs."""
     captions: tuple[captions.Field, ...]
     class_names: tuple[str, ...] = ()
     index: Index = field(repr=False, default=None)
+    chunks: Chunks | None = field(repr=False, default=None)
+    """Where remote shards are read in long pieces."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -53,10 +56,10 @@ class TarSource:
         start, *members, end = self.index.rows[i].tolist()
         number = bisect.bisect_right(self.index.starts, i) - 1
         shard, known = self.shards[number], self.index.shards[number]
-        read = ranges.reader(str(shard), Stat(known.size, known.version))
+        read = ranges.reader(shard, Stat(known.size, known.version), self.chunks)
         wanted = {kind: block * BLOCK for kind, block in zip(KINDS, members, strict=True) if block}
         name, data = _read_members(read, start * BLOCK, end * BLOCK, wanted)
-        key = f"{shard.name}/{os.path.splitext(name.removeprefix('./'))[0]}"
+        key = f"{shard.rpartition('/')[2]}/{os.path.splitext(name.removeprefix('./'))[0]}"
         found = self._captions(data, key)
         label = int(data["cls"]) if self.class_names else -1
         return Sample(data["image"], found.texts, key, label, shares=found.shares)
@@ -81,15 +84,17 @@ class TarSource:
         return found
 
 
-def open_tar(where: str, *, caption: str = "txt", truncated: str = "stop") -> TarSource:
-    """Shards by the names that ``patterns.py`` takes; ``caption`` as in ``captions.py``."""
+def open_tar(where: str, *, caption: str = "txt", truncated: str = "stop", long_reads: bool = False) -> TarSource:
+    """Shards by the names that ``patterns.py`` takes; ``caption`` as in ``captions.py``.
+
+    ``long_reads``: neighbors are read together, so that a remote shard is read in long pieces.
+    """
     wanted = captions.fields(caption)
-    shards = [Path(file) for file in patterns.files(where, (".tar",))]
-    index = tar_index.open_index([str(shard) for shard in shards], truncated)
+    shards = patterns.files(where, (".tar",))
+    index = tar_index.open_index(shards, truncated)
     class_names = ()
-    labels_file = shards[0].parent / "classnames.txt"
-    if labels_file.exists() and index.having("labels") == len(index):
-        class_names = tuple(labels_file.read_text(encoding="utf-8").splitlines())
+    if index.having("labels") == len(index):
+        class_names = _class_names(f"{os.path.dirname(shards[0]) or '.'}/classnames.txt")
     beside = all(field.name in TEXT for field in wanted)
     if beside and not class_names and not index.having("txt"):
         raise UserError(f"{where}: no sample has a .txt caption; set config.data.caption to a path in the .json")
@@ -103,12 +108,22 @@ def open_tar(where: str, *, caption: str = "txt", truncated: str = "stop") -> Ta
         captions=wanted,
         class_names=class_names,
         index=index,
+        chunks=Chunks() if long_reads else None,
     )
 
 
-def _former_fingerprint(shards: list[Path], index: Index, caption: str) -> str:
+def _class_names(file: str) -> tuple[str, ...]:
+    """The lines of ``classnames.txt``; empty where there is none."""
+    try:
+        found = ranges.stat(file)
+    except (FileNotFoundError, UserError):
+        return ()
+    return tuple(ranges.reader(file, found)(0, found.size).decode().splitlines())
+
+
+def _former_fingerprint(shards: list[str], index: Index, caption: str) -> str:
     """As in the ``run.json`` of older code: names and sizes of the shards, and the number of samples."""
-    files = [[s.resolve().name, known.size] for s, known in zip(shards, index.shards, strict=True)]
+    files = [[os.path.basename(os.path.realpath(s)), known.size] for s, known in zip(shards, index.shards, strict=True)]
     content = hashlib.sha256(json.dumps(files).encode())
     content.update(np.int64(len(index)).tobytes() + caption.encode())
     return content.hexdigest()[:16]
