@@ -8,6 +8,7 @@ import pytest
 from clip_jax.data.sources import open_source, tar_index
 from clip_jax.errors import UserError
 from clip_jax.storage import remote
+from tests import emulators
 from tests.data.faulty_server import serve
 from tests.data.shards import sample, write_shard, write_shards
 from tests.data.test_stream import batches, equal
@@ -79,3 +80,23 @@ def test_a_lasting_outage_and_a_missing_shard_end_in_one_line(server):
         open_source(f"tar:{server.url}/train-{{00000..00001}}.tar")
     with pytest.raises(UserError, match="a web server does not list its files"):
         open_source(f"tar:{server.url}/*.tar")
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_shards_in_a_bucket_are_found_by_a_pattern_and_read_as_on_disk(scheme, tmp_path, monkeypatch):
+    local = open_source(write_shards(tmp_path / "shards", 10, shards=2))
+    remote._of_scheme.cache_clear()
+    with emulators.STORES[scheme]() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        files, folder = remote._of_scheme(scheme), f"{scheme}://{emulators.BUCKET}/shards"
+        for path in sorted((tmp_path / "shards").iterdir()):
+            files.put_file(str(path), f"{folder}/{path.name}")
+        for where in (folder, f"{folder}/*-0000?.tar", f"{folder}/train-{{00000..00001}}.tar"):
+            source = open_source(f"tar:{where}")
+            assert [source[i] for i in range(10)] == list(local) and source.fingerprint == local.fingerprint
+        before = remote.stat(f"{folder}/train-00000.tar")
+        files.put_file(str(tmp_path / "shards/train-00001.tar"), f"{folder}/train-00000.tar")
+        assert remote.stat(f"{folder}/train-00000.tar") != before
+        assert open_source(f"tar:{folder}/train-00000.tar")[0].captions == local[5].captions
+    remote._of_scheme.cache_clear()

@@ -8,6 +8,7 @@ a line in ``KINDS``; a library that takes long to import is imported by its open
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from clip_jax.data.sources.array_record import open_array_record
 from clip_jax.data.sources.folder import open_folder
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.sources.shapes import open_shapes
@@ -40,6 +41,7 @@ KINDS = {
     ),
     "parquet": Kind(open_parquet, ("image", "caption"), "a table of images or paths with captions: parquet:FILES"),
     "csv": Kind(open_csv, ("image", "caption"), "a table of paths with captions, .csv or .tsv: csv:FILES"),
+    "array_record": Kind(open_array_record, ("image", "caption"), "ArrayRecord files of tf.train.Example records"),
     "folder": Kind(open_folder, (), "images with a .txt each: folder:DIR"),
 }
 

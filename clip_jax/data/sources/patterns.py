@@ -38,8 +38,7 @@ def _parts(where: str) -> Iterator[str]:
 
 def _expand(pattern: str, suffixes: Sequence[str]) -> list[str]:
     if remote.is_remote(pattern):  # whether they are there shows when they are opened, several at a time
-        ends = [p if p.endswith(tuple(suffixes)) else f"{p.rstrip('/')}/*{suffixes[0]}" for p in braces(pattern)]
-        found = [file for path in ends for file in (remote.glob(path) if "*" in path else [path])]
+        found = [file for path in braces(pattern) for file in _remote(path, suffixes)]
         if not found:
             raise UserError(f"{pattern}: no {suffixes[0]} files there")
         return found
@@ -65,6 +64,13 @@ def _expand(pattern: str, suffixes: Sequence[str]) -> list[str]:
             f"train-*{suffixes[0]} or {{00000..00099}}{suffixes[0]}"
         )
     return named
+
+
+def _remote(path: str, suffixes: Sequence[str]) -> list[str]:
+    if path.startswith("http"):  # a ? begins a signature there
+        return remote.glob(path) if "*" in path else [path]
+    path = path if path.endswith(tuple(suffixes)) else f"{path.rstrip('/')}/*{suffixes[0]}"
+    return remote.glob(path) if glob.has_magic(path) else [path]
 
 
 def braces(pattern: str) -> list[str]:
