@@ -159,7 +159,13 @@ def _writable(places: list[Path]) -> Path:
                 return place
             except OSError:  # a file system that is mounted read-only
                 continue
-    places[-1].mkdir(parents=True, exist_ok=True)
+    try:
+        places[-1].mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{places[-1]}: the index of the shards cannot be written there ({error.strerror}); "
+            "set CLIP_JAX_CACHE to a folder that can be written"
+        ) from error
     return places[-1]
 
 
