@@ -75,11 +75,17 @@ def test_a_table_that_changed_is_read_again_and_is_other_data(photos):
 
 
 def test_bad_rows_are_faults_of_their_own_and_bad_tables_are_refused(photos):
-    rows = [["photos/0.jpg", "good"], ["photos/9.jpg", "absent"], ["", "none"], ["photos/1.jpg", " "]]
+    rows = [
+        ["photos/0.jpg", "good"],
+        ["photos/9.jpg", "absent"],
+        ["", "none"],
+        ["photos/1.jpg", " "],
+        ["http://x/y", "x"],
+    ]
     path = write_csv(photos / "a.csv", ["file", "caption"], rows)
     source = open_source(f"csv:{path}")
     assert source[0].captions == ("good",)
-    for index, reason in enumerate(("no such file", "no image", "empty caption"), 1):
+    for index, reason in enumerate(("no such file", "no image", "empty caption", "is a URL"), 1):
         with pytest.raises(BadSampleError, match=reason):
             source[index]
     wrong = write_csv(photos / "b.csv", ["url", "alt"], [["x", "y"]])
@@ -93,6 +99,8 @@ def test_bad_rows_are_faults_of_their_own_and_bad_tables_are_refused(photos):
     (photos / "empty.csv").write_text("file,caption\n")
     with pytest.raises(UserError, match="no rows"):
         open_source(f"csv:{photos}/empty.csv")
+    with pytest.raises(UserError, match="from this machine only"):
+        open_source("parquet:gs://bucket/{0..3}.parquet")
     (photos / "no.parquet").write_text("no")
     with pytest.raises(UserError, match="cannot be read as parquet"):
         open_source(f"parquet:{photos}/no.parquet")

@@ -176,7 +176,7 @@ def test_bytes_in_the_middle_that_are_no_header_end_the_shard(tmp_path):
 def test_where_no_index_can_be_kept_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot be written there .* set CLIP_JAX_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written there .* set CLIP_JAX_CACHE"):
         open_tar(write_shards(tmp_path / "shards", 2).removeprefix("tar:"))
     (tmp_path / "images").mkdir()
     for i in range(2):

@@ -22,7 +22,7 @@ from typing import Any
 from clip_jax.data.sources import captions, identity, patterns
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
-from clip_jax.storage import ranges
+from clip_jax.storage import ranges, remote
 
 # The first that a table has. Bytes: Hugging Face, img2dataset. Paths: OpenCLIP (filepath, title), metadata.csv.
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "image_bytes", "filepath", "file_name", "file", "filename", "path")
@@ -69,6 +69,8 @@ class Table:
         if not image:
             raise BadSampleError("no image", key)
         if isinstance(image, str):
+            if remote.is_remote(image):
+                raise BadSampleError("the image is a URL, not a file; img2dataset downloads them", key)
             key = os.path.join(self.folders[values["file"]], image)
             try:
                 image = Path(key).read_bytes()
@@ -90,7 +92,10 @@ def open_csv(where: str, *, image: str = "", caption: str = "txt") -> Source:
 def _open(kind: str, where: str, image: str, caption: str) -> Source:
     import pyarrow as pa
 
-    files = [os.path.abspath(file) for file in patterns.files(where, SUFFIXES[kind])]
+    named = patterns.files(where, SUFFIXES[kind])
+    if distant := [file for file in named if remote.is_remote(file)]:
+        raise UserError(f"{distant[0]}: a table is read from this machine only; copy it here, or use tar shards")
+    files = [os.path.abspath(file) for file in named]
     wanted = captions.fields(caption) if caption != "txt" else ()
     settings = [files, [ranges.stat(file) for file in files], image, caption, RULES]
     copy = identity.cache_folder() / "tables" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
