@@ -6,10 +6,10 @@ import sys
 
 from clip_jax import __version__
 from clip_jax.command_line import split_overrides
-from clip_jax.commands import classify, export, import_, inspect, plan
+from clip_jax.commands import classify, export, import_, inspect, pack, plan
 from clip_jax.errors import EXIT_USER_ERROR, UserError
 
-COMMANDS = {"classify": classify, "import": import_, "export": export, "inspect": inspect, "plan": plan}
+COMMANDS = {"classify": classify, "import": import_, "export": export, "inspect": inspect, "pack": pack, "plan": plan}
 
 
 def main(argv: list[str] | None = None) -> int:
