@@ -290,22 +290,6 @@ def test_a_compressed_shard_is_called_that(tmp_path):
         open_tar(str(tmp_path / "a.tar"))
 
 
-@pytest.mark.parametrize("folder", ["photos [2019]", "a,b", "x[!y],[z]", "what?", "{0..1}"])
-def test_a_path_that_exists_is_a_path_whatever_is_in_its_name(tmp_path, folder):
-    write_shards(tmp_path / folder, 4), write_shards(tmp_path / "other", 2, shards=1)
-    inside = tmp_path / folder
-    for where in (inside, inside / "train-*.tar", f"{inside}/train-00000.tar,{inside}/train-00001.tar"):
-        assert len(open_tar(str(where))) == 4
-    assert len(open_tar(f"{inside},{tmp_path}/other,{inside}/train-*.tar")) == 10
-
-
-def test_a_range_of_shards_in_braces_is_that_of_webdataset(tmp_path):
-    write_shards(tmp_path, 6, shards=3)
-    assert len(open_tar(f"{tmp_path}/train-{{00000..00001}}.tar")) == 4
-    with pytest.raises(UserError, match=r"1 shards of this range are not there, the first is train-00003\.tar"):
-        open_tar(f"{tmp_path}/train-{{00000..00003}}.tar")
-
-
 def test_a_file_that_is_no_tar_is_named(tmp_path):
     (tmp_path / "page.tar").write_bytes(b"<html>not found</html>" * 100)
     with pytest.raises(UserError, match=r"page.tar: not a tar file"):
