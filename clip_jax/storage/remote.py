@@ -126,13 +126,23 @@ def _retried(where: str, call: Callable[[], Any]) -> Any:
             return call()
         except UserError:
             raise
-        except FileNotFoundError as error:
-            raise UserError(f"{where}: no such file on the server") from error
-        except PermissionError as error:
-            raise UserError(f"{where}: these credentials may not read it ({error})") from error
-        except Exception as error:  # aiohttp, gcsfs and botocore have no common ancestor below this one
+        except Exception as raised:  # aiohttp, gcsfs and botocore have no common ancestor below this one
+            error = _meant(raised)
+            if isinstance(error, FileNotFoundError):
+                raise UserError(f"{where}: no such file on the server") from error
+            if isinstance(error, PermissionError):
+                raise UserError(f"{where}: these credentials may not read it ({error})") from error
             if pause is None:
                 what = str(error) or type(error).__name__
                 raise UserError(f"{where}: cannot be read after {len(PAUSES_SECONDS) + 1} attempts ({what})") from error
             time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def _meant(error: Exception) -> Exception:
+    """fsspec takes any failure of a web server to describe a file for a missing file; what it was is the cause."""
+    status = getattr(error.__cause__, "status", None)  # of aiohttp's answers; other stores' errors have none
+    is_of_web = type(error.__cause__).__module__.startswith("aiohttp") or isinstance(error.__cause__, TimeoutError)
+    if not isinstance(error, FileNotFoundError) or not is_of_web or status in (404, 410):
+        return error
+    return PermissionError(f"{status}") if status in (401, 403) else error.__cause__

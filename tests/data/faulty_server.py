@@ -20,6 +20,7 @@ class Server(ThreadingHTTPServer):
         self.every = 0
         """Of so many requests one fails; 0: none."""
         self.down = False
+        self.missing_status = 404
 
     @property
     def url(self) -> str:
@@ -45,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         if server.down or fault in ("503", "429"):
             return self.answer(503 if server.down else int(fault), b"")
         if not path.is_file():
-            return self.answer(404, b"")
+            return self.answer(server.missing_status, b"")
         content, stat = path.read_bytes(), path.stat()
         headers = {"ETag": f'"{stat.st_mtime_ns}"', "Accept-Ranges": "bytes"}
         if wanted is None:

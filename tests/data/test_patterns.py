@@ -67,6 +67,11 @@ def test_captions_of_several_fields_have_their_shares(tmp_path):
     found = open_tar(str(path), caption="txt_lines=3, captions.de=1,captions.fr")[0]
     assert found.captions == ("one", "two", "Bild 0") and found.shares == (0.375, 0.375, 0.25)
     assert open_tar(str(path), caption="captions.fr,captions.de=5")[0].shares == ()
+    # Of fields that no sample has, one among others may be rare; all of them are a mistake.
+    notes = open_tar(str(path), caption="captions.fr,captions.de").notes
+    assert any("captions.fr: no .json that was tried has text in this field" in note for note in notes)
+    with pytest.raises(UserError, match=r"captions.fr: no .json .*with text there are .*captions.de"):
+        open_tar(str(path), caption="captions.fr,captions.it=2")
     for wrong in ("captions.de=0", "a=b", "a,,b", "=2"):
         with pytest.raises(UserError, match="is not a field with a share"):
             captions.fields(wrong)

@@ -60,6 +60,22 @@ def test_neighbors_are_read_in_long_pieces_which_are_read_once(server, monkeypat
     assert len(server.requests) == len(set(server.requests)) <= size // (16 * 1024) + 2
 
 
+def test_labels_of_remote_shards_are_checked_and_an_outage_is_not_taken_for_no_classes(server):
+    write_shard(server.folder / "0.tar", [sample(i) | {"cls": str(i).encode()} for i in range(3)])
+    where = f"tar:{server.url}/0.tar"
+    assert open_source(where).class_names == ()
+    (server.folder / "classnames.txt").write_text("cat\ndog\nowl\n")
+    source = open_source(where)
+    assert source.class_names == ("cat", "dog", "owl") and source[1].label == 1
+    (server.folder / "classnames.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match=r"0.tar/000000002.cls is 2; labels are 0\.\.1, the lines of http.*classnames"):
+        open_source(where)
+    server.missing_status = 500
+    (server.folder / "classnames.txt").unlink()
+    with pytest.raises(UserError, match=r"classnames.txt: cannot be read after 7 attempts"):
+        open_source(where)
+
+
 def test_a_remote_shard_that_changed_is_indexed_again(server):
     write_shard(server.folder / "0.tar", [sample(i) for i in range(4)])
     before = open_source(f"tar:{server.url}/0.tar")
@@ -74,7 +90,13 @@ def test_a_lasting_outage_and_a_missing_shard_end_in_one_line(server):
     server.down = True
     with pytest.raises(UserError, match=r"train-00000.tar: cannot be read after 7 attempts \(503"):
         source[0]
+    with pytest.raises(UserError, match=r"train-00000.tar: cannot be read after 7 attempts \(503"):
+        remote.stat(f"{server.url}/train-00000.tar")
     server.down = False
+    server.missing_status = 403
+    with pytest.raises(UserError, match=r"none.tar: these credentials may not read it \(403"):
+        remote.stat(f"{server.url}/none.tar")
+    server.missing_status = 404
     assert source[0].captions == ("picture number 0",)
     with pytest.raises(UserError, match=r"train-00001\.tar: no such file on the server"):
         open_source(f"tar:{server.url}/train-{{00000..00001}}.tar")

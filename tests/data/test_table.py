@@ -34,6 +34,9 @@ def test_csv_and_tsv_tables_of_paths_as_openclip_takes_them(photos):
         source = open_source(f"csv:{path}", image_size=32)
         assert [(s.image, s.captions) for s in source] == [(jpeg(i), (f'a "photo", number {i}',)) for i in range(4)]
         assert source[2].key == f"{photos}/photos/2.jpg"
+        assert open_source(f"csv:{path}", caption="txt_lines")[0].captions == source[0].captions, (
+            "a column's usual name"
+        )
     named = write_csv(photos / "c.csv", ["where", "de", "en"], [[str(photos / "photos/1.jpg"), "Bild", "picture"]])
     source = open_source(f"csv:{named}", image="where", caption="de=3,en=1")
     assert source[0].image == jpeg(1) and source[0].captions == ("Bild", "picture")

@@ -181,6 +181,15 @@ def test_labels_of_some_samples_alone_are_not_used_and_this_is_reported(tmp_path
     assert "labels are not used: only 2 of 3 samples have a .cls" in source.notes
 
 
+def test_class_names_that_are_given_are_checked_as_those_of_the_file(tmp_path):
+    where = write_labels(tmp_path, [b"0", b"2"], "one\n")
+    assert open_tar(where, class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
+    with pytest.raises(UserError, match=r"the label of 0.tar/000000001.cls is 2; labels are 0\.\.1: name the classes"):
+        open_tar(where, class_names=["a", "b"])
+    with pytest.raises(UserError, match="only 1 of 2 samples have a label"):
+        open_tar(write_labels(tmp_path, [b"0", None]), class_names=["a", "b"])
+
+
 def test_class_names_of_two_folders_must_be_the_same(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     a, b = write_labels(tmp_path / "a", [b"0"]), write_labels(tmp_path / "b", [b"0"], "dog\ncat\nowl\nfox\n")

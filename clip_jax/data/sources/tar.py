@@ -32,9 +32,6 @@ from clip_jax.storage import ranges
 from clip_jax.storage.ranges import Read, Stat
 from clip_jax.storage.remote import Chunks
 
-TEXT = ("txt", "lines")
-"""Caption fields that are the .txt; all others are in the .json."""
-
 AT_ONCE_BYTES = 16 * 1024 * 1024
 """A sample is read in one piece, unless its members are farther apart than this."""
 TRIED = 32
