@@ -60,6 +60,15 @@ def test_a_range_of_shards_in_braces_is_that_of_webdataset(tmp_path):
         open_tar(f"{tmp_path}/train-{{00000..00003}}.tar")
 
 
+def test_urls_stand_between_local_shards(tmp_path, monkeypatch):
+    touch(tmp_path, "a,b.tar")
+    monkeypatch.chdir(tmp_path)
+    url = "https://host/x.tar?key=1"
+    assert patterns.files(f"a,b.tar,{url},a,b.tar", (".tar",)) == ["a,b.tar", url, "a,b.tar"]
+    numbered = [f"https://host/{n}.tar" for n in range(2)]
+    assert patterns.files("https://host/{0..1}.tar::a,b.tar", (".tar",)) == [*numbered, "a,b.tar"]
+
+
 def test_captions_of_several_fields_have_their_shares(tmp_path):
     path = write_shard(tmp_path / "0.tar", [sample(0, "one\ntwo\n\n")])
     assert open_tar(str(path))[0].captions == ("one\ntwo",)
