@@ -13,6 +13,7 @@ REQUIREMENTS = [
     "array_record>=0.8.6",
     "etils>=1.15",
     "flax>=0.12.8",
+    "fsspec>=2026.9",
     "ftfy>=6.3.1",
     "grain>=0.2.18",
     "huggingface_hub>=2.4",
@@ -26,6 +27,7 @@ REQUIREMENTS = [
     "orbax-checkpoint>=0.12.8",
     "pillow>=13.0",
     "protobuf>=7.36",
+    "pyarrow>=26.0",
     "regex>=2026.11",
     "rich>=15.0",
     "safetensors>=0.8",
@@ -39,21 +41,21 @@ REQUIREMENTS = [
 # --workdir in a bucket of Google Cloud Storage or S3.
 GCS = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17"]
 S3 = ["s3fs>=2026.9"]
-# The metadata of clip-jax embed and search.
-PARQUET = ["pyarrow>=26.0"]
-
 # clip-jax export --format=stablehlo: jax.export writes its files with it.
 STABLEHLO = ["flatbuffers>=25.12"]
+
+# Shards on web servers.
+HTTP = ["aiohttp>=3.14"]
 
 EXTRAS = {
     "gcs": GCS,
     "s3": S3,
-    "parquet": PARQUET,
     "stablehlo": STABLEHLO,
+    "http": HTTP,
     "test": [
         *GCS,
+        *HTTP,
         *S3,
-        *PARQUET,
         *STABLEHLO,
         "flask>=3.1",  # moto's server and flask-cors: without the rest of moto[server], a hundred megabytes
         "flask-cors>=6.0",

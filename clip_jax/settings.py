@@ -45,9 +45,10 @@ def defaults() -> ConfigDict:
                 "train": "shapes:train",
                 "mixture": "weight",  # how often each example of a source is seen; share: its share of each batch
                 "samples": AUTO,  # examples in the dataset, for a plan without the data; training counts them
-                # Of tar shards and folders: txt, txt_lines (each line of the .txt is a caption), or a dotted path into
-                # the sample's JSON, such as caption or captions.de.
+                # txt, txt_lines (each line of the .txt is a caption), a dotted path into the sample's JSON, such as
+                # caption or captions.de, or a column of a table. Several have shares: captions.en=3,captions.de=1.
                 "caption": "txt",
+                "image": "",  # tables: the column of the images' paths or bytes; empty: found by its usual names
                 "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
                 "links_to": "",  # a folder that links in an image folder may lead to; empty: into the folder only
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default

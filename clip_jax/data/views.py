@@ -51,8 +51,11 @@ def pair_views(
     """
 
     def fill_text(sample: Sample, rng: np.random.Generator, arrays: Arrays) -> None:
-        caption = sample.captions[int(rng.integers(len(sample.captions)))]
-        arrays["text"][:] = tokenizer([caption])[0]
+        if sample.shares:
+            number = int(np.searchsorted(np.cumsum(sample.shares[:-1]), rng.random(), side="right"))
+        else:
+            number = int(rng.integers(len(sample.captions)))
+        arrays["text"][:] = tokenizer([sample.captions[number]])[0]
 
     def fill_image(sample: Sample, rng: np.random.Generator, arrays: Arrays) -> None:
         arrays["image"][:] = images.random_resized_crop(

@@ -12,9 +12,9 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_jax.data.sources import open_source
-from clip_jax.data.sources.sample import BadSampleError, Sample, Source
-from clip_jax.data.sources.tar import TarSource, open_tar
+from clip_jax.data.sources import captions, open_source
+from clip_jax.data.sources.sample import Source
+from clip_jax.data.sources.tar import open_tar
 from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.prompts import Prompts
@@ -33,27 +33,6 @@ class Dataset(NamedTuple):
     """For zero-shot classification."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lines:
-    """A source whose ``.txt`` holds one caption per line."""
-
-    source: TarSource
-
-    name = property(lambda self: self.source.name)
-    fingerprint = property(lambda self: self.source.fingerprint)
-    class_names = ()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.source[index]
-        captions = tuple(filter(None, (line.strip() for text in sample.captions for line in text.splitlines())))
-        if not captions:
-            raise BadSampleError("empty caption", sample.key)
-        return sample._replace(captions=captions)
-
-
 def is_benchmark(folder: Path) -> bool:
     """Whether a folder is in CLIP_benchmark's layout."""
     return (folder / "test" / "nshards.txt").is_file()
@@ -70,18 +49,17 @@ def open_benchmark(folder: Path) -> Dataset:
     missing = [number for number in range(count) if not (folder / "test" / f"{number}.tar").is_file()]
     if missing or not count:
         raise UserError(f"{folder}/test: {len(missing)} of {text or 0} shards are missing; download the set again")
-    # Opened by a caption that no check concerns: classification has none, and retrieval has several per file.
-    source = dataclasses.replace(open_tar(str(folder / "test"), caption="captions"), caption="txt")
-    source = dataclasses.replace(source, name=f"benchmark:{name}")
+    shards = str(folder / "test")
     if kind == "retrieval":
-        return Dataset(name, "retrieval", _Lines(source), None)
+        source = dataclasses.replace(open_tar(shards, caption=captions.LINES), name=f"benchmark:{name}")
+        return Dataset(name, "retrieval", source, None)
     names = _lines(folder / "classnames.txt") or tuple(prompts.published("class_names").get(_base(name), ()))
     if not names:
         raise UserError(f"{folder}/classnames.txt: missing; it has one class per line, in the order of the labels")
     file = folder / "zeroshot_classification_templates.txt"
     lines = _lines(file) or prompts.published("templates").get(_base(name), DEFAULT_TEMPLATES)
     templates = prompts.read_templates(lines, str(file))
-    source = dataclasses.replace(source, class_names=names)
+    source = dataclasses.replace(open_tar(shards, class_names=names), name=f"benchmark:{name}")
     return Dataset(name, "zero_shot", source, Prompts(names, templates))
 
 

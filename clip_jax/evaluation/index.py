@@ -24,7 +24,6 @@ from clip_jax.storage import atomic
 
 KINDS = {"image": "img_emb", "text": "text_emb"}
 MANIFEST = "index.json"
-_INSTALL = "pyarrow is missing: pip install 'clip-jax-tpu[parquet]'"
 
 
 class Part:
@@ -44,7 +43,6 @@ class Part:
 
 def prepare(output: Path, manifest: dict[str, Any]) -> None:
     """Makes the folder, or checks that it was begun with the same model, source and shards. Raises UserError."""
-    _parquet()
     path = output / MANIFEST
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +63,9 @@ def write_shard(
     output: Path, shard: int, source: Source, embed: Callable[[Source], Embedded], size: int, dtype: str
 ) -> int:
     """Embeds and writes one shard; returns the number of its embeddings. Raises UserError for ones not finite."""
-    pyarrow, parquet = _parquet()
+    import pyarrow
+    from pyarrow import parquet
+
     part = Part(source, shard * size, (shard + 1) * size)
     found = embed(part)
     _, first = np.unique(found.owner, return_index=True)
@@ -99,7 +99,8 @@ def embeddings(folder: Path, kind: str) -> list[np.ndarray]:
 
 def metadata(folder: Path, numbers: list[int]) -> Iterator[dict[str, Any]]:
     """The rows of these embeddings, which are numbered through all shards."""
-    _, parquet = _parquet()
+    from pyarrow import parquet
+
     files = [parquet.ParquetFile(path) for path in _numbered(folder / "metadata", "metadata_*.parquet")]
     starts = np.cumsum([0, *(file.metadata.num_rows for file in files)])
     tables: dict[int, Any] = {}
@@ -121,12 +122,3 @@ def _key(source: Source, index: int) -> str:
         return read(source, index).key
     except BadSampleError as error:  # it was readable a moment ago
         return error.key
-
-
-def _parquet():
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(_INSTALL) from error
-    return pyarrow, parquet

@@ -1,4 +1,4 @@
-"""Files read by range on this machine: what they are (size and version), and any bytes of them.
+"""Files read by range, here or behind a URL (``remote.py``): size and version, and any bytes of them.
 
 Descriptors are kept open, so that a file that is replaced by another one is still read as it was; a file that is
 written to in place is noticed by its version.
@@ -8,6 +8,8 @@ import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
+
+from clip_jax.storage import remote
 
 Read = Callable[[int, int], bytes]
 """(offset, size) -> the bytes there; fewer only where the file ends."""
@@ -20,16 +22,31 @@ class Stat(NamedTuple):
     size: int
     """In bytes."""
     version: str
-    """Changes whenever the content does: the time of the last change."""
+    """Changes whenever the content does: the time of the last change; of a remote file its generation or ETag."""
 
 
 def stat(where: str) -> Stat:
-    """Raises OSError."""
+    """Raises OSError, or UserError for a remote file."""
+    if remote.is_remote(where):
+        return Stat(*remote.stat(where))
     return _stat(os.stat(where))
 
 
-def reader(where: str, expected: Stat | None = None) -> Read:
-    """Reads any range of a file. With ``expected``, OSError where the file is not that one any more."""
+def reader(where: str, expected: Stat | None = None, chunks: remote.Chunks | None = None) -> Read:
+    """Reads any range of a file. With ``expected``, OSError where a local file is not that one any more.
+
+    ``chunks``: a remote file is read in long pieces, which are kept there.
+    """
+    if remote.is_remote(where):
+        end = (expected or stat(where)).size
+
+        def fetch(offset: int, size: int) -> bytes:
+            size = min(size, end - offset)
+            if size <= 0:
+                return b""
+            return remote.read(where, offset, size) if chunks is None else chunks.read(where, offset, size, end)
+
+        return fetch
 
     def read(offset: int, size: int) -> bytes:
         file = _open(where)

@@ -202,10 +202,12 @@ def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Sour
     opened = open_source(
         where,
         image_size=image_size,
+        image=config.data.image,
         caption=caption,
         truncated=config.data.truncated,
         links_to=config.data.links_to,
         max_bad_share=config.data.max_bad_share,
+        long_reads=config.data.shuffle_block > 1,
         tfds_dir=config.data.tfds_dir,
     )
     if not len(opened):

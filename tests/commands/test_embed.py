@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from clip_jax import load
 from clip_jax.commands import main
 from tests.data.shards import jpeg, sample, write_shard
 
-parquet = pytest.importorskip("pyarrow.parquet")
 OLD_RUNS = Path(__file__).parents[1] / "data" / "old_runs"
 
 

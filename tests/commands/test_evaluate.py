@@ -108,6 +108,13 @@ def test_folders_in_clip_benchmarks_layout_are_read_as_they_are(run, benchmarks,
     assert read(next(others.glob("*/pets.json")))["prompts"] != pets["prompts"]
 
 
+def test_a_label_without_a_class_name_is_refused_in_clip_benchmarks_layout(run, benchmarks, tmp_path, capsys):
+    folder = shutil.copytree(benchmarks / "wds_pets", tmp_path / "wds_pets")
+    (folder / "classnames.txt").write_text("cat\ndog\n")
+    assert main(["evaluate", f"--model={run}", f"--data={folder}", f"--output={tmp_path}/out"]) == 2
+    assert "is 2; labels are 0..1" in capsys.readouterr().err
+
+
 def test_several_models_are_an_ensemble_and_of_one_model_twice_it_is_that_model(run, benchmarks, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     models = [f"--model={run}", f"--model={copy}", f"--model={OLD_RUNS / 'sigmoid'}"]

@@ -391,6 +391,18 @@ def test_a_table_of_something_else_leaves_captions_where_they_are_and_is_reporte
     assert captions(both) == {"a.jpg": ("an a",)}
 
 
+def test_fields_beside_an_image_have_their_shares(tmp_path):
+    about = json.dumps({"captions": {"de": ["ein A", "das A"], "en": "an A"}})
+    write(tmp_path, "a.jpg", texts={"a.json": about, "a.txt": "A\nB"})
+    found = open_folder(str(tmp_path), caption="captions.de=2,captions.en=2,txt_lines=4")
+    assert found[0].captions == ("ein A", "das A", "an A", "A", "B")
+    assert found[0].shares == (0.125, 0.125, 0.25, 0.25, 0.25)
+    others = open_folder(str(tmp_path), caption="captions.de=2,captions.en=2,txt_lines=5")
+    assert others.fingerprint != found.fingerprint
+    # Two settings that are for other sources of a mixture.
+    assert open_folder(str(tmp_path), caption="txt_lines=3,txt")[0].captions == ("A", "B", "A\nB")
+
+
 def test_img2dataset_files_are_read_from_their_json_and_never_taken_for_classes(tmp_path):
     about = {f"0000{i}/{i}.json": json.dumps({"caption": f"number {i}", "url": f"http://{i}"}) for i in range(2)}
     write(tmp_path, "00000/0.jpg", "00001/1.jpg", texts=about | {"00000_stats.json": "{}"})

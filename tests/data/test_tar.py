@@ -181,6 +181,15 @@ def test_labels_of_some_samples_alone_are_not_used_and_this_is_reported(tmp_path
     assert "labels are not used: only 2 of 3 samples have a .cls" in source.notes
 
 
+def test_class_names_that_are_given_are_checked_as_those_of_the_file(tmp_path):
+    where = write_labels(tmp_path, [b"0", b"2"], "one\n")
+    assert open_tar(where, class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
+    with pytest.raises(UserError, match=r"the label of 0.tar/000000001.cls is 2; labels are 0\.\.1: name the classes"):
+        open_tar(where, class_names=["a", "b"])
+    with pytest.raises(UserError, match="only 1 of 2 samples have a label"):
+        open_tar(write_labels(tmp_path, [b"0", None]), class_names=["a", "b"])
+
+
 def test_class_names_of_two_folders_must_be_the_same(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     a, b = write_labels(tmp_path / "a", [b"0"]), write_labels(tmp_path / "b", [b"0"], "dog\ncat\nowl\nfox\n")
@@ -288,22 +297,6 @@ def test_a_compressed_shard_is_called_that(tmp_path):
         pass
     with pytest.raises(UserError, match="it is compressed: decompress it"):
         open_tar(str(tmp_path / "a.tar"))
-
-
-@pytest.mark.parametrize("folder", ["photos [2019]", "a,b", "x[!y],[z]", "what?", "{0..1}"])
-def test_a_path_that_exists_is_a_path_whatever_is_in_its_name(tmp_path, folder):
-    write_shards(tmp_path / folder, 4), write_shards(tmp_path / "other", 2, shards=1)
-    inside = tmp_path / folder
-    for where in (inside, inside / "train-*.tar", f"{inside}/train-00000.tar,{inside}/train-00001.tar"):
-        assert len(open_tar(str(where))) == 4
-    assert len(open_tar(f"{inside},{tmp_path}/other,{inside}/train-*.tar")) == 10
-
-
-def test_a_range_of_shards_in_braces_is_that_of_webdataset(tmp_path):
-    write_shards(tmp_path, 6, shards=3)
-    assert len(open_tar(f"{tmp_path}/train-{{00000..00001}}.tar")) == 4
-    with pytest.raises(UserError, match=r"1 shards of this range are not there, the first is train-00003\.tar"):
-        open_tar(f"{tmp_path}/train-{{00000..00003}}.tar")
 
 
 def test_a_file_that_is_no_tar_is_named(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from clip_jax.data.order import Order
 from clip_jax.data.sources import identity, tar_headers, tar_index
+from clip_jax.data.sources.folder import open_folder
 from clip_jax.data.sources.labels import Labels
 from clip_jax.data.sources.left_out import LeftOut
 from clip_jax.data.sources.tar import open_tar
@@ -173,3 +174,26 @@ def test_bytes_in_the_middle_that_are_no_header_end_the_shard(tmp_path):
     with pytest.raises(UserError, match="truncated"):
         open_tar(str(path))
     assert len(open_tar(str(path), truncated="keep")) == 3
+
+
+def test_where_no_index_can_be_kept_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written there .* set CLIP_JAX_CACHE"):
+        open_tar(write_shards(tmp_path / "shards", 2).removeprefix("tar:"))
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(jpeg(i))
+        (tmp_path / "images" / f"{i}.txt").write_text("a picture")
+    assert len(open_folder(str(tmp_path / "images"))) == 2, "images in a folder need none"
+
+
+def test_a_header_with_a_checksum_of_signed_bytes_is_read(tmp_path):
+    path = write_shard(tmp_path / "0.tar", [{"jpg": jpeg(1), "txt": b"one"}])
+    content = bytearray(path.read_bytes())
+    content[0:4] = "é0".encode() + b"0"
+    signed = 8 * 32 + sum(b - 256 if b > 127 else b for b in content[:148] + content[156:512])
+    content[148:156] = f"{signed:06o}\0 ".encode()
+    path.write_bytes(content)
+    first = next(tar_headers.members(ranges.reader(str(path))))
+    assert first.name == bytes(content[:100]).rstrip(b"\0").decode() and first.name.startswith("é")

@@ -1,12 +1,17 @@
 """A run killed at any moment and started again equals one that was never killed, digit for digit."""
 
+import json
 import signal
 import subprocess
 import time
 
 import portpicker
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from tests.data.faulty_server import serve
+from tests.data.shards import jpeg
 from tests.training import runs
 
 
@@ -138,3 +143,42 @@ def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_pa
     for ours, theirs in zip(runs.metrics(two), expected, strict=True):
         assert ours["step"] == theirs["step"]
         assert ours.get("train/loss", 0) == pytest.approx(theirs.get("train/loss", 0), rel=1e-4)
+
+
+def samples_of(workdir) -> dict[tuple[int, int], int]:
+    """(step, row of the global batch) -> sample, of all processes; a step that was taken again has the same."""
+    found = {}
+    for file in workdir.glob("samples.*.jsonl"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            for row, sample in zip(line["rows"], line["samples"], strict=True):
+                assert found.setdefault((line["step"], row), sample) == sample
+    return found
+
+
+@pytest.mark.slow
+def test_a_mixture_from_a_failing_server_killed_twice_and_moved_to_two_processes_has_the_same_samples(tmp_path):
+    recipe = runs.write_recipe(tmp_path)
+    rows = {"image": [jpeg(i) for i in range(20)], "caption": [f"picture {i}" for i in range(20)]}
+    pq.write_table(pa.table(rows), tmp_path / "own.parquet")
+    with serve(tmp_path / "train") as server:
+        server.every = 20
+        shards = f"{server.url}/train-{{00000..00001}}.tar"
+        train = (
+            f'(("tar:{shards}", 1.0, "captions.de=1,caption=2"), ("parquet:{tmp_path}/own.parquet", 4.0, "caption"), '
+        )
+        arguments = (
+            f"--config={recipe}",
+            f'--config.data.train={train}("shapes:heldout", 0.1))',
+            "--config.eval.held_out.source=",
+            "--config.mesh.cpu_devices=2",
+        )
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        done = runs.main(tmp_path, *arguments, f"--workdir={whole}")
+        assert done.returncode == 0, done.stderr
+        kill_when(start(tmp_path, *arguments, f"--workdir={killed}"), lambda: lines(killed) >= 4)
+        kill_when(start(tmp_path, *arguments, f"--workdir={killed}"), lambda: lines(killed) >= 8)
+        run_together(tmp_path, 2, f"--workdir={killed}", "--config.mesh.cpu_devices=1")
+        assert len(server.requests) > 100
+    expected, found = samples_of(whole), samples_of(killed)
+    assert found == expected and len(expected) == 12 * 16
+    assert {sample // 50 for sample in expected.values()} > {0, 1}

@@ -8,9 +8,11 @@ a line in ``KINDS``; a library that takes long to import is imported by its open
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from clip_jax.data.sources.array_record import open_array_record
 from clip_jax.data.sources.folder import open_folder
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.sources.shapes import open_shapes
+from clip_jax.data.sources.table import open_csv, open_parquet
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.sources.tfds import open_tfds
 from clip_jax.errors import UserError, nearest
@@ -30,13 +32,18 @@ class Kind(NamedTuple):
 KINDS = {
     "shapes": Kind(open_shapes, ("image_size",), "the bundled dataset: shapes:train, shapes:heldout, shapes:zero_shot"),
     "tar": Kind(
-        open_tar, ("caption", "truncated", "max_bad_share"), "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar"
+        open_tar,
+        ("caption", "truncated", "max_bad_share", "long_reads"),
+        "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar, tar:FOLDER/{0000..0099}.tar",
     ),
     "tfds": Kind(
         open_tfds,
         ("tfds_dir",),
         "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
     ),
+    "parquet": Kind(open_parquet, ("image", "caption"), "a table of images or paths with captions: parquet:FILES"),
+    "csv": Kind(open_csv, ("image", "caption"), "a table of paths with captions, .csv or .tsv: csv:FILES"),
+    "array_record": Kind(open_array_record, ("image", "caption"), "ArrayRecord files of tf.train.Example records"),
     "folder": Kind(open_folder, ("caption", "links_to", "max_bad_share"), "images with a .txt each: folder:DIR"),
 }
 

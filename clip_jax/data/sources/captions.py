@@ -1,30 +1,84 @@
-"""The captions in a text file or a JSON file that belongs to an image, in a shard or a folder."""
+"""Which texts of a sample are its captions, and how often training takes each.
+
+A caption setting (``config.data.caption``) names fields, separated by commas, each with a share: ``caption``,
+``captions.en=3,captions.de=1``. ``txt`` is the text beside the image, ``txt_lines`` that text with a caption on every
+line; anything else is a dotted path into the JSON beside the image, or a column of a table.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from clip_jax.data.valid_text import valid
 from clip_jax.errors import UserError, nearest
 
 TXT, LINES = "txt", "txt_lines"
-"""Values of ``config.data.caption``: the text file is one caption, or has one per line. Others are paths in JSON."""
+TEXT_FILE = (TXT, LINES)
+"""Fields of the text file beside an image; all others are of JSON or of a table."""
 
 
-def is_json(setting: str) -> bool:
-    return setting not in (TXT, LINES)
+class Field(NamedTuple):
+    name: str
+    share: float
 
 
-def from_text(data: bytes, setting: str) -> tuple[str, ...]:
-    """Raises UnicodeDecodeError."""
-    text = data.decode("utf-8-sig")  # editors on Windows begin with a byte-order mark
-    return clean(text.splitlines() if setting == LINES else [text])
+class Captions(NamedTuple):
+    texts: tuple[str, ...]
+    """Valid Unicode, stripped, none of them empty."""
+    shares: tuple[float, ...]
+    """Of each text, summing to 1; empty where all are equal."""
 
 
-def from_json(data: bytes, path: str) -> tuple[str, ...]:
-    """The text, or the list of texts, at a dotted path; empty where there is none. Raises ValueError."""
-    found = _at(json.loads(data), path)
-    return clean(text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str))
+def fields(setting: str) -> tuple[Field, ...]:
+    """The fields of a caption setting. Raises UserError."""
+    found = []
+    for part in setting.split(","):
+        name, equals, share = (word.strip() for word in part.partition("="))
+        try:
+            value = float(share) if equals else 1.0
+        except ValueError:
+            value = 0.0
+        if not name or not 0 < value < float("inf"):
+            raise UserError(
+                f"config.data.caption={setting}: {part!r} is not a field with a share, such as captions.de=2"
+            )
+        found.append(Field(name, value))
+    return tuple(found)
+
+
+def named(setting: str) -> tuple[Field, ...]:
+    """The fields that are not of a text file: columns, or paths in JSON."""
+    return tuple(field for field in fields(setting) if field.name not in TEXT_FILE)
+
+
+def gather(wanted: Sequence[Field], get: Callable[[str], Any]) -> Captions:
+    """The captions of one sample; ``get`` returns what a field has: a text, a list of texts or nothing.
+
+    A list divides the share of its field; a field without a text leaves its share to the others.
+    """
+    texts, shares = [], []
+    for name, share in wanted:
+        value = get(name)
+        found = clean(text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
+        texts += found
+        shares += [share / max(1, len(found))] * len(found)
+    if len({round(share, 12) for share in shares}) <= 1:
+        return Captions(tuple(texts), ())
+    total = sum(shares)
+    return Captions(tuple(texts), tuple(share / total for share in shares))
+
+
+def of_files(wanted: Sequence[Field], txt: bytes, json_: bytes) -> Captions:
+    """The captions in the files beside an image, empty for one that is not there. Raises ValueError."""
+    about = json.loads(json_ or b"{}") if any(name not in TEXT_FILE for name, _ in wanted) else {}
+
+    def get(name: str) -> Any:
+        if name not in TEXT_FILE:
+            return at(about, name)
+        text = txt.decode("utf-8-sig")  # editors on Windows begin with a byte-order mark
+        return text.splitlines() if name == LINES else text
+
+    return gather(wanted, get)
 
 
 def clean(captions: Iterable[str]) -> tuple[str, ...]:
@@ -32,43 +86,55 @@ def clean(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(filter(None, (valid(caption).strip() for caption in captions)))
 
 
-def fields(data: bytes) -> list[str]:
-    """The dotted paths in a JSON file that have text; empty for what is not JSON."""
-    try:
-        return sorted(_texts(json.loads(data)))
-    except ValueError:
-        return []
-
-
-def check_path(where: str, path: str, files: Iterable[bytes]) -> None:
-    """Raises UserError, with the fields that are there, where none of some JSON files has text at ``path``."""
-    found: set[str] = set()
-    for data in files:
-        try:
-            if from_json(data, path):
-                return
-        except ValueError:
-            continue
-        found |= set(fields(data))
-    there = f"with text there are {', '.join(sorted(found))}" if found else "no field has text"
-    raise UserError(
-        f"{where}: config.data.caption={path}: no .json that was tried has text in this field{nearest(path, found)}; "
-        f"{there}"
-    )
-
-
-def _at(value: Any, path: str) -> Any:
+def at(value: Any, path: str) -> Any:
+    """What is at a dotted path in nested dictionaries, or under this very name; None where it ends early."""
     if not isinstance(value, dict):
         return None
     if path in value:
         return value[path]
     head, _, rest = path.partition(".")
-    return _at(value.get(head), rest) if rest else None
+    return at(value.get(head), rest) if rest else None
 
 
-def _texts(value: Any, path: str = "") -> Iterator[str]:
+def paths(data: bytes) -> list[str]:
+    """The dotted paths in a JSON file that have text; empty for what is not JSON."""
+    try:
+        return sorted(_paths(json.loads(data)))
+    except ValueError:
+        return []
+
+
+def check_paths(where: str, wanted: Sequence[Field], files: Iterable[bytes]) -> tuple[str, ...]:
+    """A note for each path of ``wanted`` at which none of some JSON files has text.
+
+    Raises UserError, with the fields that are there, where these are all of ``wanted``.
+    """
+    missing, there = [name for name, _ in wanted if name not in TEXT_FILE], set()
+    for data in files:
+        missing = [path for path in missing if not _has(data, path)]
+        if not missing:
+            return ()
+        there |= set(paths(data))
+    with_text = f"with text there are {', '.join(sorted(there))}" if there else "no field has text"
+    notes = tuple(
+        f"config.data.caption={path}: no .json that was tried has text in this field{nearest(path, there)}; {with_text}"
+        for path in missing
+    )
+    if len(missing) == len(wanted):
+        raise UserError(f"{where}: {notes[0]}")
+    return notes
+
+
+def _has(data: bytes, path: str) -> bool:
+    try:
+        return bool(of_files([Field(path, 1.0)], b"", data).texts)
+    except ValueError:
+        return False
+
+
+def _paths(value: Any, path: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _texts(inner, f"{path}.{name}" if path else name)
+            yield from _paths(inner, f"{path}.{name}" if path else name)
     elif path and (isinstance(value, str) or (isinstance(value, list) and any(isinstance(v, str) for v in value))):
         yield path

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from clip_jax.data import images
 from clip_jax.data.sources import captions as caption_files
 from clip_jax.data.sources import identity, tables
+from clip_jax.data.sources.captions import Captions, Field
 from clip_jax.data.sources.folder_files import Files, find_files
 from clip_jax.data.sources.left_out import MAX_SHARE, LeftOut
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
@@ -39,6 +40,7 @@ class _Row(NamedTuple):
     """Relative to the folder, with forward slashes."""
     captions: tuple[str, ...]
     label: int = -1
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,9 @@ class _Folder:
         path = self.root / row.file
         if not row.captions:
             raise BadSampleError("empty caption", shown(path))
-        return Sample(image=path.read_bytes(), captions=row.captions, key=shown(path), label=row.label)
+        return Sample(
+            image=path.read_bytes(), captions=row.captions, key=shown(path), label=row.label, shares=row.shares
+        )
 
 
 class _Opening(NamedTuple):
@@ -113,7 +117,8 @@ def open_folder(
 def _fingerprint(rows: Sequence[_Row], images_: Mapping[str, int | str]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.file, images_[row.file], row.captions]).encode())
+        shares = [row.shares] if row.shares else []
+        digest.update(json.dumps([row.file, images_[row.file], row.captions, *shares]).encode())
     return digest.hexdigest()
 
 
@@ -122,7 +127,7 @@ def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str
     root, files, caption = opening.root, opening.files, opening.caption
     beside = [files.texts[key] for key in map(_key, files.images) if key in files.texts]
     with_json = [image for image in files.images if _key(image) in files.jsons]
-    if with_json and caption_files.is_json(caption):
+    if with_json and caption_files.named(caption):
         return _from_jsons(where, opening), (), ()
     found = [name for name in files.tables if name in tables.OURS]
     if not found and not beside:  # other libraries' tables, where nothing of ours is there
@@ -146,7 +151,7 @@ def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str
         return _from_texts(texts, opening), (), ()
     if with_json:
         first = root / files.jsons[_key(with_json[0])]
-        there = ", ".join(caption_files.fields(first.read_bytes())) or "none has text"
+        there = ", ".join(caption_files.paths(first.read_bytes())) or "none has text"
         raise UserError(
             f"{shown(first)}: a .json beside each image and no captions elsewhere; set config.data.caption to a field "
             f"of it ({there}), or move these files away to take the names of the folders as captions"
@@ -180,31 +185,35 @@ def _from_texts(texts: dict[str, str], opening: _Opening) -> list[_Row]:
             f"first{unread}; add the image or remove the text"
         )
     _refuse_images_without_captions(opening, missing, orphans, len(used))
-    return [_Row(image, _from_text(root / texts[_key(image)], opening.caption)) for image in used]
-
-
-def _from_text(path: Path, caption: str) -> tuple[str, ...]:
-    setting = caption_files.TXT if caption_files.is_json(caption) else caption
-    return caption_files.from_text(tables.read_text(path).encode(), setting)
+    # A path in JSON is the setting of another source of a mixture: here the text file is the caption.
+    wanted = [f for f in caption_files.fields(opening.caption) if f.name in caption_files.TEXT_FILE]
+    wanted = wanted or caption_files.fields(caption_files.TXT)
+    read = [caption_files.of_files(wanted, tables.read_text(root / texts[_key(i)]).encode(), b"") for i in used]
+    return [_Row(image, found.texts, shares=found.shares) for image, found in zip(used, read, strict=True)]
 
 
 def _from_jsons(where: str, opening: _Opening) -> list[_Row]:
     root, files = opening.root, opening.files
+    wanted = caption_files.fields(opening.caption)
     used = [image for image in files.images if _key(image) in files.jsons]
     beside = [root / files.jsons[_key(image)] for image in used]
-    found = [_from_json(file.read_bytes(), opening.caption) for file in beside]
-    if not any(found):
-        caption_files.check_path(f"folder:{where}", opening.caption, (file.read_bytes() for file in beside[:100]))
+    read = [_beside(wanted, root, files, image) for image in used]
+    if not any(found.texts for found in read):
+        caption_files.check_paths(
+            f"folder:{where}", caption_files.named(opening.caption), (file.read_bytes() for file in beside[:100])
+        )
     missing = [image for image in files.images if _key(image) not in files.jsons]
     _refuse_images_without_captions(opening, missing, [files.jsons[_key(used[0])]], len(used))
-    return [_Row(image, captions) for image, captions in zip(used, found, strict=True)]
+    return [_Row(image, found.texts, shares=found.shares) for image, found in zip(used, read, strict=True)]
 
 
-def _from_json(content: bytes, path: str) -> tuple[str, ...]:
+def _beside(wanted: Sequence[Field], root: Path, files: Files, image: str) -> Captions:
+    found = (files.texts.get(_key(image)), files.jsons[_key(image)])
+    txt, about = ((root / name).read_bytes() if name else b"" for name in found)
     try:
-        return caption_files.from_json(content, path)
+        return caption_files.of_files(wanted, txt, about)
     except ValueError:
-        return ()
+        return Captions((), ())
 
 
 def _from_table(path: Path, opening: _Opening) -> list[_Row]:

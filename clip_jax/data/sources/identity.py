@@ -3,6 +3,7 @@
 A start compares sizes and times and reads again only what differs; a copy of a file has the same digest.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,8 +48,9 @@ def of_files(files: Sequence[str | Path]) -> list[str]:
     with ThreadPoolExecutor(THREADS) as pool:
         new = dict(zip(files, pool.map(digest, files), strict=True))
     if not new.items() <= known.items():
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(memory, json.dumps([[name, *entry] for name, entry in (known | new).items()]))
+        with contextlib.suppress(OSError):  # where nothing can be kept, the next start reads again
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(memory, json.dumps([[name, *entry] for name, entry in (known | new).items()]))
     return [new[file][2] for file in files]
 
 

@@ -1,10 +1,11 @@
 """Labels of tar shards: every ``.cls`` is a line of ``classnames.txt``, counted from 0, or the source is refused."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Self
 
 from clip_jax.errors import UserError
+from clip_jax.storage import ranges
 
 FILE = "classnames.txt"
 """One line per class, beside the shards, as CLIP_benchmark and OpenCLIP have it."""
@@ -50,18 +51,27 @@ def parse(data: bytes) -> int:
 
 
 def class_names(
-    where: str, folders: Sequence[Path], labels: Labels, samples: int
+    where: str, folders: Sequence[str], labels: Labels, samples: int, given: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the classes, empty where labels are not used; and notes for the header. Raises UserError."""
-    tables = {folder / FILE: _read(folder / FILE) for folder in folders if (folder / FILE).is_file()}
-    if not tables or not labels.count:
-        return (), ()
-    file, names = next(iter(tables.items()))
-    for other, others in tables.items():
-        if others != names:
-            raise UserError(
-                f"{where}: {file} and {other} have other classes; a label can only be a line of one of them"
-            )
+    """The names of the classes, empty where labels are not used; and notes for the header. Raises UserError.
+
+    They are read from a file in one of ``folders`` (paths or URLs), unless they are ``given``: then all need a label.
+    """
+    if given is not None:
+        file, names, way_out = "", tuple(given), "name the classes of these labels"
+        if labels.count < samples:
+            raise UserError(f"{where}: only {labels.count} of {samples} samples have a label, a .cls")
+    else:
+        tables = _find(folders) if labels.count else {}
+        if not tables:
+            return (), ()
+        file, names = next(iter(tables.items()))
+        way_out = "correct them, or rename that file to ignore labels"
+        for other, others in tables.items():
+            if others != names:
+                raise UserError(
+                    f"{where}: {file} and {other} have other classes; a label can only be a line of one of them"
+                )
     problem = ""
     if labels.bad:
         problem = f"{labels.bad} of {labels.count} labels are no numbers from 0 (first: {labels.first_bad})"
@@ -70,18 +80,32 @@ def class_names(
         if (labels.lowest, labels.highest) == (1, len(names)):
             problem += " and none is 0: they count from 1, subtract 1"
     if problem:
-        raise UserError(
-            f"{where}: {problem}; labels are 0..{len(names) - 1}, the lines of {file}: correct them, or rename that "
-            "file to ignore labels"
-        )
+        known = f", the lines of {file}" if file else ""
+        raise UserError(f"{where}: {problem}; labels are 0..{len(names) - 1}{known}: {way_out}")
     if labels.count < samples:
         return (), (f"labels are not used: only {labels.count} of {samples} samples have a .cls",)
     return names, ()
 
 
-def _read(file: Path) -> tuple[str, ...]:
+def _find(folders: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for file in (os.path.join(folder, FILE) for folder in folders):
+        try:
+            known = ranges.stat(file)
+        except FileNotFoundError:
+            continue
+        except UserError as error:
+            # A bucket that may not be listed forbids what is not there. An outage must not pass for no classes.
+            if isinstance(error.__cause__, FileNotFoundError | PermissionError):
+                continue
+            raise
+        found[file] = _names(file, ranges.reader(file, known)(0, known.size))
+    return found
+
+
+def _names(file: str, content: bytes) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+        lines = [line.strip() for line in content.decode("utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if not all(lines):

@@ -19,6 +19,8 @@ class Sample(NamedTuple):
     """The class, for zero-shot classification; -1 where there is none."""
     extras: Mapping[str, Any] = {}
     """What a source has besides, by name: boxes, further views of the same example. Not to be written to."""
+    shares: tuple[float, ...] = ()
+    """How often training takes each caption, summing to 1; empty where all are taken equally often."""
 
 
 def notes(source: "Source") -> tuple[str, ...]:

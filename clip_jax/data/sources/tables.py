@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip_jax.data.sources.captions import is_json
+from clip_jax.data.sources import captions as caption_files
 from clip_jax.errors import UserError
 
 ENDINGS = (".csv", ".tsv", ".jsonl")
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def read(path: Path, setting: str) -> Iterator[Row]:
-    """The rows of a table; ``setting`` (``config.data.caption``) names its column, if it has one of that name."""
+    """The rows of a table; ``setting`` (``config.data.caption``) names its column, the first that it has."""
     return _read_jsonl(path, setting) if path.suffix == ".jsonl" else _read_csv(path, setting)
 
 
@@ -59,7 +59,7 @@ def read_text(path: Path) -> str:
 
 def _columns(names: Sequence[str], setting: str) -> tuple[str, str]:
     """The columns of the file and of the caption, empty where there is none."""
-    wanted = (setting, *CAPTION_COLUMNS) if is_json(setting) else CAPTION_COLUMNS
+    wanted = (*(field.name for field in caption_files.named(setting)), *CAPTION_COLUMNS)
     file, caption = (next((c for c in known if c in names), "") for known in (FILE_COLUMNS, wanted))
     return file, caption
 

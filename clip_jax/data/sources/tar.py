@@ -10,18 +10,19 @@ is raised as BadSampleError.
 """
 
 import bisect
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from clip_jax.data.sources import captions, labels, tar_headers, tar_index
+from clip_jax.data.sources import captions, labels, patterns, tar_headers, tar_index
+from clip_jax.data.sources.captions import Captions
 from clip_jax.data.sources.left_out import MAX_SHARE
 from clip_jax.data.sources.members import KINDS
-from clip_jax.data.sources.paths import expand
 from clip_jax.data.sources.sample import BadSampleError, Sample
 from clip_jax.data.sources.tar_headers import BLOCK
 from clip_jax.data.sources.tar_index import Index
@@ -29,6 +30,7 @@ from clip_jax.data.valid_text import shown
 from clip_jax.errors import UserError
 from clip_jax.storage import ranges
 from clip_jax.storage.ranges import Read, Stat
+from clip_jax.storage.remote import Chunks
 
 AT_ONCE_BYTES = 16 * 1024 * 1024
 """A sample is read in one piece, unless its members are farther apart than this."""
@@ -43,12 +45,14 @@ class TarSource:
     name: str
     fingerprint: str
     former_fingerprint: str
-    shards: tuple[Path, ...]
-    caption: str
-    """``txt``, ``txt_lines``, or a dotted path into the sample's JSON such as ``caption`` or ``captions.de``."""
+    shards: tuple[str, ...]
+    """Paths or URLs."""
+    captions: tuple[captions.Field, ...]
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     index: Index = field(repr=False, default=None)
+    chunks: Chunks | None = field(repr=False, default=None)
+    """Where remote shards are read in long pieces."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -56,62 +60,70 @@ class TarSource:
     def __getitem__(self, i: int) -> Sample:
         key, data = self.read(i)
         label = labels.parse(data["cls"]) if self.class_names else -1
-        return Sample(data["image"], self._captions(data, key, label), key, label)
+        found = self._captions(data, key, label)
+        return Sample(data["image"], found.texts, key, label, shares=found.shares)
 
     def read(self, i: int) -> tuple[str, dict[str, bytes]]:
         """Shard and name of the image; and the sample's members by kind. Raises OSError."""
         start, *members, end = self.index.rows[i].tolist()
         number = bisect.bisect_right(self.index.starts, i) - 1
         shard, known = self.shards[number], self.index.shards[number]
-        read = ranges.reader(str(shard), Stat(known.size, known.version))
+        read = ranges.reader(shard, Stat(known.size, known.version), self.chunks)
         wanted = {kind: block * BLOCK for kind, block in zip(KINDS, members, strict=True) if block}
         name, data = _read_members(read, start * BLOCK, end * BLOCK, wanted)
-        return f"{shown(shard.name)}/{shown(name.removeprefix('./'))}", data
+        return f"{shown(os.path.basename(shard))}/{shown(name.removeprefix('./'))}", data
 
-    def _captions(self, data: dict[str, bytes], key: str, label: int) -> tuple[str, ...]:
+    def _captions(self, data: dict[str, bytes], key: str, label: int) -> Captions:
         try:
-            if captions.is_json(self.caption):
-                found = captions.from_json(data.get("json") or b"{}", self.caption)
-            else:
-                found = captions.from_text(data.get("txt", b""), self.caption)
+            found = captions.of_files(self.captions, data.get("txt", b""), data.get("json", b""))
         except ValueError as error:
             raise BadSampleError(f"unreadable caption ({type(error).__name__})", key) from error
-        if not found and label < 0:
+        if not found.texts and label < 0:
             raise BadSampleError("empty caption", key)
-        return found or (self.class_names[label],)
+        return found if found.texts else Captions((self.class_names[label],), ())
 
 
 def open_tar(
-    where: str, *, caption: str = captions.TXT, truncated: str = "stop", max_bad_share: float = MAX_SHARE
+    where: str,
+    *,
+    caption: str = captions.TXT,
+    truncated: str = "stop",
+    max_bad_share: float = MAX_SHARE,
+    long_reads: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> TarSource:
-    """Shards by a glob pattern, a folder of .tar files, or several of these separated by commas.
+    """Shards by the names that ``patterns.py`` takes; ``caption`` as in ``captions.py``.
+
+    ``long_reads``: neighbors are read together, so that a remote shard is read in long pieces. ``class_names``: what
+    the labels count, in place of a ``classnames.txt`` beside the shards; then every sample needs a label.
 
     Raises UserError for missing or broken shards, labels or captions, and for too many incomplete pairs.
     """
-    shards = expand(where)
-    index = tar_index.open_index([str(shard) for shard in shards], truncated)
+    wanted = captions.fields(caption)
+    shards = patterns.files(where, (".tar",))
+    index = tar_index.open_index(shards, truncated)
     left_out = index.left_out()
     left_out.check(f"tar:{where}", len(index), max_bad_share)
-    folders = sorted({shard.parent for shard in shards})
-    class_names, more = labels.class_names(where, folders, index.labels(), len(index))
+    folders = sorted({os.path.dirname(shard) for shard in shards})
+    names, more = labels.class_names(where, folders, index.labels(), len(index), class_names)
     # What is in the shards, not where they are or how they are called: a copy is the same data.
-    content = json.dumps([[shard.digest for shard in index.shards], caption, class_names])
+    content = json.dumps([[shard.digest for shard in index.shards], caption, names])
     source = TarSource(
         name=f"tar:{where}",
         fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
         former_fingerprint=_former_fingerprint(shards, index, caption),
         shards=tuple(shards),
-        caption=caption,
-        class_names=class_names,
+        captions=wanted,
+        class_names=names,
         notes=(*left_out.notes(), *more),
         index=index,
+        chunks=Chunks() if long_reads else None,
     )
-    _check_captions(where, source)
-    return source
+    return dataclasses.replace(source, notes=(*source.notes, *_check_captions(where, source)))
 
 
-def _check_captions(where: str, source: TarSource) -> None:
-    """Raises UserError where no sample can have a caption by the setting; with labels there is the class name."""
+def _check_captions(where: str, source: TarSource) -> tuple[str, ...]:
+    """Notes; UserError where no sample can have a caption by the setting. With labels there is the class name."""
     index = source.index
 
     def tried(count: int) -> Iterator[bytes]:
@@ -120,24 +132,26 @@ def _check_captions(where: str, source: TarSource) -> None:
             if "json" in data:
                 yield data["json"]
 
-    if captions.is_json(source.caption):
-        if index.having("json"):
-            captions.check_path(where, source.caption, tried(TRIED))
-        elif not source.class_names:
-            raise UserError(f"{where}: config.data.caption={source.caption}, and no sample has a .json")
-    elif not source.class_names and not index.having("txt"):
-        found = sorted({name for data in tried(4) for name in captions.fields(data)})
-        way_out = "set config.data.caption to a path in the .json" + (f" ({', '.join(found)})" if found else "")
-        if not index.having("json"):
-            way_out = (
-                f"samples have labels: write {source.shards[0].parent / labels.FILE}, the name of a class per line"
-            )
-        raise UserError(f"{where}: no sample has a .txt caption; {way_out}")
+    files = {field: "txt" if field.name in captions.TEXT_FILE else "json" for field in source.captions}
+    wanted = [field for field in source.captions if index.having(files[field])]
+    if any(files[field] == "json" for field in wanted):
+        return captions.check_paths(where, wanted, tried(TRIED))
+    if wanted or source.class_names:
+        return ()
+    if "txt" not in files.values():
+        names = ", ".join(field.name for field in source.captions)
+        raise UserError(f"{where}: config.data.caption={names}, and no sample has a .json")
+    found = sorted({name for data in tried(4) for name in captions.paths(data)})
+    way_out = "set config.data.caption to a path in the .json" + (f" ({', '.join(found)})" if found else "")
+    if not index.having("json"):
+        file = os.path.join(os.path.dirname(source.shards[0]), labels.FILE)
+        way_out = f"samples have labels: write {file}, the name of a class per line"
+    raise UserError(f"{where}: no sample has a .txt caption; {way_out}")
 
 
-def _former_fingerprint(shards: list[Path], index: Index, caption: str) -> str:
+def _former_fingerprint(shards: list[str], index: Index, caption: str) -> str:
     """As in the ``run.json`` of older code: names and sizes of the shards, and the number of samples."""
-    files = [[s.resolve().name, known.size] for s, known in zip(shards, index.shards, strict=True)]
+    files = [[os.path.basename(os.path.realpath(s)), known.size] for s, known in zip(shards, index.shards, strict=True)]
     content = hashlib.sha256(json.dumps(files).encode())
     content.update(np.int64(len(index)).tobytes() + caption.encode())
     return content.hexdigest()[:16]

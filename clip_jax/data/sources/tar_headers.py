@@ -50,7 +50,7 @@ def members(read: Read, start: int = 0, stop: int | None = None) -> Iterator[Mem
         if not any(header):
             return
         kind, size = header[156:157], _number(header[124:136], offset)
-        if 8 * 32 + sum(header) - sum(header[148:156]) != _number(header[148:156], offset):
+        if _number(header[148:156], offset) not in _checksums(header):
             raise TarError(f"no tar header at byte {offset}")
         offset += BLOCK
         if kind in (b"x", b"L", b"g", b"K"):
@@ -66,6 +66,12 @@ def members(read: Read, start: int = 0, stop: int | None = None) -> Iterator[Mem
         # Links and devices may give the size of what they stand for; they have no data.
         first = offset = found.end if kind in REGULAR else offset + (-(-size // BLOCK) * BLOCK if kind > b"7" else 0)
         longer = {}
+
+
+def _checksums(header: bytes) -> tuple[int, int]:
+    """The sum of all bytes, its own field counted as spaces; and as old programs with signed bytes made it."""
+    total = 8 * 32 + sum(header) - sum(header[148:156])
+    return total, total - (0 if header.isascii() else 256 * sum(b > 127 for b in header[:148] + header[156:]))
 
 
 def _number(field: bytes, offset: int) -> int:

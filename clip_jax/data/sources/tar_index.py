@@ -32,7 +32,7 @@ from clip_jax.data.sources.members import KINDS
 from clip_jax.data.sources.tar_headers import BLOCK, TarError
 from clip_jax.data.valid_text import shown
 from clip_jax.errors import UserError
-from clip_jax.storage import ranges
+from clip_jax.storage import ranges, remote
 from clip_jax.storage.ranges import Read, Stat
 
 COLUMNS = 2 + len(KINDS)
@@ -43,6 +43,8 @@ FOLDER = ".clip_jax_index"
 THREADS = 16
 WINDOW = 16 * 1024
 """Bytes read at a time where headers are: several small members, and little of a large image."""
+REMOTE_WINDOW = 8 * 1024 * 1024
+"""A remote shard is streamed once, in pieces."""
 
 
 class Shard(NamedTuple):
@@ -103,8 +105,12 @@ def open_index(shards: Sequence[str], truncated: str) -> Index:
     """The index of these shards, in their order; made where there is none yet. Raises UserError."""
     with ThreadPoolExecutor(THREADS) as pool:
         stats = list(pool.map(ranges.stat, shards))
-    folder = os.path.dirname(os.path.abspath(shards[0]))
-    known = [(os.path.relpath(shard, folder), *stat) for shard, stat in zip(shards, stats, strict=True)]
+    if remote.is_remote(shards[0]):
+        folder, names = shards[0].rpartition("/")[0], shards
+    else:
+        folder = os.path.dirname(os.path.abspath(shards[0]))
+        names = [shard if remote.is_remote(shard) else os.path.relpath(shard, folder) for shard in shards]
+    known = [(name, *stat) for name, stat in zip(names, stats, strict=True)]
     name = hashlib.sha256(json.dumps([known, truncated, RULES]).encode()).hexdigest()[:24]
     places = _places(folder)
     for place in places:
@@ -129,7 +135,7 @@ def load(folder: Path) -> Index:
 def _places(folder: str) -> list[Path]:
     """Folders for the indexes of shards in ``folder``, the best first."""
     cache = identity.cache_folder() / "tar_index" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]
-    return [cache] if os.environ.get("CLIP_JAX_CACHE") else [Path(folder) / FOLDER, cache]
+    return [cache] if os.environ.get("CLIP_JAX_CACHE") or remote.is_remote(folder) else [Path(folder) / FOLDER, cache]
 
 
 def _build(shards: Sequence[str], known: list[tuple], truncated: str, places: list[Path], name: str) -> Index:
@@ -181,7 +187,13 @@ def _writable(places: list[Path]) -> Path:
                 return place
             except OSError:  # a file system that is mounted read-only
                 continue
-    places[-1].mkdir(parents=True, exist_ok=True)
+    try:
+        places[-1].mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{places[-1]}: the index of the shards cannot be written there ({error.strerror}); "
+            "set CLIP_JAX_CACHE to a folder that can be written"
+        ) from error
     return places[-1]
 
 
@@ -202,7 +214,8 @@ def _scan(shard: str, name: str, size: int, version: str, truncated: str) -> tup
     """What is in one shard."""
     if size > BLOCK * 2**32:
         raise UserError(f"{shard}: larger than 2 TiB; split it")
-    read = ranges.buffered(ranges.reader(shard, Stat(size, version)), WINDOW)
+    window = REMOTE_WINDOW if remote.is_remote(shard) else WINDOW
+    read = ranges.buffered(ranges.reader(shard, Stat(size, version)), window)
     problem = ""
     try:
         scanned = _members(read)

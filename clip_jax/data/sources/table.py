@@ -1,0 +1,235 @@
+"""Tables of images and captions: Parquet, CSV and TSV, by random access.
+
+The image of a row is a path (relative to the table), or bytes (Parquet; also Hugging Face's ``{bytes, path}``). The
+columns have the usual names below, or are named by ``config.data.image`` and ``config.data.caption``. A table is copied
+once into Arrow's format in the cache folder and memory-mapped there: Parquet is compressed and has no random access. So
+the disk must hold the image bytes of a Parquet table a second time; tar shards are read where they are.
+"""
+
+import bisect
+import csv
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clip_jax.data.sources import captions, identity, patterns
+from clip_jax.data.sources.sample import BadSampleError, Sample, Source
+from clip_jax.errors import UserError, nearest
+from clip_jax.storage import ranges, remote
+
+# The first that a table has. Bytes: Hugging Face, img2dataset. Paths: OpenCLIP (filepath, title), metadata.csv.
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "image_bytes", "filepath", "file_name", "file", "filename", "path")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+SUFFIXES = {"parquet": (".parquet",), "csv": (".csv", ".tsv")}
+FIELD_BYTES = 16 * 1024 * 1024
+ROWS = 4000
+RULES = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Made by ``open_parquet`` and ``open_csv``."""
+
+    name: str
+    fingerprint: str
+    folders: tuple[str, ...]
+    """Where the paths of each file begin."""
+    captions: tuple[captions.Field, ...]
+    batches: tuple[Any, ...] = field(repr=False)
+    """Arrow record batches with the columns image, file and those of the captions."""
+    starts: tuple[int, ...] = field(repr=False)
+    """The first row of each batch, and the number of all."""
+    former_fingerprint: str = ""
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self.starts, index) - 1
+        batch = self.batches[number]
+        values = {
+            name: batch.column(i)[index - self.starts[number]].as_py() for i, name in enumerate(batch.schema.names)
+        }
+        image, key = values["image"], f"{self.name}[{index}]"
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        found = captions.gather(self.captions, lambda name: captions.at(values, name))
+        if not found.texts:
+            raise BadSampleError("empty caption", key)
+        if not image:
+            raise BadSampleError("no image", key)
+        if isinstance(image, str):
+            if remote.is_remote(image):
+                raise BadSampleError("the image is a URL, not a file; img2dataset downloads them", key)
+            key = os.path.join(self.folders[values["file"]], image)
+            try:
+                image = Path(key).read_bytes()
+            except (FileNotFoundError, IsADirectoryError, ValueError) as error:  # ValueError: a zero byte in the path
+                raise BadSampleError("no such file", key) from error
+        return Sample(image, found.texts, key, shares=found.shares)
+
+
+def open_parquet(where: str, *, image: str = "", caption: str = "txt") -> Source:
+    """Parquet files, by the names that ``patterns.py`` takes. Raises UserError."""
+    return _open("parquet", where, image, caption)
+
+
+def open_csv(where: str, *, image: str = "", caption: str = "txt") -> Source:
+    """CSV or TSV files: a header line with a tab in it is separated by tabs, as OpenCLIP's are. Raises UserError."""
+    return _open("csv", where, image, caption)
+
+
+def _open(kind: str, where: str, image: str, caption: str) -> Source:
+    import pyarrow as pa
+
+    named = patterns.files(where, SUFFIXES[kind])
+    if distant := [file for file in named if remote.is_remote(file)]:
+        raise UserError(f"{distant[0]}: a table is read from this machine only; copy it here, or use tar shards")
+    files = [os.path.abspath(file) for file in named]
+    wanted = captions.named(caption)
+    settings = [files, [ranges.stat(file) for file in files], image, caption, RULES]
+    copy = identity.cache_folder() / "tables" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+    if not copy.is_dir():
+        columns = [_columns(kind, file, image, wanted) for file in files]
+        _copy(kind, files, columns, copy)
+    mapped = pa.ipc.open_file(pa.memory_map(str(copy / "rows.arrow")))
+    names = [name for name in mapped.schema.names if name not in ("image", "file")]
+    batches = tuple(mapped.get_batch(i) for i in range(mapped.num_record_batches))
+    content = json.dumps([identity.of_files(files), [os.path.splitext(f)[1] for f in files], image, caption])
+    return Table(
+        name=f"{kind}:{where}",
+        fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
+        folders=tuple(os.path.dirname(file) for file in files),
+        captions=wanted or captions.fields(names[0]),
+        batches=batches,
+        starts=tuple(itertools.accumulate((batch.num_rows for batch in batches), initial=0)),
+    )
+
+
+def _columns(kind: str, file: str, image: str, wanted: tuple[captions.Field, ...]) -> dict[str, str]:
+    """Name in the copy -> column of the file."""
+    import pyarrow.parquet as pq
+
+    try:
+        names = pq.read_schema(file).names if kind == "parquet" else next(_csv_rows(file))
+    except (OSError, ValueError, StopIteration) as error:  # Arrow's errors are ValueErrors
+        raise UserError(
+            f"{file}: cannot be read as {kind} ({str(error).splitlines()[0] if str(error) else 'empty'})"
+        ) from error
+
+    def pick(given: str, usual: tuple[str, ...], setting: str) -> str:
+        if given and given not in names:
+            raise UserError(f"{file}: no column {given}{nearest(given, names)}; its columns are {', '.join(names)}")
+        found = given or next((name for name in usual if name in names), "")
+        if not found:
+            raise UserError(
+                f"{file}: none of its columns ({', '.join(names)}) is called {', '.join(usual)}; "
+                f"name one with {setting}"
+            )
+        return found
+
+    texts = [name if name in names else name.partition(".")[0] for name, _ in wanted] or [
+        pick("", CAPTION_COLUMNS, "config.data.caption")
+    ]
+    texts = [pick(name, (), "config.data.caption") for name in texts]
+    return {"image": pick(image, IMAGE_COLUMNS, "config.data.image"), **{name: name for name in texts}}
+
+
+def _copy(kind: str, files: list[str], columns: list[dict[str, str]], to: Path) -> None:
+    """The columns of all files as one Arrow file; as with the index of tar shards, the first copy stays."""
+    import pyarrow as pa
+
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=to.parent))
+    read = _parquet_batches if kind == "parquet" else _csv_batches
+    writer = schema = left = None
+    try:
+        with pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink:
+            for number, (file, names) in enumerate(zip(files, columns, strict=True)):
+                if list(names) != list(columns[0]):
+                    raise UserError(f"{file}: other columns than {files[0]}; name them with config.data.caption")
+                for table in read(file, names):
+                    table = table.append_column("file", pa.array([number] * len(table), pa.int32()))
+                    if writer is None:
+                        schema = table.schema
+                        writer = pa.ipc.new_file(sink, schema)
+                    try:
+                        left = table if left is None else pa.concat_tables([left, table.cast(schema)])
+                    except (ValueError, pa.ArrowInvalid) as error:
+                        raise UserError(f"{file}: columns of other types than in {files[0]} ({error})") from error
+                    while len(left) >= ROWS:
+                        writer.write_table(left.slice(0, ROWS).combine_chunks())
+                        left = left.slice(ROWS)
+            if writer is None:
+                raise UserError(f"{files[0]}: no rows")
+            if len(left):
+                writer.write_table(left.combine_chunks())
+            writer.close()
+        temporary.chmod(0o755)
+        temporary.rename(to)
+    except OSError:
+        if not to.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _parquet_batches(file: str, names: dict[str, str]) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=1000, columns=list(dict.fromkeys(names.values()))):
+        yield pa.table({new: _large(batch.column(old)) for new, old in names.items()})
+
+
+def _csv_batches(file: str, names: dict[str, str]) -> Iterator[Any]:
+    import pyarrow as pa
+
+    rows = _csv_rows(file)
+    header = next(rows)
+    places, held = {new: header.index(old) for new, old in names.items()}, []
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise UserError(
+                f'{file}, row {number}: {len(row)} fields, not {len(header)}; put a text with the separator in "quotes"'
+            )
+        held.append(row)
+        if len(held) == ROWS:
+            yield pa.table({name: pa.array([r[i] for r in held], pa.large_string()) for name, i in places.items()})
+            held = []
+    if held:
+        yield pa.table({name: pa.array([r[i] for r in held], pa.large_string()) for name, i in places.items()})
+
+
+def _csv_rows(file: str) -> Iterator[list[str]]:
+    csv.field_size_limit(FIELD_BYTES)
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as text:
+            first = text.readline()
+            text.seek(0)
+            yield from csv.reader(text, delimiter="\t" if "\t" in first else ",", strict=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{file}: {error}; check its quotes") from error
+
+
+def _large(column: Any) -> Any:
+    """With 64-bit offsets: the texts or bytes of many files may be longer than 2 GiB together."""
+    import pyarrow as pa
+
+    larger = {pa.binary(): pa.large_binary(), pa.string(): pa.large_string()}
+    if pa.types.is_struct(column.type):
+        fields = [(inner.name, larger.get(inner.type, inner.type)) for inner in column.type]
+        return column.cast(pa.struct(fields))
+    return column.cast(larger[column.type]) if column.type in larger else column

@@ -1,0 +1,148 @@
+"""Files behind ``https://``, ``gs://`` and ``s3://``, read by range through fsspec.
+
+Every call is tried again, with growing pauses, when a server is slow, throttles, cuts a body or sends another length
+than was asked for; then the run stops. What a server does not deliver is never replaced by something else.
+"""
+
+import collections
+import functools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from clip_jax.errors import UserError
+from clip_jax.storage.buckets import EXTRAS
+
+PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Between attempts: a minute in all."""
+SILENCE_SECONDS = 30.0
+"""Without a byte from a web server, until an attempt counts as failed."""
+VERSIONS = ("generation", "ETag", "etag", "LastModified", "Last-Modified", "mtime")
+"""What tells that a file changed, the best first; servers differ."""
+CHUNK_BYTES = 8 * 1024 * 1024
+CHUNKS = 64
+
+
+def is_remote(where: str) -> bool:
+    return "://" in where
+
+
+def stat(where: str) -> tuple[int, str]:
+    """(size in bytes, version). Raises UserError."""
+
+    def find() -> tuple[int, str]:
+        found = _filesystem(where).info(where)
+        if found.get("size") is None:
+            raise UserError(f"{where}: the server does not say its size, and so cannot serve parts of it")
+        return int(found["size"]), next((str(found[key]) for key in VERSIONS if found.get(key)), "")
+
+    return _retried(where, find)
+
+
+def read(where: str, offset: int, size: int) -> bytes:
+    """Exactly ``size`` bytes. Raises UserError."""
+
+    def get() -> bytes:
+        data = _filesystem(where).cat_file(where, start=offset, end=offset + size)
+        if len(data) != size:
+            raise OSError(f"{len(data)} bytes instead of {size} at {offset}")
+        return data
+
+    return _retried(where, get)
+
+
+def glob(pattern: str) -> list[str]:
+    """The files of a pattern, sorted, in a bucket; web servers have no listings."""
+    scheme = pattern.partition("://")[0]
+    if scheme not in EXTRAS:
+        raise UserError(f"{pattern}: a web server does not list its files; name them, as in {{00000..00099}}.tar")
+    return [f"{scheme}://{name}" for name in sorted(_retried(pattern, lambda: _filesystem(pattern).glob(pattern)))]
+
+
+class Chunks:
+    """Long reads for samples that are read together: the chunks read last are kept, each is read once at a time."""
+
+    def __init__(self) -> None:
+        self._held: collections.OrderedDict[tuple[str, int], Future] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, where: str, offset: int, size: int, end: int) -> bytes:
+        """The bytes at ``offset`` of a file of ``end`` bytes."""
+        first, last = offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES
+        data = b"".join(self._chunk(where, number, end) for number in range(first, last + 1))
+        return data[offset - first * CHUNK_BYTES :][:size]
+
+    def _chunk(self, where: str, number: int, end: int) -> bytes:
+        with self._lock:
+            found = self._held.get((where, number))
+            is_new = found is None
+            if is_new:
+                found = self._held[where, number] = Future()
+            self._held.move_to_end((where, number))
+            while len(self._held) > CHUNKS:
+                self._held.popitem(last=False)
+        if is_new:
+            start = number * CHUNK_BYTES
+            try:
+                found.set_result(read(where, start, min(CHUNK_BYTES, end - start)))
+            except BaseException as error:
+                with self._lock:
+                    self._held.pop((where, number), None)
+                found.set_exception(error)
+        return found.result()
+
+
+def _filesystem(where: str) -> Any:
+    return _of_scheme(where.partition("://")[0])
+
+
+@functools.cache
+def _of_scheme(scheme: str) -> Any:
+    extras = EXTRAS | {"http": "http", "https": "http"}
+    if scheme not in extras:
+        raise UserError(f"{scheme}://: files are read from {', '.join(extras)}")
+    try:
+        import fsspec
+
+        options = {}
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+            options["client_kwargs"] = {"timeout": timeout}
+        return fsspec.filesystem(scheme, use_listings_cache=False, **options)
+    except ImportError as error:
+        raise UserError(
+            f"{scheme}:// needs libraries that are not installed ({error.name}): "
+            f"pip install 'clip-jax-tpu[{extras[scheme]}]'"
+        ) from error
+
+
+def _retried(where: str, call: Callable[[], Any]) -> Any:
+    for pause in (*PAUSES_SECONDS, None):
+        try:
+            return call()
+        except UserError:
+            raise
+        except Exception as raised:  # aiohttp, gcsfs and botocore have no common ancestor below this one
+            error = _meant(raised)
+            if isinstance(error, FileNotFoundError):
+                raise UserError(f"{where}: no such file on the server") from error
+            if isinstance(error, PermissionError):
+                raise UserError(f"{where}: these credentials may not read it ({error})") from error
+            if pause is None:
+                what = str(error) or type(error).__name__
+                raise UserError(f"{where}: cannot be read after {len(PAUSES_SECONDS) + 1} attempts ({what})") from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _meant(error: Exception) -> Exception:
+    """fsspec takes any failure of a web server to describe a file for a missing file; what it was is the cause."""
+    status = getattr(error.__cause__, "status", None)  # of aiohttp's answers; other stores' errors have none
+    is_of_web = type(error.__cause__).__module__.startswith("aiohttp") or isinstance(error.__cause__, TimeoutError)
+    if not isinstance(error, FileNotFoundError) or not is_of_web or status in (404, 410):
+        return error
+    return PermissionError(f"{status}") if status in (401, 403) else error.__cause__
