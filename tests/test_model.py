@@ -73,7 +73,7 @@ def test_another_number_of_inputs_compiles_nothing_new(model, photo):
 
 @pytest.mark.parametrize("encode", ["encode_image", "encode_text"])
 def test_nothing_to_encode_is_a_mistake(model, encode):
-    with pytest.raises(UserError, match="nothing to encode"):
+    with pytest.raises(UserError, match="give at least one"):
         getattr(model, encode)([])
 
 
