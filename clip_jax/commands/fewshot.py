@@ -7,7 +7,7 @@ from clip_jax.errors import UserError
 
 HELP = "Fit a classifier on a few labelled images per class: accuracy by the number of shots, beside zero-shot."
 TEST_SHARE = 5
-"""Without --test, one in so many images of each class is held out."""
+"""Without --test, every n-th image of each class is held out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -199,7 +199,7 @@ def mix(
     block: int = 1,
     window: int = 1,
 ) -> MixedOrder:
-    """The order over sources of so many samples each.
+    """The order over sources with the given numbers of samples.
 
     A weight says how often each sample of a source is seen, relative to the others: an epoch is the sum of
     weight * samples. ``by_share``: weights are shares of the batch, and an epoch is the sum of samples.

@@ -47,7 +47,7 @@ def true_caption_wins(true: Float[np.ndarray, " n"], false: Float[np.ndarray, " 
 
 
 def all_equal(true: Float[np.ndarray, " n"], false: Float[np.ndarray, " n"]) -> bool:
-    """Whether no caption was told from any other: the model is constant, and its 0 means nothing else."""
+    """Whether all captions are equally near: the model is constant, and its 0 means nothing else."""
     return bool(np.all(np.abs(true - false) <= TIE))
 
 

@@ -25,7 +25,7 @@ def class_scores(
 def average_precision(
     scores: Float[np.ndarray, " images"], positive: Bool[np.ndarray, " images"], points: int = 0
 ) -> float | None:
-    """Of one class; None without positives. ``points``: the mean of so many interpolated precisions instead."""
+    """Of one class; None without positives. ``points``: the mean of that number of interpolated precisions instead."""
     if not positive.any():
         return None
     _check(scores)

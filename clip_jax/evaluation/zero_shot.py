@@ -106,7 +106,7 @@ def judge(
 def scores(
     judged: Judged, labels: Int[np.ndarray, " images"] | None, classes: int, at: Sequence[int] = (1, 5)
 ) -> dict[str, float | None]:
-    """``{"top1": ..., "top5": ..., "mean_per_class": ...}`` among so many classes.
+    """``{"top1": ..., "top5": ..., "mean_per_class": ...}`` among the given number of classes.
 
     A top-k is None below k classes, and ``mean_per_class`` where images have no single label.
     """
