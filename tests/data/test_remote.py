@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -108,6 +109,7 @@ def test_a_lasting_outage_and_a_missing_shard_end_in_one_line(server):
 def test_shards_in_a_bucket_are_found_by_a_pattern_and_read_as_on_disk(scheme, tmp_path, monkeypatch):
     local = open_source(write_shards(tmp_path / "shards", 10, shards=2))
     remote._of_scheme.cache_clear()
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()  # that of another test has the address of its server
     with emulators.STORES[scheme]() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)

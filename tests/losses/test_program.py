@@ -95,6 +95,6 @@ def test_embeddings_are_multiplied_in_their_own_type(name, dtype, precision):
 def _all_equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.tree.leaves(equation.params, is_leaf=program._is_program):
-            if program._is_program(inner):
+        for inner in jax.tree.leaves(equation.params, is_leaf=program.is_program):
+            if program.is_program(inner):
                 yield from _all_equations(getattr(inner, "jaxpr", inner))
