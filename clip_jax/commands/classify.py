@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", action="append", help='a prompt with {} for the label, default "{}"; may be repeated'
     )
-    parser.add_argument("--top", type=int, help="print only the most probable labels, this many")
+    parser.add_argument("--top", type=int, help="print only this many labels, the most probable ones")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,11 +1,11 @@
-"""``clip-jax fewshot --model=runs/demo --data=folder:parts --shots=1,2,4,8``: how many labelled images does it take?"""
+"""``clip-jax fewshot --model=runs/demo --data=folder:parts --shots=1,2,4,8``: how many labeled images does it take?"""
 
 import argparse
 from pathlib import Path
 
 from clip_jax.errors import UserError
 
-HELP = "Fit a classifier on a few labelled images per class: accuracy by the number of shots, beside zero-shot."
+HELP = "Fit a classifier on a few labeled images per class: accuracy by the number of shots, compared with zero-shot."
 TEST_SHARE = 5
 """Without --test, every n-th image of each class is held out."""
 
@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, help="a source with labels, such as folder:DIR with a folder per class"
     )
-    parser.add_argument("--test", help="likewise, with the same classes; default: a fifth of each class of --data")
+    parser.add_argument("--test", help="a source to test on, with the same classes; default: a fifth of each class of --data")
     parser.add_argument("--shots", default="1,2,4,8,16", help="images per class, separated by commas")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of each number of shots")
-    parser.add_argument("--template", action="append", help='prompts of zero-shot, default "a photo of a {}."')
+    parser.add_argument("--seeds", type=int, default=3, help="random draws for each number of shots")
+    parser.add_argument("--template", action="append", help='zero-shot prompts, default "a photo of a {}."')
     parser.add_argument("--head", help="write the classifier that is fitted on all training images, as .npz")
     parser.add_argument("--batch-size", type=int, default=64)
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _held_out(labels):
-    """A fifth of each class, drawn once and for all; at least one image."""
+    """A fifth of each class, at least one image; the same draw every time."""
     import numpy as np
 
     held_out = np.zeros(len(labels), bool)

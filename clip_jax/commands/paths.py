@@ -22,7 +22,7 @@ def _found(text: str) -> Iterator[Path]:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in ENDINGS and p.is_file())
         what = f"no image in this folder ({', '.join(ENDINGS)})"
     elif path.exists() or not glob.has_magic(text):
-        found, what = [path], ""  # a file that is not there is reported by whoever opens it
+        found, what = [path], ""  # a missing file is reported when it is opened
     else:
         found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
         what = "no file matches this pattern"

@@ -1,4 +1,4 @@
-"""Which texts of a sample are its captions, and how often training takes each.
+"""Which texts of a sample are its captions, and how often training uses each.
 
 A caption setting (``config.data.caption``) names fields, separated by commas, each with a share: ``caption``,
 ``captions.en=3,captions.de=1``. ``txt`` is the text beside the image, ``txt_lines`` that text with a caption on every
@@ -26,7 +26,7 @@ class Captions(NamedTuple):
     texts: tuple[str, ...]
     """Valid Unicode, stripped, none of them empty."""
     shares: tuple[float, ...]
-    """Of each text, summing to 1; empty where all are equal."""
+    """The share of each text, summing to 1; empty if all are equal."""
 
 
 def fields(setting: str) -> tuple[Field, ...]:

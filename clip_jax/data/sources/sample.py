@@ -1,4 +1,4 @@
-"""What every source gives: samples by index. One small interface, so that files of any kind can be trained on."""
+"""The interface of every source: samples by index. It is small, so that files of any kind can be trained on."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +18,7 @@ class Sample(NamedTuple):
     label: int = -1
     """The class, for zero-shot classification; -1 where there is none."""
     extras: Mapping[str, Any] = {}
-    """What a source has besides, by name: boxes, further views of the same example. Not to be written to."""
+    """Further fields of a source by name: boxes, further views of the same example. Read-only."""
     shares: tuple[float, ...] = ()
     """How often training takes each caption, summing to 1; empty where all are taken equally often."""
 

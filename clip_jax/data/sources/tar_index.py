@@ -37,7 +37,7 @@ from clip_jax.storage.ranges import Read, Stat
 
 COLUMNS = 2 + len(KINDS)
 RULES = 2
-"""Raised when other members make a sample, or the digest is made in another way: older indexes are then not read."""
+"""To be increased when the rules for pairs or the digest change: indexes with another number are not read."""
 
 FOLDER = ".clip_jax_index"
 THREADS = 16
@@ -90,14 +90,14 @@ class Index:
         return sum(shard.counts[KINDS.index(kind)] for shard in self.shards)
 
     def left_out(self) -> LeftOut:
-        """What is in the shards and makes no pair."""
+        """The members of all shards that are not part of a pair."""
         found = LeftOut()
         for shard in self.shards:
             found.update(LeftOut.from_json(shard.left_out))
         return found
 
     def labels(self) -> Labels:
-        """What is known of all labels."""
+        """The statistics of all labels."""
         return functools.reduce(Labels.with_labels, (shard.labels for shard in self.shards), Labels())
 
 
