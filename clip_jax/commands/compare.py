@@ -13,7 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="the folder of a model in an evaluation's output")
     parser.add_argument("b", metavar="B", help="the same of another model; differences are B minus A")
     parser.add_argument(
-        "--changed", type=int, default=0, help="also list, per metric, the first N examples that only one of the models gets right"
+        "--changed",
+        type=int,
+        default=0,
+        help="also list, per metric, the first N examples that only one of the models gets right",
     )
 
 

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, help="a source with labels, such as folder:DIR with a folder per class"
     )
-    parser.add_argument("--test", help="a source to test on, with the same classes; default: a fifth of each class of --data")
+    parser.add_argument(
+        "--test", help="a source to test on, with the same classes; default: a fifth of each class of --data"
+    )
     parser.add_argument("--shots", default="1,2,4,8,16", help="images per class, separated by commas")
     parser.add_argument("--seeds", type=int, default=3, help="random draws for each number of shots")
     parser.add_argument("--template", action="append", help='zero-shot prompts, default "a photo of a {}."')

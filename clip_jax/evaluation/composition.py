@@ -1,4 +1,4 @@
-"""Composition: does a model tell a caption from the same words bound otherwise? Strict inequality throughout.
+"""Composition: does a model distinguish a caption from a false one in the same words? Strict inequality throughout.
 
 - Winoground (Thrush et al. 2022): two images, two captions of the same words. Text score: each image is more similar
   to its own caption; image score: each caption to its own image; group score: both.
@@ -47,14 +47,14 @@ def true_caption_wins(true: Float[np.ndarray, " n"], false: Float[np.ndarray, " 
 
 
 def all_equal(true: Float[np.ndarray, " n"], false: Float[np.ndarray, " n"]) -> bool:
-    """Whether all captions are equally near: the model is constant, and its 0 means nothing else."""
+    """Whether all captions are equally near: the model is constant, which explains its score of 0."""
     return bool(np.all(np.abs(true - false) <= TIE))
 
 
 def swaps(scene: Scene, seed: int) -> Iterator[Swap]:
     """The swaps that a scene allows, the same for the same seed.
 
-    ``color`` and ``shape`` put one that is nowhere in the picture; ``size`` the other size; ``binding`` exchanges the
+    ``color``, ``shape`` replace one by another that is not in the picture, ``size`` the size; ``binding`` exchanges the
     colors of two objects, ``relation`` the two objects around "left of" or "above"; ``count`` names another number;
     ``negation`` denies what is there; ``order`` shuffles the words.
     """

@@ -162,7 +162,7 @@ def embed_images(
 def embed_source(
     embedder: Embedder, weights: Variables, source: Source, limit: int | None = None, *, texts: bool = True
 ) -> Embedded:
-    """Every usable example of a source (of its first ``limit``) with all its captions, or without embedding them.
+    """Embeds every usable example of a source (of its first ``limit``), with or without all its captions.
 
     Raises UserError where none is usable.
     """

@@ -1,4 +1,4 @@
-"""Probes of frozen features: logistic regression, few-shot, and ridge; on anybody's features.
+"""Probes of frozen features: logistic regression, few-shot, and ridge; for features from any library.
 
 The linear probe is the CLIP paper's (Radford et al. 2021, appendix A.3): multinomial logistic regression by L-BFGS, at
 most 1,000 iterations, its L2 strength chosen on a validation split and then fitted again on training and validation
@@ -84,7 +84,7 @@ def logistic_regression(
 
 
 class Probe(NamedTuple):
-    """A fitted probe, and what the sweep saw."""
+    """A fitted probe, and the results of the sweep."""
 
     head: Linear
     c: float

@@ -26,7 +26,7 @@ from clip_jax.evaluation.runner import Result, Task
 from clip_jax.storage import atomic
 
 PROTOCOL_VERSION = 1
-"""Raised with every change of a definition: results of an older one are computed again."""
+"""To be increased with every change of a definition: results with another number are computed again."""
 CLIP_BENCHMARK_TASKS = {
     "zero_shot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
@@ -35,7 +35,7 @@ CLIP_BENCHMARK_TASKS = {
 
 
 def file_name(model: str) -> str:
-    """A model's address as one name of a folder: ``runs/demo`` -> ``runs-demo``."""
+    """The name of a model's folder: ``runs/demo`` -> ``runs-demo``."""
     return re.sub(r"[^\w.+]+", "-", model).strip("-.") or "model"
 
 

@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     folder: str
     """CLIP_benchmark's name, with or without ``wds_``; empty: not published in its layout."""
     metric: str
-    """Of our results; empty: the metric of the suite is not computed from this layout."""
+    """The metric in the results; empty: the suite's metric is not computed from this layout."""
 
 
 TOP1, MEAN = "top1", "mean_per_class"

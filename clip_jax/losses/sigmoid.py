@@ -47,7 +47,7 @@ def sigmoid(
 
 
 class RowState(NamedTuple):
-    """Sums over the logits of an image but its pair's, and the maxima of its negatives and of its other positives."""
+    """Sums over the logits of an image except its pair's, and the maxima of its negatives and its other positives."""
 
     image_gradient: Float[Array, "images dim"]
     negative: Float[Array, "images"]
@@ -65,7 +65,7 @@ class ColumnState(NamedTuple):
 
 
 Gradients = tuple[Float[Array, "images dim"], Float[Array, "texts dim"], Float[Array, ""], Float[Array, ""]]
-"""With respect to images, texts, scale and bias."""
+"""Gradients with respect to images, texts, scale and bias."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

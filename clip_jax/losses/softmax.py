@@ -57,7 +57,7 @@ EMPTY = OnlineSoftmax(np.float32(-np.inf), np.float32(0))
 
 
 class Sums(NamedTuple):
-    """What the forward pass adds up for a row or a column: over all logits but that of its own pair."""
+    """The state of a row or a column in the forward pass: sums over all logits except that of its own pair."""
 
     softmax: OnlineSoftmax
     target: targets.Sums | None

@@ -75,7 +75,7 @@ class Objective(NamedTuple):
     load_constants: Callable[[Any], Params] = lambda shardings: {}
     """The constants on the devices, given the sharding of each."""
     teacher: tuple[str, str] | None = None
-    """(name, weights) of a model whose parameters are the constants; the learner's maker then loads them."""
+    """(name, weights) of a model whose parameters are the constants; ``training/teacher.py`` loads them."""
     constants_fingerprint: str = ""
     """Identifies the constants; recorded in ``run.json``."""
 

@@ -44,7 +44,7 @@ class Compiled(NamedTuple):
 
 def is_installed() -> bool:
     found = importlib.util.find_spec("libtpu")
-    return found is not None and found.origin is not None  # None for a mere folder of that name
+    return found is not None and found.origin is not None  # None for a plain folder of that name
 
 
 def version() -> str:

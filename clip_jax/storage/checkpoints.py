@@ -98,7 +98,7 @@ class Checkpoints:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not so what Orbax's threads log of an error, in hundreds of lines: the next save or the end raises it."""
+    """False for what Orbax's threads log about an error, hundreds of lines: the next save or the end raises it."""
     return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 

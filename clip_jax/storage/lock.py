@@ -2,7 +2,7 @@
 
 ``lock.json`` names the process that trains in the folder, on disk or in a bucket. A process that was killed leaves it
 behind. On the same machine one can see that it is gone; from elsewhere one watches the file for the length of a lease,
-by its content alone, because clocks differ. A process that finds somebody else's name in the file has lost the folder,
+by its content alone, because clocks differ. A process that finds the name of another in the file has lost the folder,
 and ends.
 """
 
@@ -25,26 +25,26 @@ from clip_jax.storage.buckets import Remote
 FILE = "lock.json"
 LEASE_SECONDS = 60.0
 RENEWALS = 6
-"""Per lease, so that a few that fail do not lose the folder."""
+"""Renewals per lease: a few of them may fail without losing the folder."""
 SETTLE_SECONDS = 0.5
-"""After taking over a lease: time in which another process that does the same has written its name."""
+"""Wait after taking over a lease, in which another process that does the same would write its name."""
 
 Holder = dict[str, Any]
 
 
 class Store(NamedTuple):
-    """Where the file is. Reading gives None where there is none or half of one."""
+    """Access to the lock file. ``read`` returns None if the file is missing or incomplete."""
 
     read: Callable[[], Holder | None]
     create: Callable[[Holder], bool]
-    """False where the file is there already."""
+    """False if the file exists already."""
     replace: Callable[[Holder], None]
     remove: Callable[[], None]
 
 
 @contextlib.contextmanager
 def locked(where: str, path: Path, remote: Remote | None) -> Iterator[None]:
-    """Holds the run folder ``where`` for the block. Raises UserError where a process that lives holds it."""
+    """Holds the run folder ``where`` for the block. Raises UserError if a live process holds it."""
     store = _local(path / FILE) if remote is None else _in_bucket(remote)
     holder = {
         "owner": secrets.token_hex(8),

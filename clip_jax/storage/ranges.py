@@ -1,4 +1,4 @@
-"""Files read by range, here or behind a URL (``remote.py``): size and version, and any bytes of them.
+"""Reads ranges of files, local or behind a URL (``remote.py``), and their sizes and versions.
 
 Descriptors are kept open, so that a file that is replaced by another one is still read as it was; a file that is
 written to in place is noticed by its version.

@@ -16,11 +16,11 @@ from clip_jax.errors import UserError
 from clip_jax.storage.buckets import EXTRAS
 
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Between attempts: a minute in all."""
+"""Pauses between attempts: a minute in total."""
 SILENCE_SECONDS = 30.0
-"""Without a byte from a web server, until an attempt counts as failed."""
+"""Time without a byte from a web server after which an attempt has failed."""
 VERSIONS = ("generation", "ETag", "etag", "LastModified", "Last-Modified", "mtime")
-"""What tells that a file changed, the best first; servers differ."""
+"""Properties that show that a file changed, the best first; servers differ in which they report."""
 CHUNK_BYTES = 8 * 1024 * 1024
 CHUNKS = 64
 
