@@ -25,7 +25,7 @@ from scipy.special import digamma, gammaln
 from clip_jax.devices.sharding import batch_sharding, batch_shards, replicated
 
 TIE = 1e-6
-"""Between cosines: three times the largest rounding error seen in float32 products of 128 to 2,048 features (3.6e-7)."""
+"""Between cosines: three times the largest rounding error of float32 products of 128 to 2,048 features (3.6e-7)."""
 TIES = ("pessimistic", "optimistic", "expected")
 QUERY_BLOCK, CANDIDATE_BLOCK = 2048, 1024
 """Queries of a device and candidates whose similarities exist at one time: 8 MiB."""

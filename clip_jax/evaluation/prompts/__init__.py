@@ -1,6 +1,6 @@
 """Prompts for zero-shot classification: published class names and templates, and the form that a model expects.
 
-A result depends on its prompts: edits to ImageNet's class names alone are worth 1.5 points for a B/32, and OpenAI's list
+Results depend on prompts: edits to ImageNet's class names alone are worth 1.5 points for a B/32, and OpenAI's list
 merges or omits three of its labels. ``Prompts.fingerprint`` is therefore stored with every result.
 
 SigLIP and SigLIP 2 were evaluated on canonical prompts: lower case, no punctuation, ``_`` read as a space
