@@ -310,5 +310,5 @@ def _foreign(
 
 
 def _given(tokenizer: Tokenizer) -> Callable[[], Tokenizer]:
-    """For a tokenizer that was opened, and checked, before the weights are read."""
+    """Returns a tokenizer that was opened and checked before the weights were read."""
     return lambda: tokenizer

@@ -7,7 +7,7 @@ from clip_jax.errors import UserError
 
 HELP = "Fit a classifier on a few labeled images per class: accuracy by the number of shots, compared with zero-shot."
 TEST_SHARE = 5
-"""Without --test, every n-th image of each class is held out."""
+"""Without --test, one in this many images of each class is held out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     head = probe.logistic_regression(*train, len(names), c=1.0)
     print(f"all {len(train[1])} images  {head.accuracy(*test):.4f}")
     equal = probe.shots_that_equal(curve, baseline)
-    print("zero-shot is equaled by " + ("none of these numbers of shots" if equal is None else f"{equal:.1f} shots"))
+    print("zero-shot accuracy is " + ("not reached" if equal is None else f"reached with {equal:.1f} shots"))
     if arguments.head:
         with atomic.replacing(Path(arguments.head).with_suffix(".npz")) as temporary:
             weights, bias = head.weights.astype(np.float32), head.bias.astype(np.float32)

@@ -135,7 +135,7 @@ def from_json(values: Mapping[str, Any], where: str) -> ConfigDict:
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """As a nested dictionary of plain values; automatic sizes stay automatic."""
+    """The config as a nested dictionary of plain values; automatic sizes stay automatic."""
     return json.loads(json.dumps(config.to_dict()))
 
 

@@ -1,4 +1,4 @@
-"""What is in a source: sizes, shapes, captions, duplicates and unusable examples, of a sample of it."""
+"""Statistics of a source: sizes, shapes, captions, duplicates and unusable examples, from evenly spaced examples."""
 
 import collections
 import hashlib
@@ -16,7 +16,7 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 class Statistics(NamedTuple):
     examples: int
-    """In the source."""
+    """The number of examples in the source."""
     inspected: int
     quantiles: dict[str, tuple[float, ...]]
     """Name of a measure -> its values at QUANTILES."""

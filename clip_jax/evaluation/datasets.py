@@ -30,7 +30,7 @@ class Dataset(NamedTuple):
     """``zero_shot`` or ``retrieval``."""
     source: Source
     prompts: Prompts | None
-    """For zero-shot classification."""
+    """The prompts for zero-shot classification; None for retrieval."""
 
 
 def is_benchmark(folder: Path) -> bool:

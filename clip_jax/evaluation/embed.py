@@ -28,7 +28,7 @@ ELSEWHERE = "undecodable image (on another process)"
 
 
 class Variables(NamedTuple):
-    """What both towers need."""
+    """The parameters and statistics of both towers."""
 
     params: Params
     batch_stats: Params

@@ -1,4 +1,4 @@
-"""Where a query's positives stand among all candidates: the computation that retrieval metrics share.
+"""The ranks of a query's positives among all candidates: the computation that retrieval metrics share.
 
 The matrix of all similarities never exists: queries are split over the devices of a mesh, and each device scans the
 candidates in blocks and only counts. Memory grows with queries + candidates, not with their product.

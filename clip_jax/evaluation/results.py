@@ -40,7 +40,7 @@ def file_name(model: str) -> str:
 
 
 def identity(task: Task, model_fingerprint: str) -> dict[str, Any]:
-    """What a result depends on; another identity is another result."""
+    """Everything that a result depends on; a stored result with another identity is not used."""
     return {
         "model": model_fingerprint,
         "source": task.source.fingerprint,
@@ -92,7 +92,7 @@ def store(output: Path, model: str, task: Task, model_fingerprint: str, result: 
 
 
 def strict(value: Any) -> Any:
-    """Without NaN and infinities, which JSON does not have: None instead; NumPy's numbers as Python's."""
+    """Replaces NaN and infinities, which JSON does not have, by None, and NumPy's numbers by Python's."""
     if isinstance(value, Mapping):
         return {str(key): strict(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -35,7 +35,7 @@ class Task(NamedTuple):
     source: Source
     prompts: Prompts | None = None
     train: Source | None = None
-    """What a probe is fitted on."""
+    """The source on which a probe is fitted."""
     metric: str = ""
     """The main metric, where a suite has another than the protocol's."""
 

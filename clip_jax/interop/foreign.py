@@ -46,7 +46,7 @@ class Foreign(NamedTuple):
     folder: Path
     """The folder that may hold the files of the tokenizer."""
     clean: str = "none"
-    """What the model's library does with a text before a ``tokenizer.json`` reads it (``cleaning.CLEANERS``)."""
+    """How the model's library cleans a text before a ``tokenizer.json`` reads it (``cleaning.CLEANERS``)."""
 
     @property
     def towers(self) -> tuple[str, ...]:

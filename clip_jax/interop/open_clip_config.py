@@ -197,7 +197,7 @@ def _tokenizer(text: dict[str, Any], origin: str) -> str:
 
 
 def cleaner(config: dict[str, Any]) -> str:
-    """What OpenCLIP does with a text before the tokenizer in the folder reads it: a name of ``cleaning.CLEANERS``."""
+    """How OpenCLIP cleans a text before the tokenizer in the folder reads it: a name of ``cleaning.CLEANERS``."""
     return (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean", "whitespace")
 
 

@@ -83,7 +83,7 @@ class _Shape:
     dim: int
     scale: float
     keys: int
-    """Without padding."""
+    """The number of keys without padding."""
     causal: bool
     interpret: bool
 

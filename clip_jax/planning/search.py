@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
     """A way to compute the run, with its estimates; nothing is compiled yet."""
 
     changes: Settings
-    """From the user's config."""
+    """The differences from the user's config."""
     config: ConfigDict
     learner: Learner
     state: TrainState

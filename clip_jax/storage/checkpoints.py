@@ -72,7 +72,7 @@ class Checkpoints:
         for part in ("model", "training"):
             if lacking := _lacking(wanted[part], stored[part]):
                 raise UserError(
-                    f"{folder}: has no {lacking}: it was written with other objectives or averages; "
+                    f"{folder}: has no {lacking}: it was written with other objectives or EMAs; "
                     "start in a new --workdir with --config.model.init_from"
                 )
         found = self._checkpointer.load_checkpointables(step, wanted)

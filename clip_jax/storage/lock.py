@@ -88,7 +88,7 @@ def _wait_until_free(store: Store, found: Holder, where: str) -> None:
             raise _in_use(found, where)
         return
     print(
-        f"{where}: {_described(found)} has not released it; waiting up to {LEASE_SECONDS:.0f} s to see whether it runs",
+        f"{where}: {_described(found)} has not released it; waiting up to {LEASE_SECONDS:.0f} s to see if it runs",
         flush=True,
     )
     deadline = time.monotonic() + LEASE_SECONDS
@@ -127,7 +127,7 @@ def _in_use(holder: Holder, where: str) -> UserError:
 
 
 def machine() -> str:
-    """What process numbers belong to: a boot of a machine, and on it a namespace, such as a container's."""
+    """The scope of process numbers: one boot of a machine and, on it, a namespace such as a container's."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -59,7 +59,7 @@ def reader(where: str, expected: Stat | None = None, chunks: remote.Chunks | Non
 
 
 def buffered(read: Read, window: int) -> Read:
-    """For reading forward in small pieces: at least ``window`` bytes are read at a time, by one thread."""
+    """A reader for small, ascending pieces, used by one thread: it reads at least ``window`` bytes at a time."""
     start, held = 0, b""
 
     def piece(offset: int, size: int) -> bytes:

@@ -69,7 +69,7 @@ def check_data(run: Run, previous: Mapping[str, Any]) -> None:
     if then["fingerprint"] == now.fingerprint:
         return
     if then["fingerprint"] == now.former_fingerprint:
-        print(f"{run.folder}: recorded names and sizes of its data, which are the same; now records its content")
+        print(f"{run.folder}: names and sizes of the data are unchanged; from now on the run also records its content")
         return
     if then["samples"] != len(now):
         raise UserError(
@@ -81,7 +81,7 @@ def check_data(run: Run, previous: Mapping[str, Any]) -> None:
             f"{now.name} is not the data this run began with, though it has as many examples; restore it, or, if "
             "it was mended, continue with --config.data.changed=accept"
         )
-    print(f"{run.folder}: the training data changed (config.data.changed=accept); later steps take the new one")
+    print(f"{run.folder}: the training data changed (config.data.changed=accept); later steps use the new data")
 
 
 def check_length(run: Run, previous: Mapping[str, Any]) -> None:

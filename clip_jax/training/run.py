@@ -51,7 +51,7 @@ class Phase(NamedTuple):
 
     start: int
     stop: int
-    """Its steps are start + 1 to stop."""
+    """The steps of the phase are ``start + 1`` to ``stop``."""
     preset: Preset
     learner: Learner
     batches: TrainingBatches

@@ -14,7 +14,7 @@ from clip_jax.errors import UserError, nearest
 
 TXT, LINES = "txt", "txt_lines"
 TEXT_FILE = (TXT, LINES)
-"""Fields of the text file beside an image; all others are of JSON or of a table."""
+"""Fields of the text file beside an image; all others belong to JSON or a table."""
 
 
 class Field(NamedTuple):
@@ -47,12 +47,12 @@ def fields(setting: str) -> tuple[Field, ...]:
 
 
 def named(setting: str) -> tuple[Field, ...]:
-    """The fields that are not of a text file: columns, or paths in JSON."""
+    """The fields that do not belong to a text file: columns, or paths in JSON."""
     return tuple(field for field in fields(setting) if field.name not in TEXT_FILE)
 
 
 def gather(wanted: Sequence[Field], get: Callable[[str], Any]) -> Captions:
-    """The captions of one sample; ``get`` returns what a field has: a text, a list of texts or nothing.
+    """The captions of one sample; ``get`` returns the content of a field: a text, a list of texts or nothing.
 
     A list divides the share of its field; a field without a text leaves its share to the others.
     """
@@ -87,7 +87,7 @@ def clean(captions: Iterable[str]) -> tuple[str, ...]:
 
 
 def at(value: Any, path: str) -> Any:
-    """What is at a dotted path in nested dictionaries, or under this very name; None where it ends early."""
+    """The value at a dotted path in nested dictionaries, or under the whole path as a key; None if there is none."""
     if not isinstance(value, dict):
         return None
     if path in value:

@@ -24,7 +24,7 @@ class Sample(NamedTuple):
 
 
 def notes(source: "Source") -> tuple[str, ...]:
-    """What a user should know about a source before training, a line each; most sources have nothing to say."""
+    """Notes about a source that a user should see before training, one per line; most sources have none."""
     return getattr(source, "notes", ())
 
 
@@ -40,13 +40,13 @@ class Source(Protocol):
     """Random access to N samples; safe to call from several threads at once."""
 
     name: str
-    """As in the config: ``kind:where``."""
+    """The name in the config: ``kind:where``."""
     fingerprint: str
     """Changes whenever a sample or their order does, so that a resumed run can refuse other data."""
     former_fingerprint: str
-    """As older code made it, of names and sizes, for runs that recorded that one; empty where it is the same."""
+    """The fingerprint of names and sizes that older code recorded in runs; empty if it is the same."""
     class_names: tuple[str, ...]
-    """What ``Sample.label`` indexes; empty where samples have no labels."""
+    """The names that ``Sample.label`` indexes; empty if samples have no labels."""
 
     def __len__(self) -> int: ...
 

@@ -27,7 +27,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title")
 class Row(NamedTuple):
     line: int
     file: str
-    """As written: relative to the table's folder, absolute, or relative to the working directory."""
+    """The path as written: relative to the table's folder, absolute, or relative to the working directory."""
     captions: list[str]
 
 

@@ -27,7 +27,7 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the next header is."""
+        """The offset of the next header."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
 

@@ -48,7 +48,7 @@ REMOTE_WINDOW = 8 * 1024 * 1024
 
 
 class Shard(NamedTuple):
-    """What the index knows of a shard."""
+    """The index's entry for a shard."""
 
     name: str
     """Relative to the folder of the first shard."""
@@ -211,7 +211,7 @@ def _earlier(places: list[Path]) -> dict[tuple, tuple[Shard, np.ndarray]]:
 
 
 def _scan(shard: str, name: str, size: int, version: str, truncated: str) -> tuple[Shard, np.ndarray]:
-    """What is in one shard."""
+    """The entry and the rows of one shard."""
     if size > BLOCK * 2**32:
         raise UserError(f"{shard}: larger than 2 TiB; split it")
     window = REMOTE_WINDOW if remote.is_remote(shard) else WINDOW

@@ -283,7 +283,7 @@ def _captions(example: dict, path: tuple[str, ...], key: str) -> tuple[str, ...]
 
 
 def _fingerprint(former: str, instructions: list) -> str:
-    """Of names and sizes, and of the files' bytes where they are on this machine."""
+    """A hash of names and sizes, and of the bytes of local files."""
     files = [i.filename for i in instructions]
     digests = [] if any("://" in file for file in files) else identity.of_files(files)
     return hashlib.sha256(json.dumps([former, digests]).encode()).hexdigest()[:24]
