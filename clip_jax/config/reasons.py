@@ -50,7 +50,7 @@ def explained(recipe: str | None, overrides: Mapping[str, str], workdir: str | N
 
 
 def automatic(config: ConfigDict) -> dict[str, Any]:
-    """The values that automatic settings of a config stand for: the sizes of its model, as far as known without data."""
+    """The values that automatic settings stand for: the sizes of the model, as far as they are known without data."""
     preset, flat = resolve_preset(config), flatten(config)
     found: dict[str, Any] = {"tokenizer.kind": preset.tokenizer, "model.embed_dim": preset.architecture.embed_dim}
     found |= {"model.mean": preset.preprocess.mean, "model.std": preset.preprocess.std}

@@ -56,7 +56,7 @@ def swaps(scene: Scene, seed: int) -> Iterator[Swap]:
 
     ``color``, ``shape`` replace one by another that is not in the picture, ``size`` the size; ``binding`` exchanges the
     colors of two objects, ``relation`` the two objects around "left of" or "above"; ``count`` names another number;
-    ``negation`` denies what is there; ``order`` shuffles the words.
+    ``negation`` denies a true part; ``order`` shuffles the words.
     """
     rng = generator("swap", seed)
     objects = scene.objects

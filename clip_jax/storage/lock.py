@@ -64,7 +64,7 @@ def locked(where: str, path: Path, remote: Remote | None) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=LEASE_SECONDS / RENEWALS)
-        with contextlib.suppress(Exception):  # what is left behind runs out by itself
+        with contextlib.suppress(Exception):  # a lease that is left behind expires
             if _owner(store.read()) == holder["owner"]:
                 store.remove()
 
@@ -110,7 +110,7 @@ def _renew(store: Store, holder: Holder, where: str, over: threading.Event) -> N
                 os._exit(EXIT_USER_ERROR)
             holder["renewed"] += 1
             store.replace(holder)
-        except Exception:  # a full disk, or a store that is away: the run itself reports those
+        except Exception:  # a full disk or an unreachable store, which the run itself reports
             continue
 
 

@@ -1,7 +1,7 @@
 """Files behind ``https://``, ``gs://`` and ``s3://``, read by range through fsspec.
 
-Every call is tried again, with growing pauses, when a server is slow, throttles, cuts a body or sends another length
-than was asked for; then the run stops. What a server does not deliver is never replaced by something else.
+Every call is retried, with growing pauses, if a server is slow, throttles, truncates a body or sends another length
+than requested; then the run stops. Data that a server does not deliver is never replaced by other data.
 """
 
 import collections
@@ -62,7 +62,7 @@ def glob(pattern: str) -> list[str]:
 
 
 class Chunks:
-    """Long reads for samples that are read together: the chunks read last are kept, each is read once at a time."""
+    """Long reads for samples that are read together: recent chunks are cached, and a chunk is never read twice at once."""
 
     def __init__(self) -> None:
         self._held: collections.OrderedDict[tuple[str, int], Future] = collections.OrderedDict()

@@ -107,7 +107,7 @@ def paths(data: bytes) -> list[str]:
 def check_paths(where: str, wanted: Sequence[Field], files: Iterable[bytes]) -> tuple[str, ...]:
     """A note for each path of ``wanted`` at which none of some JSON files has text.
 
-    Raises UserError, with the fields that are there, where these are all of ``wanted``.
+    Raises UserError, with the fields that have text, if this is so for all of ``wanted``.
     """
     missing, there = [name for name, _ in wanted if name not in TEXT_FILE], set()
     for data in files:

@@ -130,7 +130,7 @@ def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str
     if with_json and caption_files.named(caption):
         return _from_jsons(where, opening), (), ()
     found = [name for name in files.tables if name in tables.OURS]
-    if not found and not beside:  # other libraries' tables, where nothing of ours is there
+    if not found and not beside:  # tables of other libraries, if there is none of this project's
         candidates = [*files.tables, *(text for text in files.texts.values() if text == tables.KAGGLE)]
         found = [name for name in candidates if tables.is_table(root / name, caption)]
     others = [name for name in files.tables if name not in found]

@@ -21,7 +21,7 @@ class Member(NamedTuple):
 
     name: str
     regular: bool
-    """A file, no link or device."""
+    """Whether it is a file, and not a link or device."""
     offset: int
     """The size of its data in bytes."""
     size: int

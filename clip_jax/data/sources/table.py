@@ -24,7 +24,7 @@ from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
 from clip_jax.storage import ranges, remote
 
-# The first of these in a table is used. Bytes: Hugging Face, img2dataset. Paths: OpenCLIP (filepath, title), metadata.csv.
+# The first one in a table is used. Bytes: Hugging Face, img2dataset. Paths: OpenCLIP (filepath, title), metadata.csv.
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "image_bytes", "filepath", "file_name", "file", "filename", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
 SUFFIXES = {"parquet": (".parquet",), "csv": (".csv", ".tsv")}

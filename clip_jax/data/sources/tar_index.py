@@ -252,7 +252,7 @@ def _scan(shard: str, name: str, size: int, version: str, truncated: str) -> tup
 
 
 class _CutError(Exception):
-    """The members of a shard up to where it is broken."""
+    """The members of a shard before the place where it is damaged."""
 
     def __init__(self, reason: str, before: list[_Scanned]):
         super().__init__(reason)
