@@ -62,7 +62,7 @@ def glob(pattern: str) -> list[str]:
 
 
 class Chunks:
-    """Long reads for samples that are read together: recent chunks are cached, and a chunk is never read twice at once."""
+    """Long reads for samples that are read together: recent chunks are cached, and read once at a time."""
 
     def __init__(self) -> None:
         self._held: collections.OrderedDict[tuple[str, int], Future] = collections.OrderedDict()
