@@ -22,14 +22,14 @@ class Statistics(NamedTuple):
     """Name of a measure -> its values at QUANTILES."""
     captions: int
     same_captions: int
-    """Captions that another inspected example has as well."""
+    """Captions that another inspected example has too."""
     same_images: int
     faults: collections.Counter
     """Unusable examples by reason."""
     labels: int
     """Different labels; 0 where there are none."""
     shown: tuple[tuple[np.ndarray, Sample], ...]
-    """Some of them: pixels uint8[h, w, 3], and what they come from."""
+    """Pixels uint8[h, w, 3] of some examples, with the examples."""
 
 
 class _Seen(NamedTuple):

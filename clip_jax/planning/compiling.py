@@ -32,7 +32,7 @@ class Compiled(NamedTuple):
     hbm_bytes: int
     """Peak memory, including arguments and results; if the step does not fit, what it would need."""
     free_hbm_bytes: int
-    """What a program can use."""
+    """The memory that a program can use."""
     seconds: float
     """Compilation time."""
     transfers: tuple[Transfer, ...] = ()

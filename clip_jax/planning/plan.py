@@ -36,7 +36,7 @@ class Request(NamedTuple):
     price: float | None = None
     """The price of one chip per hour."""
     mfu: float | None = None
-    """Assumed for all times, in place of the upper bound of the speed."""
+    """The MFU that is assumed for all times, in place of the upper bound of the speed."""
     compile: bool = True
     compilations: int = COMPILATIONS
     phase: tuple[int, int | None] = (0, None)
