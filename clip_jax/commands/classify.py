@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_labels(given: str, file: str | None) -> list[str]:
-    """The labels of ``--labels`` and of the lines of ``--labels-file``. Raises UserError where there is none."""
+    """The labels of ``--labels`` and of the lines of ``--labels-file``. Raises UserError if there is none."""
     labels = [label.strip() for label in given.split(",")]
     if file is not None:
         try:

@@ -11,7 +11,7 @@ from clip_jax.errors import UserError
 def find_images(given: Iterable[str]) -> list[Path]:
     """Files in the order given; those of a folder, at any depth, and of a pattern (``*``, ``?``, ``**``) by name.
 
-    A path that exists is a path, whatever characters it has. Raises UserError where one names no image.
+    A path that exists is a path, whatever characters it has. Raises UserError if one names no image.
     """
     return [path for text in given for path in _found(text)]
 

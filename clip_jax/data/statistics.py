@@ -27,7 +27,7 @@ class Statistics(NamedTuple):
     faults: collections.Counter
     """Unusable examples by reason."""
     labels: int
-    """Different labels; 0 where there are none."""
+    """Different labels; 0 if there are none."""
     shown: tuple[tuple[np.ndarray, Sample], ...]
     """Pixels uint8[h, w, 3] of some examples, with the examples."""
 

@@ -23,7 +23,7 @@ class Bin(NamedTuple):
     high: float
     count: int
     confidence: float
-    """Their mean; 0 where there are none, as the accuracy."""
+    """Their mean; 0 if there are none, as the accuracy."""
     accuracy: float
 
 

@@ -164,7 +164,7 @@ def embed_source(
 ) -> Embedded:
     """Embeds every usable example of a source (of its first ``limit``), with or without all its captions.
 
-    Raises UserError where none is usable.
+    Raises UserError if none is usable.
     """
     skipped: collections.Counter = collections.Counter()
     embeddings, used, indices = [], [], []

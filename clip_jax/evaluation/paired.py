@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 def difference(
     a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], *, level: float = 0.95, seed: int = 0
 ) -> Difference:
-    """The mean difference of the same examples with its interval. Raises ValueError where they cannot be paired."""
+    """The mean difference of the same examples with its interval. Raises ValueError if they cannot be paired."""
     if len(a) != len(b) or not len(a):
         raise ValueError(f"{len(a)} and {len(b)} examples cannot be paired")
     delta = np.asarray(b, float) - np.asarray(a, float)

@@ -152,7 +152,7 @@ def ridge(
 def draw_shots(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int[np.ndarray, " examples"]:
     """Indices of ``shots`` examples of each class, in the order of the classes; more shots contain fewer ones.
 
-    Raises UserError where a class has fewer.
+    Raises UserError if a class has fewer.
     """
     rng, chosen = np.random.default_rng(seed), []
     for label in np.unique(labels):

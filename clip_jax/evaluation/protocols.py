@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
     """Steps between two evaluations; None: at the end only."""
     embedder: Embedder
     loss: Loss | None
-    """The held-out loss over all pairs; None where the run has no contrastive objective."""
+    """The held-out loss over all pairs; None if the run has no contrastive objective."""
     tokenizer: str = ""
     """The kind of tokenizer of the model: SigLIP models expect canonical prompts."""
 

@@ -110,7 +110,7 @@ SUITES["full"] = tuple(dict.fromkeys((*PAPER27, *DATACOMP38)))
 def tasks(
     suite: str, data: Sequence[str], image_size: int, templates: str | None, class_names: str | None
 ) -> tuple[tuple[runner.Task, ...], list[str]]:
-    """(the tasks of a suite that can be run, a line for each set that cannot). Raises UserError where there is none."""
+    """(the tasks of a suite that can be run, a line for each set that cannot). Raises UserError if there is none."""
     found: list[runner.Task] = []
     missing: list[str] = []
     if suite == "quick":
@@ -154,7 +154,7 @@ def averages(suite: str, records: Sequence[Mapping[str, Any]], missing: Sequence
 
 
 def average(values: Sequence[float | None], expected: int) -> float | None:
-    """The mean of all values; None where one is missing."""
+    """The mean of all values; None if one is missing."""
     there = [value for value in values if value is not None]
     return sum(there) / expected if len(there) == expected else None
 

@@ -98,7 +98,7 @@ def local(source: str | Path, *, pickles: bool = False) -> Path:
 
 
 def find(folder: Path) -> Found:
-    """The layout of a folder that is read. Raises UserError where there is none, or where its weights are a pickle."""
+    """The layout of a folder that is read. Raises UserError if there is none, or if its weights are a pickle."""
     every = _layouts(folder)
     if not every:
         raise UserError(f"{folder}: {_what_it_is(folder)}")

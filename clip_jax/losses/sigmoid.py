@@ -52,7 +52,7 @@ class RowState(NamedTuple):
     image_gradient: Float[Array, "images dim"]
     negative: Float[Array, "images"]
     positive: Float[Array, "images"] | None
-    """None where only pairs are positives."""
+    """None if only pairs are positives."""
     loss: Float[Array, "images"]
     scale_gradient: Float[Array, "images"]
     bias_gradient: Float[Array, "images"]

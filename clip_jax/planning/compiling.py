@@ -76,7 +76,7 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
 def _with_kernels(
     cycles: int, kernels: dict[str, int], request: dict[str, object], variables: dict[str, str]
 ) -> int | None:
-    """The cycles of a program with its Pallas kernels, which a second process estimates; None where it cannot."""
+    """The cycles of a program with its Pallas kernels, which a second process estimates; None if it cannot."""
     with tempfile.TemporaryDirectory() as profile:  # its files are not read: the compiler estimates kernels with it
         flags = f"{variables.get('LIBTPU_INIT_ARGS', '')} {PROFILE}={profile}".strip()
         done = _run_compiler(request | {"only_kernels": True}, variables | {"LIBTPU_INIT_ARGS": flags})

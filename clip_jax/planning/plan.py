@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 
     @property
     def cycle_seconds(self) -> float | None:
-        """The compiler's estimate of a step without transfers between devices; None where it made none."""
+        """The compiler's estimate of a step without transfers between devices; None if it made none."""
         cycles = self.chosen_compiled.cycles
         return None if cycles is None else cycles / clock(self.request.machines.chip)
 
@@ -115,7 +115,7 @@ class Plan(NamedTuple):
 
     @property
     def steps(self) -> int | None:
-        """None where the run lasts epochs and the number of examples is unknown."""
+        """None if the run lasts epochs and the number of examples is unknown."""
         config = self.request.config
         samples = config.data.samples if self.request.samples is None else self.request.samples
         if config.epochs != configs.AUTO and samples == configs.AUTO:

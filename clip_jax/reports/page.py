@@ -197,7 +197,7 @@ def _bad_samples(workdir: Path) -> list[str]:
 
 
 def _unusable(bad: Sequence[str]) -> str:
-    """A warning that names the first unusable examples; empty where there is none."""
+    """A warning that names the first unusable examples; empty if there is none."""
     if not bad:
         return ""
     listed = "".join(f"<li>{escape(line)}</li>" for line in bad[:BAD_SAMPLES])

@@ -117,7 +117,7 @@ def _split(state: Any) -> dict[str, Any]:
 
 
 def _lacking(wanted: Any, stored: Any, path: str = "") -> str:
-    """The path of the first entry of nested dictionaries that is not stored; empty where all are."""
+    """The path of the first entry of nested dictionaries that is not stored; empty if all are."""
     for name, value in wanted.items() if isinstance(wanted, dict) else ():
         if not isinstance(stored, Mapping) or name not in stored:
             return f"{path}{name}"
@@ -158,7 +158,7 @@ def latest_step(workdir: str | Path) -> int | None:
 
 
 def need_step(workdir: str | Path, step: int | None = None) -> int:
-    """The given step, or the newest one; raises UserError where there is no such checkpoint."""
+    """The given step, or the newest one; raises UserError if there is no such checkpoint."""
     kept = complete_steps(workdir)
     if not kept:
         raise UserError(f"{workdir}: no checkpoint yet; let the run reach its first one")

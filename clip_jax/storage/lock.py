@@ -136,7 +136,7 @@ def machine() -> str:
 
 
 def process_started(number: int) -> int | None:
-    """When a process of this machine started, in ticks since boot (0 where the system does not say); None: it is gone.
+    """When a process of this machine started, in ticks since boot (0 if the system does not say); None: it is gone.
 
     Process numbers are used again; together with the start they are not.
     """

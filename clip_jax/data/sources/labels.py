@@ -53,7 +53,7 @@ def parse(data: bytes) -> int:
 def class_names(
     where: str, folders: Sequence[str], labels: Labels, samples: int, given: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the classes, empty where labels are not used; and notes for the header. Raises UserError.
+    """The names of the classes, empty if labels are not used; and notes for the header. Raises UserError.
 
     They are read from a file in one of ``folders`` (paths or URLs), unless they are ``given``: then all need a label.
     """

@@ -47,7 +47,7 @@ def _of_list(where: str, suffixes: Sequence[str]) -> Iterator[str]:
 
 
 def _find(pattern: str, suffixes: Sequence[str]) -> list[str]:
-    """The files of one pattern, empty where there are none. Raises UserError where some of a range are missing."""
+    """The files of one pattern, empty if there are none. Raises UserError if some of a range are missing."""
     if remote.is_remote(pattern):  # missing ones are reported when they are opened, several at a time
         if COMMA.search(pattern):  # in a URL a comma is %2C
             return []

@@ -16,11 +16,11 @@ class Sample(NamedTuple):
     key: str
     """How messages name the sample: shard and member, file name, dataset key."""
     label: int = -1
-    """The class, for zero-shot classification; -1 where there is none."""
+    """The class, for zero-shot classification; -1 if there is none."""
     extras: Mapping[str, Any] = {}
     """Further fields of a source by name: boxes, further views of the same example. Read-only."""
     shares: tuple[float, ...] = ()
-    """How often training takes each caption, summing to 1; empty where all are taken equally often."""
+    """How often training takes each caption, summing to 1; empty if all are taken equally often."""
 
 
 def notes(source: "Source") -> tuple[str, ...]:

@@ -160,7 +160,7 @@ def _former_fingerprint(shards: list[str], index: Index, caption: str) -> str:
 def _read_members(read: Read, start: int, end: int, wanted: dict[str, int]) -> tuple[str, dict[str, bytes]]:
     """The name of the sample's image and the data of its members, whose offsets are given.
 
-    Raises OSError where they are not there: the shard was changed after it was opened.
+    Raises OSError if they are not there: the shard was changed after it was opened.
     """
     if end - start <= AT_ONCE_BYTES:
         held = read(start, end - start)
