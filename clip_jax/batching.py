@@ -1,4 +1,4 @@
-"""Many inputs through a tower: decoded by threads ahead of the device, in batches of few different sizes."""
+"""Encodes many inputs with a tower: threads decode ahead of the device, and batches have few different sizes."""
 
 import collections
 import contextlib
@@ -20,7 +20,7 @@ BATCH = 64
 AHEAD = 2
 """Batches decoded before the device needs them."""
 LONG = 10
-"""Batches from which a progress bar is worth its line."""
+"""The number of batches from which a progress bar is shown."""
 MAX_WORKERS = 16
 
 
@@ -35,10 +35,10 @@ def encode_in_batches(
 ) -> Float[np.ndarray, "inputs dim"]:
     """The rows of ``encode`` for all inputs, in their order.
 
-    ``decode`` makes an input a row, in ``workers`` threads (None: one per core); without it the inputs are rows.
-    The last batch is filled up to a power of two by repeating its rows, which are dropped again: whatever the number
-    of inputs, no more than ``log2(batch_size) + 2`` programs are compiled. ``progress``: a bar on standard error; None:
-    for long lists on a terminal. Raises UserError where there is no input.
+    ``decode`` turns an input into a row, in ``workers`` threads (None: one per core); without it the inputs are rows.
+    The last batch is padded to a power of two by repeating its rows, and the padding is dropped again: for any number
+    of inputs, at most ``log2(batch_size) + 2`` programs are compiled. ``progress``: whether to show a bar on standard
+    error; None: for long lists on a terminal. Raises UserError if there is no input.
     """
     if not len(inputs):
         raise UserError("nothing to encode: give at least one image or text")
@@ -69,7 +69,7 @@ def _decoded(
                     yield np.stack([future.result() for future in waiting.popleft()])
             while waiting:
                 yield np.stack([future.result() for future in waiting.popleft()])
-        finally:  # a broken input: the others are not waited for
+        finally:  # after a broken input, do not decode the rest
             pool.shutdown(wait=True, cancel_futures=True)
 
 

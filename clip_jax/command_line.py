@@ -8,7 +8,7 @@ from clip_jax.errors import UserError
 
 
 def program() -> str:
-    """The name of the trainer as the user started it, with which its lines to the user begin."""
+    """The name under which the user started the trainer; its messages begin with it."""
     return "clip-jax train" if Path(sys.argv[0]).stem in ("clip-jax", "__main__") else "main.py"
 
 

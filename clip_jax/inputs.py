@@ -1,6 +1,6 @@
 """What the methods of a ``Model`` accept: shapes, types and ranges are checked here, not by what happens to broadcast.
 
-What can only mean one thing is accepted (encoded bytes, open files, grey arrays); all else is a UserError of one line.
+Every unambiguous input is accepted (encoded bytes, open files, gray arrays); any other is a UserError of one line.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Ctrl-C ends a run at once, or after its step once there is one worth keeping.
 
-Python's own answer is an exception in whatever code the main thread runs. Raised inside a hook of JAX it is swallowed,
-at the wrong moment it ends in a segmentation fault, and while XLA compiles the main thread runs no Python at all. So a
-thread gets the signal through a pipe, and ends the process as a kill would, which a run's folder is made for.
+By default Python raises an exception in whatever code the main thread runs. Inside a hook of JAX the exception is lost,
+at the wrong moment it ends in a segmentation fault, and while XLA compiles, the main thread runs no Python at all. So a
+thread receives the signal through a pipe and ends the process as a kill would, after which a run can always resume.
 
 Only the standard library is imported: the trainer calls ``install`` before JAX is imported.
 """
@@ -21,13 +21,13 @@ SECOND = "interrupted again; the same command resumes from the last complete che
 
 _requested = threading.Event()
 _after_step: list[Callable[[], None]] = []
-"""What ``after_step`` was given, once it was called."""
+"""The argument of ``after_step``, once it was called."""
 
 
 def install() -> None:
     """From now on Ctrl-C ends the process with one line and ``EXIT_INTERRUPTED``. Main thread only.
 
-    Where SIGINT is ignored, as for the background jobs of a script, it stays so.
+    If SIGINT is ignored, as for the background jobs of a script, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
@@ -44,7 +44,7 @@ def after_step(notify: Callable[[], None]) -> None:
 
 
 def requested() -> bool:
-    """Whether there was a Ctrl-C that the run answers after its step."""
+    """Whether Ctrl-C was pressed and the run ends after its step."""
     return _requested.is_set()
 
 

@@ -31,14 +31,14 @@ from clip_jax.storage import buckets, checkpoints, run_folder
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Parameters with everything needed to use them. Embeddings are float32[n, D], of unit length unless asked."""
+    """Parameters with everything needed to use them. Embeddings are float32[n, D], of unit length by default."""
 
     name: str
     preset: Preset
     clip: CLIP
     params: Any
     open_tokenizer: Callable[[], Tokenizer]
-    """Called for the first text: a model whose vocabulary is nowhere to be found still encodes images."""
+    """Called for the first text, so that a model without a vocabulary still encodes images."""
     step: int
     """The training step of the checkpoint; 0 for foreign weights."""
     batch_stats: Any = dataclasses.field(default_factory=dict)
@@ -90,13 +90,14 @@ class Model:
     ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n tokens width"]:
         """Embeddings of paths, PIL images or uint8 arrays, ``batch_size`` at a time.
 
-        ``workers`` threads (None: one per core) decode ahead of the device. A last batch is filled up to a power of
-        two, so that another number of images compiles nothing new; an embedding depends on how many there are, and on
-        the batch size, in float rounding only. ``progress``: a bar on standard error; None: for long lists on a
-        terminal. Raises UserError for an unusable image.
+        ``workers`` threads (None: one per core) decode ahead of the device. The last batch is padded to a power of two,
+        which limits the number of compilations. The number of images and the batch size change an embedding only by
+        rounding. ``progress``: whether to show a bar on standard error; None: for long lists on a terminal. Raises
+        UserError for an unusable image.
 
-        ``return_tokens``: instead, all tokens after that block, counted from 1, or from the end: -1 is the last. LLaVA
-        uses ``load("ViT-L/14-336-quickgelu", weights=...).encode_image(image, return_tokens=-2)[:, 1:]``.
+        ``return_tokens``: the block after which all tokens are returned instead of an embedding, counted from 1, or
+        from the end: -1 is the last block. LLaVA uses
+        ``load("ViT-L/14-336-quickgelu", weights=...).encode_image(image, return_tokens=-2)[:, 1:]``.
         """
         encode = partial(self.encode_pixels, normalize=normalize, return_tokens=return_tokens)
         return encode_in_batches(
@@ -119,8 +120,8 @@ class Model:
     ) -> Float[np.ndarray, "n dim"] | Float[np.ndarray, "n length width"]:
         """Embeddings of texts; all arguments as in ``encode_image``.
 
-        Stable Diffusion 1 uses ``encode_text(prompts, return_tokens=-1)`` with the final norm applied to it
-        (``model.clip.text_tokens(..., normalize=True)``), Stable Diffusion XL -2 without.
+        Stable Diffusion 1 uses ``encode_text(prompts, return_tokens=-1)`` followed by the final norm
+        (``model.clip.text_tokens(..., normalize=True)``); Stable Diffusion XL uses -2 without the norm.
         """
         encode = partial(self.encode_tokens, normalize=normalize, return_tokens=return_tokens)
         return encode_in_batches(self.tokenize(texts), None, encode, batch_size=batch_size, progress=progress)
@@ -150,7 +151,7 @@ class Model:
         return unit(encoded) if normalize else encoded
 
     def _need(self, *towers: str) -> None:
-        """UserError where the weights are those of the other tower alone."""
+        """Raises UserError if the weights do not contain these towers."""
         if missing := [tower for tower in towers if tower not in self.params]:
             raise UserError(f"{self.name}: these weights have no {missing[0]} tower; load those of the whole model")
 
@@ -228,10 +229,10 @@ def load(
     ``load("runs/demo")`` loads the newest checkpoint, ``step=N`` another that the run kept; ``load("ViT-B/32",
     weights="ViT-B-32.safetensors")`` a file or folder in any library's layout. Folders may be in a bucket, ``gs://`` or
     ``s3://``. Foreign weights are adapted to another ``image_size`` or ``context_length`` by resizing their position
-    embeddings, and a line says so. With a ``mesh`` the parameters are sharded over it and batches are split; without,
-    everything is on one device. ``tokenizer`` is the one that the model was trained with, or its file or folder, for a
-    model whose own folder has none; a vocabulary that is not the text tower's is refused. Raises UserError; no pickle
-    is opened (``clip-jax import`` converts those).
+    embeddings, which is logged. With a ``mesh`` the parameters are sharded over it and batches are split; without a
+    mesh, everything is on one device. ``tokenizer`` is the one that the model was trained with, or its file or folder,
+    for a model whose folder has none; a tokenizer that does not fit the tower is rejected. Raises UserError. Pickles
+    are not opened (``clip-jax import`` converts them).
     """
     if weights is not None:
         name = str(source)
@@ -310,5 +311,5 @@ def _foreign(
 
 
 def _given(tokenizer: Tokenizer) -> Callable[[], Tokenizer]:
-    """For a tokenizer that was opened, and checked, before the weights are read."""
+    """Returns a tokenizer that was opened and checked before the weights were read."""
     return lambda: tokenizer

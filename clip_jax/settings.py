@@ -1,9 +1,9 @@
-"""Every setting there is: its name, its default, its reason, and the values that it takes.
+"""All settings: name, default, reason, and allowed values.
 
-``defaults()`` is complete: nothing that is not in it is a setting, and every recipe starts from it. Two sections have
-names of the user's own: ``eval.<name>`` is made by ``evaluation()``, and ``objectives.<name>`` by each file in
-``clip_jax/objectives``. The default of a new setting is what the code did before it, so that older runs resume
-unchanged.
+``defaults()`` is complete: nothing that is not in it is a setting, and every recipe starts from it. Two sections are
+defined elsewhere: ``eval.<name>``, with names that the user chooses, by ``evaluation()``, and ``objectives.<name>`` by
+the files in ``clip_jax/objectives``. The default of a new setting is what the code did before, so that older runs
+resume unchanged.
 """
 
 import math
@@ -27,7 +27,7 @@ def _every(steps: int = AUTO, examples: int = AUTO, epochs: float = float(AUTO))
 
 
 def defaults() -> ConfigDict:
-    """Every setting there is. Lengths of time are given in one of three units, the others left at -1."""
+    """All settings with their defaults. A length of time is given in one of three units; the others stay at -1."""
     return ConfigDict(
         {
             "seed": 0,  # order, crops and initialization
@@ -36,29 +36,29 @@ def defaults() -> ConfigDict:
             "epochs": float(AUTO),  # steps = floor(epochs * N / batch_size)
             "batch_size": 256,  # pairs over all devices and processes
             "micro_batch": AUTO,  # pairs whose activations exist at one time, over all devices; -1: the full batch
-            "ema_decay": 0.0,  # of an EMA of the parameters, which is then what is evaluated and loaded; 0: none
+            "ema_decay": 0.0,  # decay of an EMA of the parameters, which is then evaluated and loaded; 0: no EMA
             # What changes in the middle of a run: ({"start": 5000, "model.image.image_size": 384},), starts in steps.
             "phases": (),
             "data": {
-                # kind:where, see clip_jax/data/sources; or several: (("tar:a", 1.0), ("tar:b", 4.0, "captions.de")),
-                # each with a weight and, where it has one of its own, a caption setting.
+                # kind:where, see docs/data.md; or several: (("tar:a", 1.0), ("tar:b", 4.0, "captions.de")),
+                # each with a weight and, optionally, a caption setting of its own.
                 "train": "shapes:train",
-                "mixture": "weight",  # how often each example of a source is seen; share: its share of each batch
+                "mixture": "weight",  # weights are how often each example is seen; share: they are shares of each batch
                 "samples": AUTO,  # examples in the dataset, for a plan without the data; training counts them
-                # txt, txt_lines (each line of the .txt is a caption), a dotted path into the sample's JSON, such as
+                # txt, txt_lines (each line of the .txt is a caption), a dotted path into the example's JSON, such as
                 # caption or captions.de, or a column of a table. Several have shares: captions.en=3,captions.de=1.
                 "caption": "txt",
                 "image": "",  # tables: the column of the images' paths or bytes; empty: found by its usual names
-                "truncated": "stop",  # a truncated tar shard: stop, or keep what is before the cut
-                "links_to": "",  # a folder that links in an image folder may lead to; empty: into the folder only
+                "truncated": "stop",  # at a truncated tar shard; or keep the pairs before the cut
+                "links_to": "",  # a folder into which links of an image folder may lead; empty: only within itself
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
-                "exif_orientation": False,  # turn photos as their cameras marked them; peers do not
+                "exif_orientation": False,  # rotate photos by their EXIF orientation; OpenCLIP and Transformers do not
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
-                "crop_ratio": (3 / 4, 4 / 3),  # its aspect
+                "crop_ratio": (3 / 4, 4 / 3),  # its aspect ratio
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
                 "max_bad_share": 0.01,  # share of unusable examples, and of incomplete pairs, at which the run stops
-                "changed": "stop",  # a restart on mended data: stop, or accept as many examples with other content
+                "changed": "stop",  # if the data changed since the run began; or accept the same number of examples
                 "workers": 2,  # threads, each decoding a batch of its own
                 "prefetch": 4,  # batches ready before they are needed
             },
@@ -68,7 +68,7 @@ def defaults() -> ConfigDict:
                 # another run's sentencepiece.model. Empty: that of model.init_from, else from the Hugging Face cache
                 # or hub; sentencepiece: trained.
                 "vocab": "",
-                "train_captions": 100_000,  # sentencepiece: examples whose captions it learns its pieces from
+                "train_captions": 100_000,  # sentencepiece: examples on whose captions it is trained
             },
             "model": {
                 "name": "ViT-B/32",  # clip_jax.list_models()
@@ -103,22 +103,22 @@ def defaults() -> ConfigDict:
                 "warmup_steps": AUTO,
                 "warmup_examples": AUTO,
                 "warmup_epochs": float(AUTO),
-                "cooldown_steps": AUTO,  # the last steps go to zero: for wsd, rsqrt and constant
+                "cooldown_steps": AUTO,  # length of the decay to zero at the end of wsd, rsqrt and constant
                 "cooldown_examples": AUTO,
                 "cooldown_epochs": float(AUTO),
                 "cooldown_form": "linear",  # or 1-sqrt
                 "weight_decay": 0.2,  # times the learning rate; big_vision's number is this one times its peak rate
                 "decay": "matrices",  # matrices_and_positions: as OpenCLIP 3; kernels: as big_vision, no embedding
                 "beta1": 0.9,
-                "beta2": 0.98,  # adafactor: the most that second moments decay
+                "beta2": 0.98,  # adafactor: the upper limit of the decay of second moments
                 "first_moment_dtype": "float32",  # bfloat16 saves two bytes per parameter
                 "eps": 1e-6,
                 "clip_norm": 0.0,  # of the global gradient; 0: off
             },
             "mesh": {
-                "data": AUTO,  # copies of the model, each with its part of the batch; -1: what the others leave
-                "fsdp": 1,  # parts of the parameters and of the optimizer's state, and of the batch
-                "tensor": 1,  # parts of every layer
+                "data": AUTO,  # copies of the model, each with its part of the batch; -1: all remaining devices
+                "fsdp": 1,  # devices that split the parameters, the optimizer's state and the batch
+                "tensor": 1,  # devices that split every layer
                 "slices": AUTO,  # TPU slices joined by a data-center network; -1: as many as there are
                 "cpu_devices": 1,  # simulated, on CPU only
                 "xla_flags": True,  # the preset of the platform (clip_jax/devices/xla_flags.py); your own flags win
@@ -127,14 +127,14 @@ def defaults() -> ConfigDict:
             "checkpoint": {
                 **_every(),  # none given: at the end only
                 "keep_last": 2,
-                "keep_every_steps": AUTO,  # and these forever
+                "keep_every_steps": AUTO,  # checkpoints at multiples of this are never deleted
             },
             "log": {
                 "every_steps": 10,
                 "tensorboard": True,
-                "wandb": "",  # a project of Weights & Biases that gets the metrics too; empty: none
+                "wandb": "",  # a Weights & Biases project to which metrics are also sent; empty: none
                 "samples": False,  # samples.<process>.jsonl: which examples of the source each step took
-                "watchdog_seconds": 1800.0,  # without a finished step or evaluation, until the run stops; 0: never
+                "watchdog_seconds": 1800.0,  # the run ends if no step or evaluation finishes for this long; 0: never
             },
         },
         type_safe=False,  # check() compares types itself, with messages a user can act on
@@ -145,7 +145,7 @@ def evaluation(**fields: Any) -> ConfigDict:
     """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
     known = {
         "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, composition or corruptions
-        # kind:where, like data.train; zero_shot and corruptions need labels, composition shapes:heldout; empty: off
+        # kind:where, like data.train; zero_shot and corruptions need labels, composition takes shapes:heldout; "": off
         "source": "",
         "caption": "",  # like data.caption, of this source; empty: data.caption
         "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
@@ -166,7 +166,7 @@ class Range(NamedTuple):
     low: float
     high: float = math.inf
     below_high: bool = False
-    """Whether ``high`` itself is left out."""
+    """Whether ``high`` itself is excluded."""
     above_low: bool = False
     auto: bool = False
     """Whether -1 stands for "automatic"."""
@@ -213,7 +213,7 @@ CHOICES = {
 }
 
 SEVERAL = ("data.train",)
-"""The settings that are a text or a tuple of entries."""
+"""The settings that are a string or a tuple of entries."""
 
 EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot", "composition", "corruptions")}
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}

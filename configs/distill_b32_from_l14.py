@@ -2,7 +2,7 @@
 
 python main.py --config='configs/distill_b32_from_l14.py:tar:/data/train-*.tar' --workdir=runs/distill_b32
 The teacher is OpenCLIP's L/14 of DataComp-XL, from the hub; --config.objectives.distillation.teacher_weights takes
-another ViT-L/14: a run folder, a file or hf://org/name. It costs five times the FLOPs of the student's own step.
+another ViT-L/14: a run folder, a file or hf://org/name. A step takes five times the FLOPs of the student alone.
 
 Batch and schedule are those of configs/clip_vit_b32.py on a tenth of its pairs.
 Planned for v5e-256 (docs/plans.md); not trained here.

@@ -2,7 +2,7 @@
 
 python main.py --config='configs/lit_l16.py:tar:/data/train-*.tar' --workdir=runs/lit_l16
 The image tower is frozen: it has no gradient, no moments and no backward pass. Its weights are SigLIP's, from the hub;
---config.model.init_from takes others of the same architecture. The text tower has 12 layers and starts anew.
+--config.model.init_from takes others of the same architecture. The text tower has 12 layers and starts untrained.
 
 From the papers: the batch (SigLiT) and the frozen tower. The rate, the decay and the length are those of
 configs/siglip_b16.py and a tenth of its pairs. Planned for v5e-64 (docs/plans.md); not trained here.

@@ -67,7 +67,7 @@ supervise() {
         source "$HOME/.clip_jax.env"
         set +a
     fi
-    # A TPU that is busy or missing ends the run; JAX's own choice would be days on the host's CPU.
+    # A TPU that is busy or missing ends the run; by default JAX would train on the host's CPU for days.
     export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}
     local exit_code=0
     cd "$code"

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", action="append", help='a prompt with {} for the label, default "{}"; may be repeated'
     )
-    parser.add_argument("--top", type=int, help="print only the most probable labels, this many")
+    parser.add_argument("--top", type=int, help="print only this many labels, the most probable ones")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_labels(given: str, file: str | None) -> list[str]:
-    """The labels of ``--labels`` and of the lines of ``--labels-file``. Raises UserError where there is none."""
+    """The labels of ``--labels`` and of the lines of ``--labels-file``. Raises UserError if there is none."""
     labels = [label.strip() for label in given.split(",")]
     if file is not None:
         try:

@@ -1,4 +1,4 @@
-"""``clip-jax compare A B``: two folders that evaluate wrote for a model each, on the same examples."""
+"""``clip-jax compare A B``: two models on the same examples, from the folders that ``clip-jax evaluate`` wrote."""
 
 import argparse
 import json
@@ -11,9 +11,12 @@ HELP = "Compare the results of two models example by example: differences with 9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="the folder of a model in an evaluation's output")
-    parser.add_argument("b", metavar="B", help="likewise; differences are B minus A")
+    parser.add_argument("b", metavar="B", help="the same of another model; differences are B minus A")
     parser.add_argument(
-        "--changed", type=int, default=0, help="also the first N examples that changed sides, per metric"
+        "--changed",
+        type=int,
+        default=0,
+        help="also list, per metric, the first N examples that only one of the models gets right",
     )
 
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="kind:where, as in folder:photos or tar:/data/train")
     parser.add_argument("--output", required=True, help="a folder; shards that are already there are skipped")
     parser.add_argument("--shard-size", type=int, default=100_000, help="examples per file")
-    parser.add_argument("--shards", help="only these, as in 0-99: for the workers of a cluster")
+    parser.add_argument("--shards", help="only these shards, as in 0-99: a part for one worker of a cluster")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument("--batch-size", type=int, default=64)
 

@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--suite", choices=SUITES, help="what to measure; quick needs no data (default without --data)")
     parser.add_argument(
-        "--data", action="append", help="a folder in CLIP_benchmark's layout, one of several such, or kind:where"
+        "--data", action="append", help="a folder in CLIP_benchmark's layout, a folder of such folders, or kind:where"
     )
     parser.add_argument("--output", required=True, help="a folder; results that are already there are not recomputed")
     parser.add_argument("--templates", help="prompts: a published set such as imagenet1k, or a file with one per line")
-    parser.add_argument("--class-names", help="likewise, the names of the classes in the order of the labels")
-    parser.add_argument("--weights", help="of the models of an ensemble, as in 2,1; default: equal")
+    parser.add_argument("--class-names", help="class names, in the order of the labels: a published set or a file")
+    parser.add_argument("--weights", help="weights of the models in the ensemble, as in 2,1; default: equal")
     parser.add_argument("--batch-size", type=int, default=64)
 
 

@@ -1,13 +1,13 @@
-"""``clip-jax fewshot --model=runs/demo --data=folder:parts --shots=1,2,4,8``: how many labelled images does it take?"""
+"""``clip-jax fewshot --model=runs/demo --data=folder:parts --shots=1,2,4,8``: how many labeled images does it take?"""
 
 import argparse
 from pathlib import Path
 
 from clip_jax.errors import UserError
 
-HELP = "Fit a classifier on a few labelled images per class: accuracy by the number of shots, beside zero-shot."
+HELP = "Fit a classifier on a few labeled images per class: accuracy by the number of shots, compared with zero-shot."
 TEST_SHARE = 5
-"""Without --test, every n-th image of each class is held out."""
+"""Without --test, one in this many images of each class is held out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, help="a source with labels, such as folder:DIR with a folder per class"
     )
-    parser.add_argument("--test", help="likewise, with the same classes; default: a fifth of each class of --data")
+    parser.add_argument(
+        "--test", help="a source to test on, with the same classes; default: a fifth of each class of --data"
+    )
     parser.add_argument("--shots", default="1,2,4,8,16", help="images per class, separated by commas")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of each number of shots")
-    parser.add_argument("--template", action="append", help='prompts of zero-shot, default "a photo of a {}."')
+    parser.add_argument("--seeds", type=int, default=3, help="random draws for each number of shots")
+    parser.add_argument("--template", action="append", help='zero-shot prompts, default "a photo of a {}."')
     parser.add_argument("--head", help="write the classifier that is fitted on all training images, as .npz")
     parser.add_argument("--batch-size", type=int, default=64)
 
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     head = probe.logistic_regression(*train, len(names), c=1.0)
     print(f"all {len(train[1])} images  {head.accuracy(*test):.4f}")
     equal = probe.shots_that_equal(curve, baseline)
-    print("zero-shot is equaled by " + ("none of these numbers of shots" if equal is None else f"{equal:.1f} shots"))
+    print("zero-shot accuracy is " + ("not reached" if equal is None else f"reached with {equal:.1f} shots"))
     if arguments.head:
         with atomic.replacing(Path(arguments.head).with_suffix(".npz")) as temporary:
             weights, bias = head.weights.astype(np.float32), head.bias.astype(np.float32)
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _held_out(labels):
-    """A fifth of each class, drawn once and for all; at least one image."""
+    """A fifth of each class, at least one image; the same draw every time."""
     import numpy as np
 
     held_out = np.zeros(len(labels), bool)

@@ -1,11 +1,11 @@
-"""``clip-jax inspect tar:shards --html=shards.html``: what a source holds, as a table and a page."""
+"""``clip-jax inspect tar:shards --html=shards.html``: the contents of a source, as a table and a page."""
 
 import argparse
 from pathlib import Path
 
 from clip_jax.errors import UserError
 
-HELP = "Print what a source of data holds: sizes, captions, duplicates, unusable examples; and a page with pictures."
+HELP = "Print the contents of a source: sizes, captions, duplicates, unusable examples; and write a page with images."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -73,7 +73,7 @@ def _counted(which: str, tower: Any, embed_dim: int) -> int:
     from clip_jax.models.text import TextTower
     from clip_jax.models.vit import ImageTower
 
-    # The other tower is as small as can be: only shapes are traced, and that takes a tenth of a second each.
+    # The other tower is minimal: only shapes are traced, but tracing a tower takes a tenth of a second.
     image = tower if which == "image" else ImageTower(32, 32, 32, 1, 1, 32)
     text = tower if which == "text" else TextTower(2, 2, 32, 1, 1, 32)
     model = CLIP(Architecture(image, text, embed_dim), Compute())
@@ -81,7 +81,7 @@ def _counted(which: str, tower: Any, embed_dim: int) -> int:
 
 
 def _wanted(name: str, patterns: list[str]) -> bool:
-    """Whether a pattern fits the name or a part of it; one in small letters fits both, as B and big differ by case."""
+    """Whether a pattern matches the name or a part of it. Case is ignored only for patterns without capital letters."""
     spelled = name.replace("/", "-")
     for pattern in (pattern.replace("/", "-") for pattern in patterns):
         text = spelled.lower() if pattern == pattern.lower() else spelled

@@ -11,7 +11,7 @@ from clip_jax.errors import UserError
 def find_images(given: Iterable[str]) -> list[Path]:
     """Files in the order given; those of a folder, at any depth, and of a pattern (``*``, ``?``, ``**``) by name.
 
-    A path that exists is a path, whatever characters it has. Raises UserError where one names no image.
+    A path that exists is a path, whatever characters it has. Raises UserError if one names no image.
     """
     return [path for text in given for path in _found(text)]
 
@@ -22,7 +22,7 @@ def _found(text: str) -> Iterator[Path]:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower().lstrip(".") in ENDINGS and p.is_file())
         what = f"no image in this folder ({', '.join(ENDINGS)})"
     elif path.exists() or not glob.has_magic(text):
-        found, what = [path], ""  # a file that is not there is reported by whoever opens it
+        found, what = [path], ""  # a missing file is reported when it is opened
     else:
         found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
         what = "no file matches this pattern"

@@ -95,8 +95,8 @@ def _start(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
 
 def _leave(code: int, alone: bool) -> int:
-    """The code. One of several processes that fails alone ends here: JAX's own exit waits for minutes for others that
-    will never come; they notice that it is gone."""
+    """Returns the exit code, or ends this process at once if it is one of several and failed alone: JAX's own exit
+    would wait for minutes for the other processes, which detect by themselves that this one is gone."""
     together = code in (errors.EXIT_DONE, errors.EXIT_PREEMPTED, errors.EXIT_INTERRUPTED, errors.EXIT_NON_FINITE)
     if not together and not alone:
         sys.stdout.flush()

@@ -33,7 +33,7 @@ def duration(config: ConfigDict, key: str, samples: int) -> int | None:
 
 
 def check_lengths(config: ConfigDict, steps: int, samples: int) -> None:
-    """What can only be judged once the number of training samples is known."""
+    """Checks that need the number of training examples."""
     warmup = duration(config, "optimizer.warmup_", samples) or 0
     cooldown = duration(config, "optimizer.cooldown_", samples) or 0
     if steps < 1:

@@ -24,7 +24,7 @@ MAY_CHANGE = (
 
 
 class Phase(NamedTuple):
-    """A stretch of a run with settings of its own."""
+    """A part of a run with settings of its own."""
 
     start: int
     """The number of steps before it."""

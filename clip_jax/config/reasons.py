@@ -23,7 +23,7 @@ from clip_jax.objectives import OBJECTIVES
 from clip_jax.storage import run_folder
 
 COLUMN = 56
-"""Where the reasons begin."""
+"""The column in which the reasons begin."""
 
 
 def explained(recipe: str | None, overrides: Mapping[str, str], workdir: str | None = None) -> str:
@@ -50,7 +50,7 @@ def explained(recipe: str | None, overrides: Mapping[str, str], workdir: str | N
 
 
 def automatic(config: ConfigDict) -> dict[str, Any]:
-    """What the automatic values of a config become: the sizes of its model, as far as they are known without data."""
+    """The values that automatic settings stand for: the sizes of the model, as far as they are known without data."""
     preset, flat = resolve_preset(config), flatten(config)
     found: dict[str, Any] = {"tokenizer.kind": preset.tokenizer, "model.embed_dim": preset.architecture.embed_dim}
     found |= {"model.mean": preset.preprocess.mean, "model.std": preset.preprocess.std}

@@ -21,7 +21,7 @@ from clip_jax.settings import AUTO, UNITS, defaults, evaluation
 
 MAY_CHANGE_ON_RESTART = ("micro_batch", "mesh", "eval", "checkpoint", "log")
 COMPUTE_ONLY = ("model.scan", "model.remat", "model.attention")
-"""May change as well: other devices have other memory, and the numbers stay, up to rounding."""
+"""May change as well: other devices have other amounts of memory, and results change only by rounding."""
 SAME_BATCHES = (
     "max_bad_share",
     "changed",
@@ -33,7 +33,7 @@ SAME_BATCHES = (
     "samples",
     "links_to",
 )
-"""Of ``data``: where the data is and how it is read. That it is the same data is checked by its fingerprint."""
+"""Settings of ``data`` for the location of the data and how it is read; its fingerprint shows that it is the same."""
 
 
 def load(recipe: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -107,9 +107,9 @@ def override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> Co
         if key not in known:
             raise UserError(f"--config.{key}={text}: {key} is not a setting{nearest(key, known)}")
         value = parse(key, text, known[key])
-        if value != AUTO:  # of several durations the command line's wins; -1 gives none
+        if value != AUTO:  # a duration on the command line replaces the recipe's in other units; -1 is not one
             for sibling, default in siblings(key, known).items():
-                if sibling not in overrides:  # two of the command line are a mistake, which check() finds
+                if sibling not in overrides:  # two on the command line are a mistake, which check() finds
                     set_value(config, sibling, default)
         set_value(config, key, value)
     check(config, where)
@@ -117,7 +117,7 @@ def override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> Co
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys that differ and that a restart may not change; lengths are judged later (``training/restart.py``)."""
+    """The keys that differ and that a restart may not change; lengths are checked later (``training/restart.py``)."""
     old, new = flatten(old), flatten(new)
     changed = [k for k in sorted(old.keys() | new.keys()) if _plain(old.get(k)) != _plain(new.get(k))]
     free = {*COMPUTE_ONLY, *UNITS, *(f"data.{name}" for name in SAME_BATCHES)}
@@ -127,7 +127,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def from_json(values: Mapping[str, Any], where: str) -> ConfigDict:
     """A config that ``to_json`` wrote, checked; no code runs. A setting that came later has its default."""
     values, config = upgrade(values), defaults()
-    for name, fields in values.pop("eval").items():  # of names that the defaults do not have
+    for name, fields in values.pop("eval").items():  # evaluations have names that the defaults do not have
         config.eval[name] = evaluation(**fields)
     config.update(values)
     check(config, where)
@@ -135,7 +135,7 @@ def from_json(values: Mapping[str, Any], where: str) -> ConfigDict:
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """As a nested dictionary of plain values; automatic sizes stay automatic."""
+    """The config as a nested dictionary of plain values; automatic sizes stay automatic."""
     return json.loads(json.dumps(config.to_dict()))
 
 

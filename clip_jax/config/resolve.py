@@ -64,7 +64,7 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
 
 
 def check_architecture(architecture: presets.Architecture, named: presets.Architecture) -> None:
-    """Sizes that do not go together, in an architecture derived from a named one."""
+    """Raises UserError for sizes that do not fit together, in an architecture derived from a named one."""
     image, text = architecture.image, architecture.text
     published = (image.image_size, image.patch_size) == (named.image.image_size, named.image.patch_size)
     if image.image_size % image.patch_size and not published:  # SigLIP at 384 px cuts the last pixels off

@@ -4,8 +4,8 @@
     python -m clip_jax.data.emoji --to=data/emoji
 
 The font is Noto Color Emoji (SIL Open Font License 1.1), with bitmaps (its CBDT edition); the names are Unicode CLDR's
-annotations (Unicode License). Elsewhere, give ``--font=NotoColorEmoji.ttf`` and ``--annotations=cldr/common``. Held out
-is a tenth of the emoji with a skin tone: new combinations of a person, an activity and a tone that training has seen.
+annotations (Unicode License). On other systems, pass ``--font=NotoColorEmoji.ttf`` and ``--annotations=cldr/common``.
+A tenth of the emoji with a skin tone is held out: new combinations of persons, activities and tones seen in training.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def write_shards(emoji: Sequence[Emoji], folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "heldout"):
         chosen = [one for one in emoji if is_held_out(one) == (split == "heldout")]
-        # Neighbours look alike, and a shard is read in order: mixed, by a hash, so that the result is always the same.
+        # Neighbors look alike, and a shard is read in order: shuffle by a hash, so that the result is always the same.
         chosen.sort(key=lambda one: hashlib.sha256(one.text.encode()).digest()[1:])
         for number, start in enumerate(range(0, len(chosen), PER_SHARD)):
             with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as tar:

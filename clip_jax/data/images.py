@@ -24,7 +24,7 @@ FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000"),
     *("PPM", "ICO", "QOI", "TGA", "PCX", "SGI", "PSD"),
 )
-"""Of Pillow's formats, those that are read: EPS would start Ghostscript on a file from the internet."""
+"""Pillow's formats that are read. EPS is not: it would start Ghostscript on a file from the internet."""
 
 _T = Image.Transpose
 TURNS = {

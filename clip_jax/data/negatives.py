@@ -20,10 +20,10 @@ KINDS: tuple[tuple[str, ...], ...] = (
     ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart"),
     ("man", "woman", "boy", "girl", "child", "dog", "cat", "horse", "bird"),
 )
-"""Words of which two different ones in a caption may change places."""
+"""Words by kind: two different words of one kind in a caption may be swapped."""
 
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-"""Each may become another; "one" is often a pronoun."""
+"""Each may be replaced by another. "one" is missing because it is often a pronoun."""
 
 OPPOSITES = (
     *(("left", "right"), ("above", "below"), ("over", "under"), ("top", "bottom"), ("inside", "outside")),
@@ -34,7 +34,7 @@ RELATIONS = (
     *("to the left of", "to the right of", "left of", "right of", "above", "below", "over", "under", "behind"),
     *("in front of", "on top of", "inside", "underneath", "chasing", "riding", "holding", "carrying"),
 )
-"""Between two things, and not true the other way around."""
+"""Relations between two things that are not true the other way around."""
 
 _THING = rf"(?:a|an|the|{'|'.join(NUMBERS)})\b(?:(?!\b(?:a|an|the|and|with)\b)[^,.;])*?"
 _RELATED = re.compile(
@@ -44,7 +44,7 @@ _TURNED = {word: other for pair in OPPOSITES for word, other in (pair, pair[::-1
 
 
 def hard_negatives(caption: str, number: int, rng: np.random.Generator, avoid: Collection[str] = ()) -> tuple[str, ...]:
-    """At most ``number`` different ones, in a random order; none is the caption or one of ``avoid``."""
+    """At most ``number`` different negatives in random order, without the caption itself and those in ``avoid``."""
     found = [text for text in dict.fromkeys(_candidates(caption)) if text != caption and text not in avoid]
     return tuple(found[i] for i in rng.permutation(len(found))[:number])
 
@@ -71,5 +71,5 @@ def _candidates(caption: str) -> Iterator[str]:
 
 
 def _like(old: str, new: str) -> str:
-    """With the old word's capital."""
+    """The new word, capitalized if the old one is."""
     return new.capitalize() if old[:1].isupper() else new

@@ -29,7 +29,7 @@ KEPT = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}
 class Packed(NamedTuple):
     shards: int
     earlier: int
-    """Shards that were there already."""
+    """Shards that existed already."""
     written: int
     """Examples in the new ones."""
     faults: collections.Counter

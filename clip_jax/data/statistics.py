@@ -1,4 +1,4 @@
-"""What is in a source: sizes, shapes, captions, duplicates and unusable examples, of a sample of it."""
+"""Statistics of a source: sizes, shapes, captions, duplicates and unusable examples, from evenly spaced examples."""
 
 import collections
 import hashlib
@@ -16,20 +16,20 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 class Statistics(NamedTuple):
     examples: int
-    """In the source."""
+    """The number of examples in the source."""
     inspected: int
     quantiles: dict[str, tuple[float, ...]]
     """Name of a measure -> its values at QUANTILES."""
     captions: int
     same_captions: int
-    """Captions that another inspected example has as well."""
+    """Captions that another inspected example has too."""
     same_images: int
     faults: collections.Counter
     """Unusable examples by reason."""
     labels: int
-    """Different labels; 0 where there are none."""
+    """Different labels; 0 if there are none."""
     shown: tuple[tuple[np.ndarray, Sample], ...]
-    """Some of them: pixels uint8[h, w, 3], and what they come from."""
+    """Pixels uint8[h, w, 3] of some examples, with the examples."""
 
 
 class _Seen(NamedTuple):

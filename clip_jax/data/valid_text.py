@@ -1,4 +1,4 @@
-"""Text that is not valid Unicode, made valid where it enters: captions, texts of the API, and names of files.
+"""Makes text valid Unicode where it enters the program: captions, texts passed to the API, and file names.
 
 Python keeps a byte of a file name or an argument that is not UTF-8 as half of a surrogate pair, and JSON can spell
 such halves too. Tokenizers, files and terminals refuse them, usually much later than where they came from.

@@ -1,4 +1,4 @@
-"""Bias metrics from predictions and rankings of labelled sources.
+"""Bias metrics from predictions and rankings of labeled sources.
 
 They describe a model on a source and its labels, no more: groups that the source does not label are not measured, a
 gap of 0 does not say that a use is fair, and small groups have wide intervals: report the counts.

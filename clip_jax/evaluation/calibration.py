@@ -1,4 +1,4 @@
-"""Calibration: whether a confidence of 0.8 is right eight times of ten (Guo et al. 2017).
+"""Calibration: whether a confidence of 0.8 is right eight times out of ten (Guo et al. 2017).
 
 The expected calibration error is the mean, over bins of equal width and weighted by their examples, of the distance
 between accuracy and mean confidence. Traps: it depends on the number of bins (15 here, as in the paper), and a model
@@ -23,7 +23,7 @@ class Bin(NamedTuple):
     high: float
     count: int
     confidence: float
-    """Their mean; 0 where there are none, as the accuracy."""
+    """Their mean; 0 if there are none, as the accuracy."""
     accuracy: float
 
 

@@ -1,4 +1,4 @@
-"""Composition: does a model tell a caption from the same words bound otherwise? Strict inequality throughout.
+"""Composition: does a model distinguish a caption from a false one in similar words? Strict inequality throughout.
 
 - Winoground (Thrush et al. 2022): two images, two captions of the same words. Text score: each image is more similar
   to its own caption; image score: each caption to its own image; group score: both.
@@ -8,7 +8,7 @@ Trap: CLIP_benchmark takes the argmax with the true caption first, so that a mod
 100 %. Here equal is wrong (within ``ranking.TIE``): a constant model scores 0, below the chance of 1/2 (1/4 and 1/6 for
 Winoground's scores), and ``all_equal`` says that it is one.
 
-``swaps`` makes such pairs from the bundled scenes, so that a user sees at once where a model is a bag of words. Its
+``swaps`` makes such pairs from the bundled scenes, so that a user sees at once if a model ignores word order. Its
 captions are in one plain grammar, and every false one is false of the picture.
 """
 
@@ -42,21 +42,21 @@ def winoground(similarity: Float[np.ndarray, "n captions=2 images=2"]) -> dict[s
 
 
 def true_caption_wins(true: Float[np.ndarray, " n"], false: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """1 where the true caption is strictly more similar, else 0."""
+    """1 if the true caption is strictly more similar, else 0."""
     return (_finite(true) > _finite(false) + TIE).astype(np.float64)
 
 
 def all_equal(true: Float[np.ndarray, " n"], false: Float[np.ndarray, " n"]) -> bool:
-    """Whether all captions are equally near: the model is constant, and its 0 means nothing else."""
+    """Whether all captions are equally near: the model is constant, which explains its score of 0."""
     return bool(np.all(np.abs(true - false) <= TIE))
 
 
 def swaps(scene: Scene, seed: int) -> Iterator[Swap]:
     """The swaps that a scene allows, the same for the same seed.
 
-    ``color`` and ``shape`` put one that is nowhere in the picture; ``size`` the other size; ``binding`` exchanges the
+    ``color``, ``shape`` replace one by another that is not in the picture, ``size`` the size; ``binding`` exchanges the
     colors of two objects, ``relation`` the two objects around "left of" or "above"; ``count`` names another number;
-    ``negation`` denies what is there; ``order`` shuffles the words.
+    ``negation`` denies a true part; ``order`` shuffles the words.
     """
     rng = generator("swap", seed)
     objects = scene.objects

@@ -1,11 +1,11 @@
-"""Folders in CLIP_benchmark's webdataset layout, as they are.
+"""Reads folders in CLIP_benchmark's webdataset layout, without converting them.
 
     DIR/test/nshards.txt  0.tar  1.tar ...                 images with .cls, or with .txt of one caption per line
     DIR/classnames.txt                                     one class per line, in the order of the labels
     DIR/zeroshot_classification_templates.txt              prompts with {c} for the class
     DIR/dataset_type.txt                                   "retrieval"; without it, classification
 
-Many sets are published so: https://huggingface.co/clip-benchmark (``wds_imagenet1k``, ``wds_mscoco_captions`` ...).
+Many sets are published in it: https://huggingface.co/clip-benchmark (``wds_imagenet1k``, ``wds_mscoco_captions`` ...).
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
 class Dataset(NamedTuple):
-    """A source with what is to be measured on it."""
+    """A source, and what is measured on it."""
 
     name: str
     protocol: str
     """``zero_shot`` or ``retrieval``."""
     source: Source
     prompts: Prompts | None
-    """For zero-shot classification."""
+    """The prompts for zero-shot classification; None for retrieval."""
 
 
 def is_benchmark(folder: Path) -> bool:

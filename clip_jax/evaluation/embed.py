@@ -28,7 +28,7 @@ ELSEWHERE = "undecodable image (on another process)"
 
 
 class Variables(NamedTuple):
-    """What both towers need."""
+    """The parameters and statistics of both towers."""
 
     params: Params
     batch_stats: Params
@@ -162,9 +162,9 @@ def embed_images(
 def embed_source(
     embedder: Embedder, weights: Variables, source: Source, limit: int | None = None, *, texts: bool = True
 ) -> Embedded:
-    """Every usable example of a source (of its first ``limit``) with all its captions, or without embedding them.
+    """Embeds every usable example of a source (of its first ``limit``), with or without all its captions.
 
-    Raises UserError where none is usable.
+    Raises UserError if none is usable.
     """
     skipped: collections.Counter = collections.Counter()
     embeddings, used, indices = [], [], []

@@ -3,10 +3,10 @@
     DIR/img_emb/img_emb_0.npy      float16 or float32[n, dim], unit length
     DIR/text_emb/text_emb_0.npy    the embedding of the first caption of each image
     DIR/metadata/metadata_0.parquet    image_path, caption, index (in the source), one row per embedding
-    DIR/index.json                 which source and model; a folder of another is refused
+    DIR/index.json                 the source and the model; a folder with another source or model is rejected
 
-A shard is a pure function of (source, model, its number): a shard that is there is skipped, a cluster may write them in
-any order, and the parquet, written last, says that its shard is complete. Unusable examples are left out and counted.
+A shard is a pure function of (source, model, its number): existing shards are skipped, a cluster may write them in any
+order, and the Parquet file, written last, shows that its shard is complete. Unusable examples are skipped and counted.
 """
 
 import json
@@ -27,7 +27,7 @@ MANIFEST = "index.json"
 
 
 class Part:
-    """The examples ``start`` to ``stop`` of a source, as a source."""
+    """A source of the examples ``start`` to ``stop`` of another source."""
 
     def __init__(self, source: Source, start: int, stop: int):
         self.source, self.start, self.stop = source, start, min(stop, len(source))

@@ -4,7 +4,7 @@
   ``average_precision_score``). Equal scores are one threshold, so that a constant model has the share of positives,
   which is chance. CLIP_benchmark sorts ties by index; without ties the two are equal. The CLIP paper reports VOC's
   interpolated variant (``points=11``), which is a few points higher.
-- ROC AUC: the probability that a positive scores above a negative, equal ones half.
+- ROC AUC: the probability that a positive scores above a negative; equal scores count one half.
 
 A class without a positive (for AUC, or without a negative) has no value: it is left out of the mean and counted.
 CLIP_benchmark counts it as 0.
@@ -25,7 +25,7 @@ def class_scores(
 def average_precision(
     scores: Float[np.ndarray, " images"], positive: Bool[np.ndarray, " images"], points: int = 0
 ) -> float | None:
-    """Of one class; None without positives. ``points``: the mean of that number of interpolated precisions instead."""
+    """AP of one class; None without positives. ``points``: instead, the mean of this many interpolated precisions."""
     if not positive.any():
         return None
     _check(scores)
@@ -39,7 +39,7 @@ def average_precision(
 
 
 def roc_auc(scores: Float[np.ndarray, " images"], positive: Bool[np.ndarray, " images"]) -> float | None:
-    """Of one class; None without positives or without negatives."""
+    """ROC AUC of one class; None without positives or without negatives."""
     count = int(positive.sum())
     if not 0 < count < len(positive):
         return None

@@ -1,8 +1,8 @@
 """Paired bootstrap: is one model better than another on the same examples, or is it the choice of examples?
 
-Both models answer the same examples, so that differences are resampled per example, not the two means apart (Efron and
-Tibshirani 1993, chapter 13). The interval is the percentile interval of the mean difference. Traps: it says nothing of
-training seeds, and among many tasks one in twenty is outside its 95 % interval by chance.
+Both models answer the same examples, so the differences per example are resampled, not each model's results (Efron and
+Tibshirani 1993, chapter 13). The interval is the percentile interval of the mean difference. Traps: it does not cover
+the variation between training seeds, and among many tasks one in twenty is outside its 95 % interval by chance.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 def difference(
     a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], *, level: float = 0.95, seed: int = 0
 ) -> Difference:
-    """The mean difference of the same examples with its interval. Raises ValueError where they cannot be paired."""
+    """The mean difference of the same examples with its interval. Raises ValueError if they cannot be paired."""
     if len(a) != len(b) or not len(a):
         raise ValueError(f"{len(a)} and {len(b)} examples cannot be paired")
     delta = np.asarray(b, float) - np.asarray(a, float)

@@ -1,4 +1,4 @@
-"""Probes of frozen features: logistic regression, few-shot, and ridge; on anybody's features.
+"""Probes of frozen features: logistic regression, few-shot, and ridge; for features from any library.
 
 The linear probe is the CLIP paper's (Radford et al. 2021, appendix A.3): multinomial logistic regression by L-BFGS, at
 most 1,000 iterations, its L2 strength chosen on a validation split and then fitted again on training and validation
@@ -84,7 +84,7 @@ def logistic_regression(
 
 
 class Probe(NamedTuple):
-    """A fitted probe, and what the sweep saw."""
+    """A fitted probe, and the results of the sweep."""
 
     head: Linear
     c: float
@@ -152,7 +152,7 @@ def ridge(
 def draw_shots(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int[np.ndarray, " examples"]:
     """Indices of ``shots`` examples of each class, in the order of the classes; more shots contain fewer ones.
 
-    Raises UserError where a class has fewer.
+    Raises UserError if a class has fewer.
     """
     rng, chosen = np.random.default_rng(seed), []
     for label in np.unique(labels):

@@ -32,16 +32,16 @@ class Evaluation(NamedTuple):
     """Steps between two evaluations; None: at the end only."""
     embedder: Embedder
     loss: Loss | None
-    """The held-out loss over all pairs; None where the run has no contrastive objective."""
+    """The held-out loss over all pairs; None if the run has no contrastive objective."""
     tokenizer: str = ""
-    """The kind of tokenizer of the model: SigLIP's wants canonical prompts."""
+    """The kind of tokenizer of the model: SigLIP models expect canonical prompts."""
 
 
 Metrics = dict[str, float]
 
 
 def retrieval(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
-    """The metrics of ``retrieval.py``, and the loss over all pairs as one batch: of an image and its first caption."""
+    """The metrics of ``retrieval.py``, and the loss over all pairs (each image with its first caption) as one batch."""
     embedded = embed_source(evaluation.embedder, weights, evaluation.source)
     metrics = {}
     if evaluation.loss is not None:
@@ -66,7 +66,7 @@ def zero_shot(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
 
 
 def by_runner(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
-    """A protocol that ``clip-jax evaluate`` has, too: composition of the bundled scenes, corruptions."""
+    """A protocol that is shared with ``clip-jax evaluate``: composition of the bundled scenes, corruptions."""
     scale = float(np.exp(np.asarray(weights.params["logit_scale"])))
     subject = Subject(evaluation.name, evaluation.embedder, weights, scale, evaluation.tokenizer)
     task = Task(evaluation.name, evaluation.protocol, evaluation.source, _prompts(evaluation))
@@ -85,7 +85,7 @@ PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded]]
 
 
 def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
-    """Metrics named ``eval/<name>/<metric>``, and the embeddings that they were made from."""
+    """Metrics named ``eval/<name>/<metric>``, and the embeddings from which they were computed."""
     metrics, embedded = PROTOCOLS[evaluation.protocol](evaluation, weights)
     return {f"eval/{evaluation.name}/{name}": value for name, value in metrics.items()}, embedded
 

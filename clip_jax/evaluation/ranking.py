@@ -1,4 +1,4 @@
-"""Where a query's positives stand among all candidates: the computation that retrieval metrics share.
+"""The ranks of a query's positives among all candidates: the computation that retrieval metrics share.
 
 The matrix of all similarities never exists: queries are split over the devices of a mesh, and each device scans the
 candidates in blocks and only counts. Memory grows with queries + candidates, not with their product.
@@ -25,7 +25,7 @@ from scipy.special import digamma, gammaln
 from clip_jax.devices.sharding import batch_sharding, batch_shards, replicated
 
 TIE = 1e-6
-"""Of cosines: three times the largest rounding error seen in a float32 product of 128 to 2,048 features (3.6e-7)."""
+"""Between cosines: three times the largest rounding error of float32 products of 128 to 2,048 features (3.6e-7)."""
 TIES = ("pessimistic", "optimistic", "expected")
 QUERY_BLOCK, CANDIDATE_BLOCK = 2048, 1024
 """Queries of a device and candidates whose similarities exist at one time: 8 MiB."""
@@ -43,7 +43,7 @@ class Placed(NamedTuple):
 
 
 def check_finite(**embeddings: Float[np.ndarray, "n dim"]) -> None:
-    """Raises ValueError, which counts the rows, for embeddings that are not finite: any order of NaN is a lie."""
+    """Raises ValueError, with the number of such rows, for embeddings that are not finite: NaN has no order."""
     for name, rows in embeddings.items():
         bad = len(rows) - int(np.isfinite(rows).all(axis=1).sum())
         if bad:
@@ -166,7 +166,7 @@ def _counter(mesh: Mesh | None):
             similarity = jnp.dot(queries, vectors.T, precision=jax.lax.Precision.HIGHEST) + minus
             similarity = jnp.where(groups[None, :] == group[:, None], -jnp.inf, similarity)
             # One threshold at a time over a block that is still in the cache. -inf, where a query has fewer
-            # positives, counts whatever it counts: nobody reads it.
+            # positives, gives counts that are not used.
             above, reached = jax.lax.map(
                 lambda threshold: (
                     jnp.sum(similarity > threshold[:, None] + TIE, axis=1),

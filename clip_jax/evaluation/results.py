@@ -26,7 +26,7 @@ from clip_jax.evaluation.runner import Result, Task
 from clip_jax.storage import atomic
 
 PROTOCOL_VERSION = 1
-"""Raised with every change of a definition: results of an older one are computed again."""
+"""To be increased with every change of a definition: results with another number are computed again."""
 CLIP_BENCHMARK_TASKS = {
     "zero_shot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
@@ -35,12 +35,12 @@ CLIP_BENCHMARK_TASKS = {
 
 
 def file_name(model: str) -> str:
-    """A model's address as one name of a folder: ``runs/demo`` -> ``runs-demo``."""
+    """The name of a model's folder: ``runs/demo`` -> ``runs-demo``."""
     return re.sub(r"[^\w.+]+", "-", model).strip("-.") or "model"
 
 
 def identity(task: Task, model_fingerprint: str) -> dict[str, Any]:
-    """What a result depends on; another identity is another result."""
+    """Everything that a result depends on; a stored result with another identity is not used."""
     return {
         "model": model_fingerprint,
         "source": task.source.fingerprint,
@@ -92,7 +92,7 @@ def store(output: Path, model: str, task: Task, model_fingerprint: str, result: 
 
 
 def strict(value: Any) -> Any:
-    """Without NaN and infinities, which JSON does not have: None instead; NumPy's numbers as Python's."""
+    """Replaces NaN and infinities, which JSON does not have, by None, and NumPy's numbers by Python's."""
     if isinstance(value, Mapping):
         return {str(key): strict(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -76,7 +76,7 @@ def summarize(placed: Placed, candidates: int, name: str, at: tuple[int, ...], t
 
 
 def _captions_of(images: np.ndarray, owner: np.ndarray) -> Int[np.ndarray, "images captions"]:
-    """The texts of each image, -1 where it has fewer than others."""
+    """The texts of each image, padded with -1."""
     order = np.argsort(owner, kind="stable")
     order = order[np.searchsorted(owner[order], 0) :]  # without the texts of no image
     first, count = np.searchsorted(owner[order], images), np.bincount(owner[order], minlength=images[-1] + 1)[images]

@@ -2,7 +2,7 @@
 
 The kinds and their constants are those of ImageNet-C (Hendrycks and Dietterich 2019), whose pictures have 224 pixels;
 lengths in pixels are scaled with the picture. ImageNet-C itself is JPEG files of such pictures: numbers on it and on
-corruptions made here, before any compression, are not interchangeable. Random corruptions follow from the sample's key.
+corruptions made here, before any compression, are not interchangeable. Their noise is a function of the sample's key.
 """
 
 import io

@@ -36,22 +36,22 @@ class Task(NamedTuple):
     source: Source
     prompts: Prompts | None = None
     train: Source | None = None
-    """What a probe is fitted on."""
+    """The source on which a probe is fitted."""
     metric: str = ""
     """The main metric, where a suite has another than the protocol's."""
 
 
 class Result(NamedTuple):
-    """What a task found."""
+    """The result of a task."""
 
     metrics: dict[str, float | None]
     main_metric: str
     examples: int
     skipped: int
     prompts: str | None
-    """Their fingerprint."""
+    """The fingerprint of the prompts."""
     hits: dict[str, Float[np.ndarray, " queries"]]
-    """By the metric that it is the mean of."""
+    """One value per example, by the metric that is their mean."""
     curves: dict[str, list[list[float]]]
     """title -> [[x, y], ...]"""
     details: dict[str, Any]
@@ -67,7 +67,7 @@ class Subject:
 
     @property
     def fingerprint(self) -> str:
-        """Of the parameters: changes with the model and with its training step."""
+        """A hash that changes with the model and with its training step."""
         digest = hashlib.sha256(f"{self.tokenizer} {self.embedder.image_size} {self.embedder.preprocess}".encode())
         for path, leaf in jax.tree_util.tree_flatten_with_path(self.weights)[0]:
             flat = jnp.asarray(leaf, jnp.float32).ravel()
@@ -77,7 +77,7 @@ class Subject:
         return digest.hexdigest()[:16]
 
     def embed(self, source: Source, *, texts: bool) -> Embedded:
-        """Raises UserError for embeddings that are not finite."""
+        """The embeddings of a source. Raises UserError if they are not finite."""
         key = source.fingerprint, texts
         if key not in self._embedded:
             while len(self._embedded) >= EMBEDDED_SOURCES:
@@ -88,7 +88,7 @@ class Subject:
         return self._embedded[key]
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-        """Raises UserError likewise."""
+        """The embeddings of texts. Raises UserError if they are not finite."""
         found = embed_texts(self.embedder, self.weights, texts)
         self._check("prompts", texts=found)
         return found
@@ -100,7 +100,7 @@ class Subject:
             raise UserError(f"{self.name} on {of}: {error}; the model is broken") from error
 
     def classifier(self, wanted: Prompts) -> Float[np.ndarray, "classes dim"]:
-        """Of prompts as this model wants them."""
+        """The class vectors of prompts, which are brought into the form that this model expects."""
         wanted = prompts.for_model(wanted, self.tokenizer)
         if wanted.fingerprint not in self._classifiers:
             found = zero_shot.classifier(wanted.class_names, wanted.templates, self.texts)
@@ -319,7 +319,7 @@ PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
 
 
 def quick(image_size: int, *, classification: int = 480, pairs: int = 512, corrupted: int = 24) -> tuple[Task, ...]:
-    """The suite that needs no download: rendered scenes, of color and shape combinations that no run of ours trains on.
+    """The suite that needs no download: rendered scenes of combinations of color and shape that are never trained on.
 
     The probe is fitted on further scenes of the same classes, ``classification`` of them.
     """

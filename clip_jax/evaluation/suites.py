@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     folder: str
     """CLIP_benchmark's name, with or without ``wds_``; empty: not published in its layout."""
     metric: str
-    """Of our results; empty: the metric of the suite is not computed from this layout."""
+    """The metric in the results; empty: the suite's metric is not computed from this layout."""
 
 
 TOP1, MEAN = "top1", "mean_per_class"
@@ -110,7 +110,7 @@ SUITES["full"] = tuple(dict.fromkeys((*PAPER27, *DATACOMP38)))
 def tasks(
     suite: str, data: Sequence[str], image_size: int, templates: str | None, class_names: str | None
 ) -> tuple[tuple[runner.Task, ...], list[str]]:
-    """(the tasks of a suite that can be run, a line for each set that cannot). Raises UserError where there is none."""
+    """(the tasks of a suite that can be run, a line for each set that cannot). Raises UserError if there is none."""
     found: list[runner.Task] = []
     missing: list[str] = []
     if suite == "quick":
@@ -154,7 +154,7 @@ def averages(suite: str, records: Sequence[Mapping[str, Any]], missing: Sequence
 
 
 def average(values: Sequence[float | None], expected: int) -> float | None:
-    """The mean of all values; None where one is missing."""
+    """The mean of all values; None if one is missing."""
     there = [value for value in values if value is not None]
     return sum(there) / expected if len(there) == expected else None
 

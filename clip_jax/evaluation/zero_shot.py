@@ -8,9 +8,9 @@ vector is nearest.
 - ``mean_per_class``: the mean of top-1 over the classes that occur, whatever their sizes (scikit-learn's
   ``balanced_accuracy_score``). The papers report it for Caltech-101, Aircraft, Pets and Flowers.
 
-Ties count for what they are expected to be: an image that is equally near to ten classes is a tenth right. A constant
-model therefore scores exactly chance, however its classes are distributed and ordered; argmax would give it all images
-of the first class.
+A tie counts as the probability of a right guess: an image that is equally near to ten classes is a tenth right. A
+constant model therefore scores exactly chance, however its classes are distributed and ordered; argmax would give it
+all images of the first class.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +46,7 @@ def classifier(
 
 
 class Judged(NamedTuple):
-    """What the classes say of each image."""
+    """How each image ranks the classes."""
 
     predicted: Int[np.ndarray, " images"]
     """The nearest class; of equally near ones, the first."""

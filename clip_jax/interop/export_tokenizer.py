@@ -19,7 +19,7 @@ CLASSES = {"clipa": "BertTokenizer", "siglip": "SiglipTokenizer"}
 def write(to: Path, layout: str, kind: str, tokenizer: Tokenizer | None, source: Path) -> list[str]:
     """Writes the files into the folder ``to`` and returns lines for the user.
 
-    ``kind`` is the preset's, ``tokenizer`` the model's (None where it was not found), and ``source`` the folder that
+    ``kind`` is the preset's, ``tokenizer`` the model's (None if it was not found), and ``source`` the folder that
     the model was loaded from.
     """
     if layout == "bigvision":

@@ -98,7 +98,7 @@ def local(source: str | Path, *, pickles: bool = False) -> Path:
 
 
 def find(folder: Path) -> Found:
-    """The layout of a folder that is read. Raises UserError where there is none, or where its weights are a pickle."""
+    """The layout of a folder that is read. Raises UserError if there is none, or if its weights are a pickle."""
     every = _layouts(folder)
     if not every:
         raise UserError(f"{folder}: {_what_it_is(folder)}")
@@ -114,7 +114,7 @@ def find(folder: Path) -> Found:
 
 
 def _what_it_is(folder: Path) -> str:
-    """For the user: why a folder cannot be read as a model, and the way out."""
+    """A message for the user: why a folder cannot be read as a model, and what to do."""
     names = {path.name for path in folder.iterdir()}
     if "adapter_config.json" in names:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")

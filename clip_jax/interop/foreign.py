@@ -46,7 +46,7 @@ class Foreign(NamedTuple):
     folder: Path
     """The folder that may hold the files of the tokenizer."""
     clean: str = "none"
-    """What the model's library does with a text before a ``tokenizer.json`` reads it (``cleaning.CLEANERS``)."""
+    """How the model's library cleans a text before a ``tokenizer.json`` reads it (``cleaning.CLEANERS``)."""
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def shardings(architecture: Architecture, mesh: Mesh | None = None) -> Params:
 def open_tokenizer(foreign: Foreign, given: str | Path | Tokenizer | None = None) -> Tokenizer:
     """The given tokenizer (or the one in a file or folder), else the folder's own, else the published one of its kind.
 
-    Raises UserError where its vocabulary or its end token is not the model's.
+    Raises UserError if its vocabulary or its end token is not the model's.
     """
     kind, tower = foreign.preset.tokenizer, foreign.preset.architecture.text
     if given is not None:

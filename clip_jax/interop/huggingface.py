@@ -18,7 +18,7 @@ def ignored(name: str) -> bool:
 
 
 def to_open_clip(tensors: Tensors, architecture: Architecture, towers: tuple[str, ...] = TOWERS) -> Tensors:
-    """Transformers' tensors under OpenCLIP's names; of one tower alone, its own."""
+    """Transformers' tensors under OpenCLIP's names; only those of the tower if there is one tower."""
     rules = [rule for rule in _rules(architecture) if open_clip.needed(rule.open_clip[0], towers)]
     return rename.to_open_clip(tensors, rules, ignored)
 

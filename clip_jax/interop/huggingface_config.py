@@ -17,7 +17,7 @@ ONE_TOWER = {
     "clip_text_model": ("clip", "text", "CLIPTextModelWithProjection"),
     "siglip_vision_model": ("siglip", "vision", "SiglipVisionModel"),
 }
-"""Half a model, whose config is that of one tower; what it does not say of the other is never used."""
+"""Classes with one tower, whose config describes only that tower; the defaults for the other are never used."""
 GEMMA_VOCABULARY = 256_000
 """The vocabulary size of SigLIP 2, whose folders have the same ``model_type`` as SigLIP's."""
 

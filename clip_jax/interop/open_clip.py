@@ -40,7 +40,7 @@ def to_params(
 ) -> Params:
     """OpenCLIP's tensors by name -> our tree, in float32; ``put`` as in ``table.read``.
 
-    Of a model with one of the ``towers`` alone, the tree has that one only, and no scale.
+    For a model with only one of the ``towers``, the tree has only that tower, and no scale.
     The names of the text tower may begin with ``text.``, as in OpenCLIP's CustomTextCLIP, or not. Raises UserError for
     a tensor that is missing, unknown or of a wrong shape.
     """

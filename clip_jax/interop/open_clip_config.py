@@ -50,7 +50,7 @@ TEXT = {
     "hf_tokenizer_name": None,
     "tokenizer_kwargs": None,
 }
-# Of a model_cfg: what is read below; and custom_text, cast_dtype and output_dict, which change no number.
+# Keys of a model_cfg that are read below; and custom_text, cast_dtype and output_dict, which change no result.
 MODEL = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
 MODEL += ("custom_text", "cast_dtype", "output_dict")
 POOLING = {"tok": "class", "avg": "average"}
@@ -119,7 +119,7 @@ def to_preset(config: dict[str, Any], origin: str) -> Preset:
 
 
 def _check_towers(vision: dict[str, Any], text: dict[str, Any], origin: str) -> None:
-    """UserError for a tower of another library, which its settings, many and different, would hide."""
+    """Raises UserError for a tower of another library, before an error about one of its many other settings."""
     timm, transformers = vision.get("timm_model_name"), text.get("hf_model_name")
     if timm and timm not in TIMM:
         raise UserError(
@@ -197,7 +197,7 @@ def _tokenizer(text: dict[str, Any], origin: str) -> str:
 
 
 def cleaner(config: dict[str, Any]) -> str:
-    """What OpenCLIP does with a text before the tokenizer in the folder reads it: a name of ``cleaning.CLEANERS``."""
+    """How OpenCLIP cleans a text before the tokenizer in the folder reads it: a name of ``cleaning.CLEANERS``."""
     return (config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}).get("clean", "whitespace")
 
 

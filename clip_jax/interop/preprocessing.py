@@ -43,7 +43,7 @@ NEUTRAL = (
 
 
 def read_transformers(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The image processor of a Transformers folder, and its name in errors; None where the folder has none.
+    """The image processor of a Transformers folder, and its name in errors; None if the folder has none.
 
     Transformers 5 saves it inside ``processor_config.json``, and prefers that where both files exist.
     """
@@ -86,7 +86,7 @@ def from_transformers(settings: dict[str, Any] | None, family: str, image_size: 
 
 
 def _resize(settings: dict[str, Any], crops: bool, family: Preprocess, image_size: int, origin: str) -> str:
-    """``shortest`` or ``squash``. Raises UserError where the result is not a square of the model's size."""
+    """``shortest`` or ``squash``. Raises UserError if the result is not a square of the model's size."""
     size, crop = settings.get("size"), settings.get("crop_size")
     if isinstance(size, int):
         square = settings.get("default_to_square")

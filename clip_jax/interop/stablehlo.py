@@ -38,7 +38,7 @@ probabilities = jax.nn.softmax(np.exp(weights["logit_scale"]) * images @ texts.T
 def write(to: Path, preset: Preset, params: Params, batch_stats: Params) -> list[str]:
     """Writes ``image.stablehlo``, ``text.stablehlo``, ``weights.safetensors`` and ``config.json``; returns lines.
 
-    Raises UserError where flatbuffers is not installed.
+    Raises UserError if flatbuffers is not installed.
     """
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--format=stablehlo needs flatbuffers: pip install 'clip-jax-tpu[stablehlo]'")

@@ -54,11 +54,11 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 LEADING = ("module.", "model.")
-"""What data parallelism, averaging and trainers put before every name, also more than once."""
+"""Prefixes that data parallelism, averaging and trainers add to every name, possibly several times."""
 ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What compiling, sharding and rematerializing a module of PyTorch put before its own names."""
+"""Prefixes that PyTorch adds to the names of a compiled, sharded or rematerialized module."""
 COUNTS = ("n_averaged",)
-"""What an AveragedModel of PyTorch has beside the model's own tensors."""
+"""A tensor that PyTorch's AveragedModel adds to those of the model."""
 
 
 def unwrapped_names(names: Iterable[str]) -> dict[str, str]:

@@ -24,10 +24,10 @@ def find(folder: Path, kind: str) -> list[Path]:
 
 
 def open_tokenizer(where: Path, kind: str, tower: TextTower, clean: str = "none") -> Tokenizer | None:
-    """The tokenizer in a file or folder that fits the tower; None where a folder holds none.
+    """The tokenizer in a file or folder that fits the tower; None if a folder holds none.
 
     It is of the given kind, or what a ``tokenizer.json`` describes; ``clean`` is what the model's library does with a
-    text before such a file reads it. Raises UserError where all files there are of another model.
+    text before such a file reads it. Raises UserError if all files there are of another model.
     """
     problems = []
     if not where.exists():
@@ -43,7 +43,7 @@ def open_tokenizer(where: Path, kind: str, tower: TextTower, clean: str = "none"
 
 
 def given(tokenizer: str | Path | Tokenizer, kind: str, tower: TextTower, clean: str = "none") -> Tokenizer:
-    """The user's tokenizer, or the one in a file or folder (``hf://`` too). Raises UserError where it does not fit."""
+    """The user's tokenizer, or the one in a file or folder (``hf://`` too). Raises UserError if it does not fit."""
     if isinstance(tokenizer, Tokenizer):
         return fitting(tokenizer, kind, tower, "tokenizer")
     found = open_tokenizer(folders.local(tokenizer), kind, tower, clean)
@@ -59,7 +59,7 @@ def published(kind: str, tower: TextTower) -> Tokenizer:
 
 
 def fitting(tokenizer: Tokenizer, kind: str, tower: TextTower, origin: str) -> Tokenizer:
-    """The tokenizer. Raises UserError where its ids or its end token are not those that the tower was trained on."""
+    """The tokenizer. Raises UserError if its ids or its end token are not those that the tower was trained on."""
     tokens, rows = tokenizer.vocab_size, tower.vocab_size
     if tokens - rows > EXTRA_TOKENS.get(kind, 0) or rows - tokens > UNUSED_ROWS.get(kind, 127):
         raise UserError(

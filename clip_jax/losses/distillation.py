@@ -42,7 +42,7 @@ def distillation(
 
 
 class Sums(NamedTuple):
-    """Over the logits of a row or of a column."""
+    """Sums over the logits of a row or of a column."""
 
     student: OnlineSoftmax
     teacher: OnlineSoftmax

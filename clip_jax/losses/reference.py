@@ -37,7 +37,7 @@ def sigmoid(
     *,
     valid: Bool[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The pairwise sigmoid loss (Zhai et al. 2023, equation 1): every logit alone says pair or no pair.
+    """The pairwise sigmoid loss (Zhai et al. 2023, equation 1): every logit is a binary classification, pair or not.
 
     Summed over columns and averaged over rows, as the original does; padding as in ``softmax``.
     """

@@ -47,12 +47,12 @@ def sigmoid(
 
 
 class RowState(NamedTuple):
-    """Sums over the logits of an image but its pair's, and the maxima of its negatives and of its other positives."""
+    """Sums over the logits of an image except its pair's, and the maxima of its negatives and its other positives."""
 
     image_gradient: Float[Array, "images dim"]
     negative: Float[Array, "images"]
     positive: Float[Array, "images"] | None
-    """None where only pairs are positives."""
+    """None if only pairs are positives."""
     loss: Float[Array, "images"]
     scale_gradient: Float[Array, "images"]
     bias_gradient: Float[Array, "images"]
@@ -65,7 +65,7 @@ class ColumnState(NamedTuple):
 
 
 Gradients = tuple[Float[Array, "images dim"], Float[Array, "texts dim"], Float[Array, ""], Float[Array, ""]]
-"""With respect to images, texts, scale and bias."""
+"""Gradients with respect to images, texts, scale and bias."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -57,11 +57,11 @@ EMPTY = OnlineSoftmax(np.float32(-np.inf), np.float32(0))
 
 
 class Sums(NamedTuple):
-    """What the forward pass adds up for a row or a column: over all logits but that of its own pair."""
+    """The state of a row or a column in the forward pass: sums over all logits except that of its own pair."""
 
     softmax: OnlineSoftmax
     target: targets.Sums | None
-    """None where only pairs are positives."""
+    """None if only pairs are positives."""
 
 
 def of_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
@@ -95,7 +95,7 @@ def log_sum_exp(state: OnlineSoftmax) -> Float[Array, "..."]:
 
 
 def _finite(maximum: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A maximum to subtract: 0 where there are no negatives."""
+    """A maximum to subtract: 0 if there are no negatives."""
     return jnp.where(jnp.isfinite(maximum), maximum, 0.0)
 
 
@@ -108,7 +108,7 @@ class Side(NamedTuple):
     lse: Float[Array, "n"] | None = None
     """Log-sum-exp of all logits, the pair's included: exp(logit - lse) is a probability. For the backward pass."""
     target: targets.Targets | None = None
-    """Also for the backward pass; None where only pairs are positives."""
+    """Also for the backward pass; None if only pairs are positives."""
 
 
 Residuals = tuple[

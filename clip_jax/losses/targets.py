@@ -1,7 +1,7 @@
-"""Targets of the softmax loss beside the diagonal: several positives in a row or a column, and smoothed targets.
+"""Targets of the softmax loss other than the diagonal: several positives in a row or a column, and label smoothing.
 
-A row with n positives among N texts has the target ``(1 - smoothing) / n`` on each positive, and ``smoothing / N`` on
-every text besides. Its cross-entropy is its log-sum-exp minus the expected logit under the target. Both are taken
+A row with n positives among N texts has the target ``(1 - smoothing) / n`` on each positive, plus ``smoothing / N`` on
+every text. Its cross-entropy is its log-sum-exp minus the expected logit under the target. Both are taken
 relative to the logit of the row's own pair, as everywhere in the loss: with one positive, nothing is left to cancel.
 """
 
@@ -16,13 +16,13 @@ from clip_jax.losses.mesh_grid import ROWS
 
 
 class Sums(NamedTuple):
-    """Of a row or a column, over all logits but that of its own pair and those of padding."""
+    """Sums over all logits of a row or a column except that of its own pair and those of padding."""
 
     count: Float[Array, "n"]
     distance: Float[Array, "n"]
     """The sum of logits minus the pair's."""
     positives: Float[Array, "n"]
-    """How many are positives."""
+    """The number of positives."""
     positive_distance: Float[Array, "n"]
     positive: Float[Array, "n"]
     """The largest logit of a positive."""
@@ -31,13 +31,13 @@ class Sums(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Of a row or a column."""
+    """The targets of a row or a column."""
 
     positive: Float[Array, "n"]
-    """What each positive has in addition to ``every``."""
+    """The target of each positive, in addition to ``every``."""
     every: Float[Array, "n"]
     others: Float[Array, "n"]
-    """The sum over all but the own pair."""
+    """The sum of the targets of all logits except the pair's."""
 
 
 EMPTY = Sums(*(np.float32(0),) * 4, *(np.float32(-np.inf),) * 2)

@@ -2,7 +2,7 @@
 
 The logits of a batch of captions would be [batch, length, vocabulary]: 200 GB for 32,768 captions of 32 tokens in a
 vocabulary of 50,000. Here a device holds those of one chunk, in both passes: the backward pass computes them again.
-Tokens without weight, which are padding, come last, and chunks of them alone are skipped.
+Tokens without weight, which are padding, are sorted to the end, and chunks with only such tokens are skipped.
 """
 
 import jax

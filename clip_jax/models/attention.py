@@ -1,4 +1,4 @@
-"""Attention: XLA's own products, cuDNN's fused kernel on NVIDIA GPUs, or ours on TPUs (``attention_tpu.py``).
+"""Attention: XLA's own products, cuDNN's fused kernel on NVIDIA GPUs, or Pallas on TPUs (``attention_tpu.py``).
 
 All implementations are one function of the same arguments, so that a model runs with any (``config.model.attention``).
 """
@@ -66,7 +66,7 @@ def cudnn(query: Queries, key: Keys, value: Keys, *, causal: bool = False, mask:
 
 
 ATTENTION = ("xla", "cudnn", "tpu")
-"""The implementations by name; ``models/attention_choice.py`` makes one."""
+"""The names of the implementations; ``models/attention_choice.py`` selects one."""
 
 
 class Rotary(NamedTuple):

@@ -1,4 +1,4 @@
-"""Which implementation of attention computes a model: ``config.model.attention``, where ``auto`` asks the platform."""
+"""Selects the implementation of attention: ``config.model.attention``, where ``auto`` depends on the platform."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.clip import Architecture
 
 AUTO = {"gpu": "cudnn"}
-"""The kernel that ``auto`` takes, by platform. Ours for TPUs must be asked for: XLA still copies arrays around it."""
+"""The kernel that ``auto`` selects, by platform. Not the TPU kernel, because XLA still copies arrays around it."""
 LARGEST_HEAD = {"cudnn": 128, "tpu": 256}
-"""Features. cuDNN's limit before Hopper; two columns of lanes on a TPU."""
+"""The largest head, in features: cuDNN's limit before Hopper; two columns of lanes on a TPU."""
 
 
 class Choice(NamedTuple):
-    """An implementation of attention and why it was taken."""
+    """An implementation of attention and why it was selected."""
 
     name: str
     reason: str
@@ -31,9 +31,9 @@ class Choice(NamedTuple):
 def choose_attention(
     setting: str, dtype: jnp.dtype, architecture: Architecture, mesh: Mesh | AbstractMesh | None
 ) -> Choice:
-    """The implementation for a setting; ``auto`` takes the fused kernel of the mesh's platform where it can.
+    """The implementation for a setting; ``auto`` selects the fused kernel of the mesh's platform if it can be used.
 
-    Raises UserError if the kernel for TPUs was asked for and cannot compute the model.
+    Raises UserError if the setting is ``tpu`` and the TPU kernel cannot compute the model.
     """
     if setting == "tpu":
         _check_heads(architecture, 1 if mesh is None else mesh.shape["tensor"])

@@ -36,7 +36,7 @@ QUERIES = 512
 
 @dataclass(frozen=True)
 class TPUAttention:
-    """An ``Attend`` that splits batch and heads over the mesh, for the kernel works on one device's arrays."""
+    """An ``Attend`` that splits batch and heads over the mesh, because the kernel works on one device's arrays."""
 
     mesh: Mesh | AbstractMesh | None = None
     interpret: bool = False
@@ -83,7 +83,7 @@ class _Shape:
     dim: int
     scale: float
     keys: int
-    """Without padding."""
+    """The number of keys without padding."""
     causal: bool
     interpret: bool
 

@@ -39,4 +39,4 @@ class Compute(NamedTuple):
 
 
 DEFAULT = Compute()
-"""In float32, on one device."""
+"""A computation in float32 on one device."""

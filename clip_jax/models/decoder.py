@@ -1,4 +1,4 @@
-"""A decoder that writes captions: self-attention over the text, cross-attention to the image (Yu et al. 2022, CoCa).
+"""A decoder that predicts captions: self-attention over the text, cross-attention to the image (Yu et al. 2022, CoCa).
 
 Each layer is a block of the text tower followed by one that attends to the image and has an MLP of its own, as in
 OpenCLIP. The image is seen through a few learned queries that pool its tokens, or token by token.
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
     """(inputs [batch, length, width], image tokens, parallel) -> hidden states [batch, length, width].
 
     The hidden state at a position sees the inputs up to this position. In ``parallel`` rows all inputs are replaced by
-    a mask, and every position sees all others (Tschannen et al. 2023, CapPa): what is left to see is the image.
+    a mask, and every position sees all others (Tschannen et al. 2023, CapPa), so only the image carries information.
     """
 
     shape: DecoderShape

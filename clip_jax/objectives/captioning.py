@@ -83,7 +83,7 @@ def decoder_shape(model: CLIP, settings: Settings) -> DecoderShape:
 
 
 def image_shape(model: CLIP) -> tuple[int, int]:
-    """(tokens, width) of what the image tower ends with."""
+    """(tokens, width) of the image tower's output before pooling."""
     return _image_shape(traceable(model))
 
 
@@ -130,16 +130,16 @@ def decode(
     else:
         looked_up = jnp.take(gather_features(params["token_embedding"], mesh), text[:, :-1], axis=0)
         inputs = jnp.pad(looked_up, ((0, 0), (1, 0), (0, 0)))  # the caption has no start token: zeros
-    image = patches.reshape(len(patches), -1, patches.shape[-1])  # of a ResNet, the last feature map
+    image = patches.reshape(len(patches), -1, patches.shape[-1])  # for a ResNet, the last feature map
     decoder = {name: tree for name, tree in params.items() if name not in ("projection", "token_embedding")}
     return Decoder(decoder_shape(model, settings), model.compute).apply({"params": decoder}, inputs, image, parallel)
 
 
 def caption_mask(text: Int[Array, "batch length"], tower: TextTower) -> Bool[Array, "batch length"]:
-    """The tokens of the captions, their end token included: no padding.
+    """True for the tokens of the captions, including the end token; False for padding.
 
-    Padding is not recognized by its id: CLIP's is 0, which is also the token of "!". Towers that pool a fixed position
-    have captions that are filled up with one token; its first place is the end.
+    Padding cannot be recognized by its id: CLIP's is 0, which is also the token of "!". For towers that pool a fixed
+    position, captions are padded with a repeated token, whose first occurrence counts as the end token.
     """
     places = jnp.arange(text.shape[1])
     if tower.pooling in ("argmax", "eos"):
@@ -181,8 +181,8 @@ def _saved(model: CLIP, settings: tuple[tuple[str, object], ...], pairs: int) ->
 SPEC = ObjectiveSpec(
     make=make,
     defaults={
-        "layers": 0,  # of the decoder; 0: as many as the text tower (LocCa: half)
-        "queries": 255,  # that pool the image's tokens for the decoder (CoCa: 256 with the contrastive one); 0: none
+        "layers": 0,  # layers of the decoder; 0: as many as the text tower (LocCa: half)
+        "queries": 255,  # queries that pool the image's tokens (CoCa: 256 with the contrastive one); 0: no pooling
         "parallel": 0.0,  # share of the images whose caption is predicted at once (LocCa: 0.5, CapPa: 0.75)
     },
     ranges={"layers": (0, 1000), "queries": (0, 100_000), "parallel": (0, 1)},

@@ -111,7 +111,7 @@ def embed_negatives(
 
 
 def positive_groups(positives: str, batch: Batch) -> Int32[Array, "batch words"] | None:
-    """What is equal for an image and a text that are positives of each other; None: pairs alone are."""
+    """Numbers that are equal for an image and a text that are positives of each other; None: only pairs are."""
     if positives == "captions":
         return groups_of(batch["text"])
     if positives == "labels":  # an example without a label is in a group of its own
@@ -121,7 +121,7 @@ def positive_groups(positives: str, batch: Batch) -> Int32[Array, "batch words"]
 
 
 def groups_of(tokens: Int[Array, "*texts length"]) -> Int32[Array, "*texts 2"]:
-    """Two words of 32 bits that are equal for equal texts: a Zobrist hash, the sum of a hash of each token's place.
+    """Two words of 32 bits that are equal for equal texts: a Zobrist hash, the sum of hashes of (token, position).
 
     Two of 32,768 different captions share both words with a probability of 3e-11.
     """
@@ -223,7 +223,7 @@ SPEC = ObjectiveSpec(
     defaults={
         "loss": "softmax",  # CLIP's; or sigmoid, SigLIP's, which gives the model a bias
         "max_logit_scale": 100.0,  # softmax: clamp of exp(logit_scale) after each update (Radford et al. 2021); 0: none
-        "positives": "pairs",  # or captions: all with an equal caption; labels: all of one class (UniCL)
+        "positives": "pairs",  # or captions: all examples with an equal caption; labels: all of one class (UniCL)
         "label_smoothing": 0.0,  # share of the target that is spread over the batch (ALIGN: 0.1)
         "negatives": 0,  # hard negatives of each caption, as further texts (NegCLIP: 1)
     },

@@ -54,7 +54,7 @@ def saved_bytes(function: Callable[[Any, int], Any], params: Any, rows: int) -> 
 
 
 def traceable(model: CLIP) -> CLIP:
-    """The same model on no mesh, without a kernel or a memory that this machine may lack, for ``saved_bytes``."""
+    """The same model without a mesh and without kernels or memory that this machine may lack, for ``saved_bytes``."""
     compute = model.compute._replace(mesh=None)
     if compute.remat == "offload":  # the blocks' inputs stay on the device, as with full
         compute = compute._replace(remat="full")

@@ -87,7 +87,7 @@ def _check(teacher: Preset, student: CLIP) -> None:
 
 
 def _cost(teacher: CLIP, student: CLIP, batch_size: int, mesh: MeshLike, slices: int) -> Cost:
-    """The teacher's forward pass, once also in micro-batches; two products of logits in each pass, and two gradients.
+    """The teacher's forward pass, once even with micro-batches; two products of logits in each pass, and two gradients.
     Embeddings travel as those of the softmax loss do, with the teacher's beside them."""
     shards, width = batch_shards(mesh), teacher.architecture.embed_dim
     dim, itemsize = student.architecture.embed_dim, jnp.dtype(student.compute.dtype).itemsize
@@ -116,7 +116,7 @@ def constants(params: Params, batch_stats: Params) -> Params:
 SPEC = ObjectiveSpec(
     make=make,
     defaults={
-        "teacher": "",  # its name: ViT-L/14
+        "teacher": "",  # the name of its model: ViT-L/14
         "teacher_weights": "",  # a run folder, foreign weights or hf://org/name, as model.init_from
     },
 )

@@ -51,9 +51,9 @@ class Objective(NamedTuple):
     views: Mapping[str, View] = {}
     """Arrays of the batch besides the pair's."""
     init: Callable[[Key[Array, ""]], Params] = lambda key: {}
-    """Its parameters, boxed with their logical axes."""
+    """The objective's parameters, boxed with their logical axes."""
     init_aux: Callable[[], Any] = dict
-    """Its auxiliary state: a running center, a queue."""
+    """The objective's auxiliary state: a running center, a queue."""
     prepare: Callable[[Batch], Batch] = lambda batch: {}
     """Rows to add to the global batch, made of inputs alone: weights that turn a mean into a sum."""
     embed: Callable[[Rows], Embeddings] = lambda rows: {}
@@ -67,7 +67,7 @@ class Objective(NamedTuple):
     constrain: Callable[[Params], Params] = lambda params: params
     """Projects the parameters after each update: a clamp."""
     cost: Callable[..., Cost] = lambda *, batch_size, micro_batches, mesh, slices: Cost()
-    """What the plan adds for it; see ``objectives/cost.py``."""
+    """The cost that a plan adds for the objective; see ``objectives/cost.py``."""
     decays: Mapping[str, float] = {}
     """EMAs of the parameters that it reads, by name, with their decay."""
     abstract_constants: Callable[[], Params] = dict
@@ -75,7 +75,7 @@ class Objective(NamedTuple):
     load_constants: Callable[[Any], Params] = lambda shardings: {}
     """The constants on the devices, given the sharding of each."""
     teacher: tuple[str, str] | None = None
-    """(name, weights) of a model whose parameters are the constants; the learner's maker then loads them."""
+    """(name, weights) of a model whose parameters are the constants; ``training/teacher.py`` loads them."""
     constants_fingerprint: str = ""
     """Identifies the constants; recorded in ``run.json``."""
 
@@ -89,13 +89,13 @@ class ObjectiveSpec(NamedTuple):
 
     make: Make
     defaults: Settings = MappingProxyType({})
-    """Its settings besides ``weight``, each with its default."""
+    """The objective's settings besides ``weight``, each with its default."""
     weight: float = 0.0
     """The default of ``weight``; an objective of weight 0 is not part of a run."""
     choices: Mapping[str, tuple] = {}
     ranges: Mapping[str, tuple[float, float]] = {}
     adapt: Callable[[Settings, Architecture], Architecture] = lambda settings, architecture: architecture
-    """What it needs of the model: a bias, other initial values."""
+    """Changes to the architecture that the objective needs: a bias, other initial values."""
 
 
 def row_weights(count: int) -> Float[Array, "batch"]:

@@ -32,7 +32,7 @@ class Compiled(NamedTuple):
     hbm_bytes: int
     """Peak memory, including arguments and results; if the step does not fit, what it would need."""
     free_hbm_bytes: int
-    """What a program can use."""
+    """The memory that a program can use."""
     seconds: float
     """Compilation time."""
     transfers: tuple[Transfer, ...] = ()
@@ -44,7 +44,7 @@ class Compiled(NamedTuple):
 
 def is_installed() -> bool:
     found = importlib.util.find_spec("libtpu")
-    return found is not None and found.origin is not None  # None for a mere folder of that name
+    return found is not None and found.origin is not None  # None for a plain folder of that name
 
 
 def version() -> str:
@@ -76,7 +76,7 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
 def _with_kernels(
     cycles: int, kernels: dict[str, int], request: dict[str, object], variables: dict[str, str]
 ) -> int | None:
-    """The cycles of a program with its Pallas kernels, which a second process estimates; None where it cannot."""
+    """The cycles of a program with its Pallas kernels, which a second process estimates; None if it cannot."""
     with tempfile.TemporaryDirectory() as profile:  # its files are not read: the compiler estimates kernels with it
         flags = f"{variables.get('LIBTPU_INIT_ARGS', '')} {PROFILE}={profile}".strip()
         done = _run_compiler(request | {"only_kernels": True}, variables | {"LIBTPU_INIT_ARGS": flags})

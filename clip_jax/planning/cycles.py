@@ -41,9 +41,9 @@ class Estimate(NamedTuple):
     """The cycles of one execution of a program on one core, loops by their trip counts."""
 
     cycles: int
-    """Without the Pallas kernels, which the compiler does not estimate as part of a program."""
+    """Cycles without the Pallas kernels, which the compiler does not estimate as part of a program."""
     kernels: dict[str, int]
-    """Executions of each Pallas kernel, by its shapes: ``bf16[8,256,768] bf16[8,256,768] -> bf16[8,256,768]``."""
+    """Executions of each Pallas kernel by shapes: ``bf16[8,256,768] bf16[8,256,768] -> bf16[8,256,768]``."""
 
 
 def estimate(hlo: str) -> Estimate:

@@ -23,7 +23,7 @@ from clip_jax.training.setup import check_attention
 COMPILATIONS = 4
 """Each takes one to two minutes for a large model."""
 WORTH_A_WARNING = 0.02
-"""Of a device's memory."""
+"""The share of a device's memory from which replicated parameters are reported."""
 
 
 class Request(NamedTuple):
@@ -36,7 +36,7 @@ class Request(NamedTuple):
     price: float | None = None
     """The price of one chip per hour."""
     mfu: float | None = None
-    """Assumed for all times, in place of the upper bound of the speed."""
+    """The MFU that is assumed for all times, in place of the upper bound of the speed."""
     compile: bool = True
     compilations: int = COMPILATIONS
     phase: tuple[int, int | None] = (0, None)
@@ -66,13 +66,13 @@ class Plan(NamedTuple):
 
     @property
     def roofline(self) -> Roofline:
-        """With the traffic of the compiled program, where there is one."""
+        """The work of a step, with the traffic of the compiled program if there is one."""
         work, transfers = self.chosen.work, self.chosen_compiled.transfers
         return roofline(work._replace(transfers=transfers) if transfers else work, self.request.machines)
 
     @property
     def cycle_seconds(self) -> float | None:
-        """The compiler's estimate of a step without transfers between devices; None where it made none."""
+        """The compiler's estimate of a step without transfers between devices; None if it made none."""
         cycles = self.chosen_compiled.cycles
         return None if cycles is None else cycles / clock(self.request.machines.chip)
 
@@ -115,7 +115,7 @@ class Plan(NamedTuple):
 
     @property
     def steps(self) -> int | None:
-        """None where the run lasts epochs and the number of examples is unknown."""
+        """None if the run lasts epochs and the number of examples is unknown."""
         config = self.request.config
         samples = config.data.samples if self.request.samples is None else self.request.samples
         if config.epochs != configs.AUTO and samples == configs.AUTO:
@@ -138,7 +138,7 @@ class Plan(NamedTuple):
 
     @property
     def warnings(self) -> list[str]:
-        """About the config as it is."""
+        """Warnings about the config as given."""
         given, free = self.given, self.request.machines.chip.free_hbm_per_device
         mesh, architecture = given.learner.mesh, given.learner.model.architecture
         whole = unsharded_bytes(given.state, mesh)
@@ -189,7 +189,7 @@ def estimated(candidate: Candidate, machines: Machines) -> Compiled:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """What ``clip-jax plan --json`` prints. Bytes and FLOPs are per chip and step unless the name says otherwise."""
+    """The output of ``clip-jax plan --json``. Bytes and FLOPs are per chip and step unless the name says otherwise."""
     chosen, machines = plan.chosen, plan.request.machines
     config, per_chip = chosen.config, machines.chip.devices_per_chip
     work, memory = chosen.work, chosen.memory

@@ -39,7 +39,7 @@ class Candidate(NamedTuple):
     """A way to compute the run, with its estimates; nothing is compiled yet."""
 
     changes: Settings
-    """From the user's config."""
+    """The differences from the user's config."""
     config: ConfigDict
     learner: Learner
     state: TrainState
@@ -63,7 +63,7 @@ class SearchResult(NamedTuple):
 def estimate(
     config: ConfigDict, machines: Machines, changes: Settings | None = None, state: TrainState | None = None
 ) -> Candidate:
-    """The estimates for a config with some changes. Raises UserError where the batch does not divide over the mesh.
+    """The estimates for a config with some changes. Raises UserError if the batch does not divide over the mesh.
 
     ``state`` may be that of another candidate with the same mesh.
     """

@@ -28,7 +28,7 @@ class Work(NamedTuple):
     model_flops: int
     """The towers' forward and backward pass: what MFU counts."""
     flops: int
-    """With recomputation (remat, micro-batches) and the objectives."""
+    """All FLOPs, with recomputation (remat, micro-batches) and the objectives."""
     hbm_bytes: int
     transfers: tuple[Transfer, ...]
 

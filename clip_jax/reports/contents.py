@@ -1,4 +1,4 @@
-"""What a source holds, for a terminal and as a page with a contact sheet."""
+"""The contents of a source, for a terminal and as a page with a contact sheet."""
 
 import base64
 import io

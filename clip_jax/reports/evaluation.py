@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 Pictures = Callable[[str, int], UInt8[np.ndarray, "side side 3"]]
 """(dataset, index in its source) -> a picture; all of one size."""
 PLAIN = {"C", "captions_per_image"}
-"""What is no share of 1."""
+"""Metrics that are not fractions of 1."""
 ALIASES = ("acc1", "acc5", "mean_per_class_recall", "image_retrieval_", "text_retrieval_")
 """CLIP_benchmark's names of metrics that have ours, too."""
 

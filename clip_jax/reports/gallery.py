@@ -37,7 +37,7 @@ class Gallery(NamedTuple):
     captions: tuple[str, ...]
     similarity: Float32[np.ndarray, "n n"]
     evaluation: str
-    """Its name in the metrics, ``eval/<name>/...``: the page begins with it."""
+    """The evaluation's name in the metrics, ``eval/<name>/...``; the page begins with it."""
     of: int = 0
     """Images of the evaluation that these are a part of; 0: these are all."""
 

@@ -133,7 +133,7 @@ def learning(history: Mapping[str, Curve], evaluations: summary.Evaluations, con
         title = f"training loss, in batches of {batch:,}" if isinstance(batch, int) else "training loss"
         lines, reference = [Line(history["train/loss"], TRAIN_COLOR, "train")], _chance(summary.chance_loss(config))
         figures.append((title, figure(lines, description=title, pairs=pairs, reference=reference)))
-    # Apart from it: the loss grows with the number of texts to choose from, so that the two have different scales.
+    # In a figure of its own: the loss grows with the number of texts to choose from, so the two have different scales.
     held_out = {name: metrics for name, metrics in evaluations.items() if "loss" in metrics}
     for i, (name, metrics) in enumerate(held_out.items()):
         lines = [Line(metrics["loss"], HELD_OUT_COLORS[i % len(HELD_OUT_COLORS)], "held out")]
@@ -197,7 +197,7 @@ def _bad_samples(workdir: Path) -> list[str]:
 
 
 def _unusable(bad: Sequence[str]) -> str:
-    """A warning that names the first unusable examples; empty where there is none."""
+    """A warning that names the first unusable examples; empty if there is none."""
     if not bad:
         return ""
     listed = "".join(f"<li>{escape(line)}</li>" for line in bad[:BAD_SAMPLES])

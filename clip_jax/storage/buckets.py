@@ -83,7 +83,7 @@ def pull(remote: Remote, to: Path, *, skip: Collection[str]) -> None:
 
 
 def push(remote: Remote, files: Collection[Path], under: Path) -> None:
-    """Uploads files, under their names relative to the folder ``under``. UserError where that is forbidden."""
+    """Uploads files, under their names relative to the folder ``under``. UserError if that is forbidden."""
     for file in files:
         try:
             name = file.relative_to(under).as_posix()

@@ -72,7 +72,7 @@ class Checkpoints:
         for part in ("model", "training"):
             if lacking := _lacking(wanted[part], stored[part]):
                 raise UserError(
-                    f"{folder}: has no {lacking}: it was written with other objectives or averages; "
+                    f"{folder}: has no {lacking}: it was written with other objectives or EMAs; "
                     "start in a new --workdir with --config.model.init_from"
                 )
         found = self._checkpointer.load_checkpointables(step, wanted)
@@ -98,7 +98,7 @@ class Checkpoints:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not so what Orbax's threads log of an error, in hundreds of lines: the next save or the end raises it."""
+    """False for what Orbax's threads log about an error, hundreds of lines: the next save or the end raises it."""
     return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
@@ -117,7 +117,7 @@ def _split(state: Any) -> dict[str, Any]:
 
 
 def _lacking(wanted: Any, stored: Any, path: str = "") -> str:
-    """The path of the first entry of nested dictionaries that is not stored; empty where all are."""
+    """The path of the first entry of nested dictionaries that is not stored; empty if all are."""
     for name, value in wanted.items() if isinstance(wanted, dict) else ():
         if not isinstance(stored, Mapping) or name not in stored:
             return f"{path}{name}"
@@ -158,7 +158,7 @@ def latest_step(workdir: str | Path) -> int | None:
 
 
 def need_step(workdir: str | Path, step: int | None = None) -> int:
-    """The given step, or the newest one; raises UserError where there is no such checkpoint."""
+    """The given step, or the newest one; raises UserError if there is no such checkpoint."""
     kept = complete_steps(workdir)
     if not kept:
         raise UserError(f"{workdir}: no checkpoint yet; let the run reach its first one")

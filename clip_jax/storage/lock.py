@@ -2,7 +2,7 @@
 
 ``lock.json`` names the process that trains in the folder, on disk or in a bucket. A process that was killed leaves it
 behind. On the same machine one can see that it is gone; from elsewhere one watches the file for the length of a lease,
-by its content alone, because clocks differ. A process that finds somebody else's name in the file has lost the folder,
+by its content alone, because clocks differ. A process that finds the name of another in the file has lost the folder,
 and ends.
 """
 
@@ -25,26 +25,26 @@ from clip_jax.storage.buckets import Remote
 FILE = "lock.json"
 LEASE_SECONDS = 60.0
 RENEWALS = 6
-"""Per lease, so that a few that fail do not lose the folder."""
+"""Renewals per lease: a few of them may fail without losing the folder."""
 SETTLE_SECONDS = 0.5
-"""After taking over a lease: time in which another process that does the same has written its name."""
+"""Wait after taking over a lease, in which another process that does the same would write its name."""
 
 Holder = dict[str, Any]
 
 
 class Store(NamedTuple):
-    """Where the file is. Reading gives None where there is none or half of one."""
+    """Access to the lock file. ``read`` returns None if the file is missing or incomplete."""
 
     read: Callable[[], Holder | None]
     create: Callable[[Holder], bool]
-    """False where the file is there already."""
+    """False if the file exists already."""
     replace: Callable[[Holder], None]
     remove: Callable[[], None]
 
 
 @contextlib.contextmanager
 def locked(where: str, path: Path, remote: Remote | None) -> Iterator[None]:
-    """Holds the run folder ``where`` for the block. Raises UserError where a process that lives holds it."""
+    """Holds the run folder ``where`` for the block. Raises UserError if a live process holds it."""
     store = _local(path / FILE) if remote is None else _in_bucket(remote)
     holder = {
         "owner": secrets.token_hex(8),
@@ -64,7 +64,7 @@ def locked(where: str, path: Path, remote: Remote | None) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=LEASE_SECONDS / RENEWALS)
-        with contextlib.suppress(Exception):  # what is left behind runs out by itself
+        with contextlib.suppress(Exception):  # a lease that is left behind expires
             if _owner(store.read()) == holder["owner"]:
                 store.remove()
 
@@ -88,7 +88,7 @@ def _wait_until_free(store: Store, found: Holder, where: str) -> None:
             raise _in_use(found, where)
         return
     print(
-        f"{where}: {_described(found)} has not released it; waiting up to {LEASE_SECONDS:.0f} s to see whether it runs",
+        f"{where}: {_described(found)} has not released it; waiting up to {LEASE_SECONDS:.0f} s to see if it runs",
         flush=True,
     )
     deadline = time.monotonic() + LEASE_SECONDS
@@ -110,7 +110,7 @@ def _renew(store: Store, holder: Holder, where: str, over: threading.Event) -> N
                 os._exit(EXIT_USER_ERROR)
             holder["renewed"] += 1
             store.replace(holder)
-        except Exception:  # a full disk, or a store that is away: the run itself reports those
+        except Exception:  # a full disk or an unreachable store, which the run itself reports
             continue
 
 
@@ -127,7 +127,7 @@ def _in_use(holder: Holder, where: str) -> UserError:
 
 
 def machine() -> str:
-    """What process numbers belong to: a boot of a machine, and on it a namespace, such as a container's."""
+    """The scope of process numbers: one boot of a machine and, on it, a namespace such as a container's."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -136,7 +136,7 @@ def machine() -> str:
 
 
 def process_started(number: int) -> int | None:
-    """When a process of this machine started, in ticks since boot (0 where the system does not say); None: it is gone.
+    """When a process of this machine started, in ticks since boot (0 if the system does not say); None: it is gone.
 
     Process numbers are used again; together with the start they are not.
     """

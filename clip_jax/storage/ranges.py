@@ -1,7 +1,7 @@
-"""Files read by range, here or behind a URL (``remote.py``): size and version, and any bytes of them.
+"""Reads ranges of files, local or behind a URL (``remote.py``), and their sizes and versions.
 
 Descriptors are kept open, so that a file that is replaced by another one is still read as it was; a file that is
-written to in place is noticed by its version.
+modified in place is recognized by its version.
 """
 
 import functools
@@ -20,22 +20,22 @@ OPEN_FILES = 256
 
 class Stat(NamedTuple):
     size: int
-    """In bytes."""
+    """Size in bytes."""
     version: str
     """Changes whenever the content does: the time of the last change; of a remote file its generation or ETag."""
 
 
 def stat(where: str) -> Stat:
-    """Raises OSError, or UserError for a remote file."""
+    """The size and version of a file. Raises OSError, or UserError for a remote file."""
     if remote.is_remote(where):
         return Stat(*remote.stat(where))
     return _stat(os.stat(where))
 
 
 def reader(where: str, expected: Stat | None = None, chunks: remote.Chunks | None = None) -> Read:
-    """Reads any range of a file. With ``expected``, OSError where a local file is not that one any more.
+    """Reads any range of a file. With ``expected``, raises OSError if a local file has changed since.
 
-    ``chunks``: a remote file is read in long pieces, which are kept there.
+    ``chunks``: a cache for a remote file, which is then read in long pieces.
     """
     if remote.is_remote(where):
         end = (expected or stat(where)).size
@@ -59,7 +59,7 @@ def reader(where: str, expected: Stat | None = None, chunks: remote.Chunks | Non
 
 
 def buffered(read: Read, window: int) -> Read:
-    """For reading forward in small pieces: at least ``window`` bytes are read at a time, by one thread."""
+    """A reader for small, ascending pieces, used by one thread: it reads at least ``window`` bytes at a time."""
     start, held = 0, b""
 
     def piece(offset: int, size: int) -> bytes:

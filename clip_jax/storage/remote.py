@@ -1,7 +1,7 @@
 """Files behind ``https://``, ``gs://`` and ``s3://``, read by range through fsspec.
 
-Every call is tried again, with growing pauses, when a server is slow, throttles, cuts a body or sends another length
-than was asked for; then the run stops. What a server does not deliver is never replaced by something else.
+Every call is retried, with growing pauses, if a server is slow, throttles, truncates a body or sends another length
+than requested; then the run stops. Data that a server does not deliver is never replaced by other data.
 """
 
 import collections
@@ -16,11 +16,11 @@ from clip_jax.errors import UserError
 from clip_jax.storage.buckets import EXTRAS
 
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Between attempts: a minute in all."""
+"""Pauses between attempts: a minute in total."""
 SILENCE_SECONDS = 30.0
-"""Without a byte from a web server, until an attempt counts as failed."""
+"""Time without a byte from a web server after which an attempt has failed."""
 VERSIONS = ("generation", "ETag", "etag", "LastModified", "Last-Modified", "mtime")
-"""What tells that a file changed, the best first; servers differ."""
+"""Properties that show that a file changed, the best first; servers differ in which they report."""
 CHUNK_BYTES = 8 * 1024 * 1024
 CHUNKS = 64
 
@@ -62,7 +62,7 @@ def glob(pattern: str) -> list[str]:
 
 
 class Chunks:
-    """Long reads for samples that are read together: the chunks read last are kept, each is read once at a time."""
+    """Long reads for samples that are read together: recent chunks are cached, and read once at a time."""
 
     def __init__(self) -> None:
         self._held: collections.OrderedDict[tuple[str, int], Future] = collections.OrderedDict()

@@ -30,7 +30,7 @@ class Folder:
     """A run's folder: its address as the user gave it (``str(folder)``), and ``path``, its files on this machine.
 
     For a local folder the two are the same. A folder in a bucket is copied to ``path``, a new temporary folder, without
-    its checkpoints; what is written there is in the bucket after the next ``push``. UserError where the bucket cannot
+    its checkpoints; what is written there is in the bucket after the next ``push``. UserError if the bucket cannot
     be reached.
     """
 
@@ -78,7 +78,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """``run.json``; UserError where there is none or it is not ours."""
+    """``run.json``; UserError if there is none or it is not ours."""
     file = folder / RUN_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

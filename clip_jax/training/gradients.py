@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
 
     cached: Cached
     local: Float[Array, ""] | None
-    """The weighted sum of the local terms; None where no objective has one."""
+    """The weighted sum of the local terms; None if no objective has one."""
     sums: dict[str, Any]
     """Objective -> its sums over rows."""
     batch_stats: Params

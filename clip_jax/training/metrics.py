@@ -49,7 +49,7 @@ def evaluated(file: Path, step: int) -> set[str]:
 
 
 def forget(file: Path, step: int, names: Collection[str]) -> None:
-    """Drops what evaluations of these names found at this step and later."""
+    """Drops the results of the named evaluations at this step and later."""
     if not file.exists():
         return
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -111,8 +111,8 @@ class Writer:
 class Samples:
     """``samples.<process>.jsonl``: the rows of the global batch that a process filled, and with which samples.
 
-    Written before the step is taken and never shortened: of a step that was taken again after a restart there are
-    several lines, all of them the same.
+    Written before the step and never truncated: a step that is repeated after a restart has several lines, which are
+    equal.
     """
 
     def __init__(self, workdir: Path, *, enabled: bool):

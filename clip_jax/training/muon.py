@@ -2,7 +2,7 @@
 
 Which axes of a kernel are its matrix follows from its name: heads belong to one of its sides; the layers of a stack,
 and queries, keys and values, are matrices of their own. Embeddings, the first and the last layer, and vectors are left
-to Adam, as by Jordan.
+to Adam, as in Jordan's implementation.
 """
 
 import math
@@ -15,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 STEPS = 5
 """Newton-Schulz iterations (optax's and Jordan's default)."""
 UPDATE_RMS = 0.2
-"""Of AdamW's updates; with it AdamW's learning rate and weight decay can be kept (Liu et al. 2025, section 2.2)."""
+"""The RMS of AdamW's updates, with which AdamW's learning rate and weight decay can be kept (Liu et al. 2025, 2.2)."""
 
 MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "qkv": ((-4,), (-2, -1)),

@@ -1,4 +1,4 @@
-"""From one phase of a run to the next: the state under new sizes and objectives."""
+"""Converts the state from one phase of a run to the next, which may have other sizes and objectives."""
 
 import math
 from collections.abc import Mapping

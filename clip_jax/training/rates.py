@@ -12,7 +12,7 @@ import optax
 from clip_jax.errors import UserError
 
 HEADS = ("norm_post", "norm_final", "projection", "projection_bias", "attention_pooling")
-"""What comes after a tower's blocks."""
+"""Parameters after a tower's blocks."""
 
 
 def scale_by_factors(

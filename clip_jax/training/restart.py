@@ -1,4 +1,4 @@
-"""What a start may change about a run that the folder already has, and what is done about it."""
+"""What may change when a run is started again in its folder, and how the run takes it into account."""
 
 import contextlib
 import shutil
@@ -26,9 +26,9 @@ RESULT = ("protocol", "source", "caption", "templates")
 
 @contextlib.contextmanager
 def hold(folder: Folder, config: ConfigDict, previous: Mapping[str, Any] | None) -> Iterator[None]:
-    """Keeps other runs out of the folder. Raises UserError where one trains in it, or did until a moment ago.
+    """Keeps other runs out of the folder. Raises UserError if one is training in it, or was until a moment ago.
 
-    The tokenizer of a run that begins anew with other settings is removed: it was learned under the old ones.
+    If the run starts from the beginning with other settings, its tokenizer, made with the old ones, is removed.
     """
     first = jax.process_index() == 0
     with lock.locked(str(folder), folder.path, folder.remote) if first else contextlib.nullcontext():
@@ -64,12 +64,12 @@ def check_settings(folder: Folder, previous: Mapping[str, Any], config: ConfigDi
 
 
 def check_data(run: Run, previous: Mapping[str, Any]) -> None:
-    """Raises UserError where the training data is not the run's, unless it was mended and the config accepts that."""
+    """Raises UserError if the training data is not the run's, unless it was repaired and the config accepts that."""
     then, now = previous["data"]["train"], run.train
     if then["fingerprint"] == now.fingerprint:
         return
     if then["fingerprint"] == now.former_fingerprint:
-        print(f"{run.folder}: recorded names and sizes of its data, which are the same; now records its content")
+        print(f"{run.folder}: names and sizes of the data are unchanged; from now on the run also records its content")
         return
     if then["samples"] != len(now):
         raise UserError(
@@ -81,11 +81,11 @@ def check_data(run: Run, previous: Mapping[str, Any]) -> None:
             f"{now.name} is not the data this run began with, though it has as many examples; restore it, or, if "
             "it was mended, continue with --config.data.changed=accept"
         )
-    print(f"{run.folder}: the training data changed (config.data.changed=accept); later steps take the new one")
+    print(f"{run.folder}: the training data changed (config.data.changed=accept); later steps use the new data")
 
 
 def check_length(run: Run, previous: Mapping[str, Any]) -> None:
-    """Says what becomes of the learning rate in a run made longer. Raises UserError for a shorter one."""
+    """Prints how the learning rate changes if a run is made longer. Raises UserError if it is made shorter."""
     old, new = previous.get("steps", run.steps), run.steps
     if new == old:
         return
@@ -103,7 +103,7 @@ def check_length(run: Run, previous: Mapping[str, Any]) -> None:
 
 
 def forget_replaced(run: Run, previous: Mapping[str, Any]) -> None:
-    """Drops the last step's results of evaluations that measure something else now, so that they are made again."""
+    """Drops the last step's results of evaluations whose definition changed, so that they are computed again."""
     then, now = configs.from_json(previous["config"], str(run.folder)).eval, run.config.eval
     replaced = [name for name in now if name in then and any(then[name][f] != now[name][f] for f in RESULT)]
     if replaced and jax.process_index() == 0:

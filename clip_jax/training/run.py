@@ -51,7 +51,7 @@ class Phase(NamedTuple):
 
     start: int
     stop: int
-    """Its steps are start + 1 to stop."""
+    """The steps of the phase are ``start + 1`` to ``stop``."""
     preset: Preset
     learner: Learner
     batches: TrainingBatches
@@ -189,7 +189,7 @@ def open_evaluation(config: ConfigDict, name: str, image_size: int) -> Source:
 
 
 def check_labels(config: ConfigDict, train: Source) -> None:
-    """Raises UserError where labels decide what is a positive, and the examples have none."""
+    """Raises UserError if labels decide what is a positive, and the examples have none."""
     contrastive = config.objectives.contrastive
     if contrastive.weight > 0 and contrastive.positives == "labels" and not train.class_names:
         raise UserError(

@@ -1,6 +1,6 @@
 """How a run ends before its last step: SIGTERM, Ctrl-C, a hang, no memory or no disk left.
 
-Periodic checkpoints are the guarantee (a machine can vanish without a word); a checkpoint at SIGTERM is the fast path.
+Periodic checkpoints are the guarantee, because a machine can vanish without notice; a checkpoint at SIGTERM saves time.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def signals() -> Iterator[Stop]:
 
 
 def _agreed(step: int) -> type[errors.SavedError] | None:
-    """The same for several processes: Ctrl-C in one of them travels as SIGTERM does."""
+    """The same for several processes: Ctrl-C in one of them is passed on as SIGTERM."""
     interrupts.after_step(lambda: os.kill(os.getpid(), signal.SIGTERM))
     if not multihost_utils.reached_preemption_sync_point(step):
         return None
@@ -104,7 +104,7 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
 
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 NO_ACCESS_TEXTS = ("Permission denied", "Read-only file system")
-"""TensorStore has the reason in its message only."""
+"""TensorStore gives the reason only in its message."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The weights of a teacher: a published model or another run's, as constants of an objective."""
+"""The weights of a teacher, a published model or another run, as constants of an objective."""
 
 from functools import partial
 from pathlib import Path

@@ -49,7 +49,7 @@ def _make_tokenizer(workdir: Path, kind: str, config: ConfigDict, source: Source
         lines = ["#version: CLIP", *(" ".join(pair) for pair in merges)]
         return ("\n".join(lines) + "\n").encode()
     file = vocab or tokenizers.hub.download(kind, vocab_size)
-    tokenizers.KINDS[kind](file, 64)  # raises UserError where it is not a vocabulary of this kind
+    tokenizers.KINDS[kind](file, 64)  # raises UserError if it is not a vocabulary of this kind
     return file.read_bytes()
 
 
@@ -66,7 +66,7 @@ def _of_weights(config: ConfigDict, kind: str) -> Path | None:
 def _captions(source: Source, examples: int) -> Iterator[str]:
     """The captions of the first examples (of a mixture, of each of its sources), without those of bad ones.
 
-    Raises UserError where all are bad.
+    Raises UserError if all are bad.
     """
     faults: collections.Counter = collections.Counter()
     several = isinstance(source, Mixture)

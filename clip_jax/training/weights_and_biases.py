@@ -16,7 +16,7 @@ ID_FILE = "wandb_id.txt"
 
 
 def start(workdir: Path, project: str, config: Mapping[str, Any]) -> Any:
-    """wandb's run, whose ``log`` takes lines with their ``step``. Raises UserError where it cannot begin."""
+    """wandb's run, whose ``log`` takes lines with their ``step``. Raises UserError if it cannot begin."""
     try:
         import wandb
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Which texts of a sample are its captions, and how often training takes each.
+"""Which texts of a sample are its captions, and how often training uses each.
 
 A caption setting (``config.data.caption``) names fields, separated by commas, each with a share: ``caption``,
 ``captions.en=3,captions.de=1``. ``txt`` is the text beside the image, ``txt_lines`` that text with a caption on every
@@ -14,7 +14,7 @@ from clip_jax.errors import UserError, nearest
 
 TXT, LINES = "txt", "txt_lines"
 TEXT_FILE = (TXT, LINES)
-"""Fields of the text file beside an image; all others are of JSON or of a table."""
+"""Fields of the text file beside an image; all others belong to JSON or a table."""
 
 
 class Field(NamedTuple):
@@ -26,7 +26,7 @@ class Captions(NamedTuple):
     texts: tuple[str, ...]
     """Valid Unicode, stripped, none of them empty."""
     shares: tuple[float, ...]
-    """Of each text, summing to 1; empty where all are equal."""
+    """The share of each text, summing to 1; empty if all are equal."""
 
 
 def fields(setting: str) -> tuple[Field, ...]:
@@ -47,12 +47,12 @@ def fields(setting: str) -> tuple[Field, ...]:
 
 
 def named(setting: str) -> tuple[Field, ...]:
-    """The fields that are not of a text file: columns, or paths in JSON."""
+    """The fields that do not belong to a text file: columns, or paths in JSON."""
     return tuple(field for field in fields(setting) if field.name not in TEXT_FILE)
 
 
 def gather(wanted: Sequence[Field], get: Callable[[str], Any]) -> Captions:
-    """The captions of one sample; ``get`` returns what a field has: a text, a list of texts or nothing.
+    """The captions of one sample; ``get`` returns the content of a field: a text, a list of texts or nothing.
 
     A list divides the share of its field; a field without a text leaves its share to the others.
     """
@@ -87,7 +87,7 @@ def clean(captions: Iterable[str]) -> tuple[str, ...]:
 
 
 def at(value: Any, path: str) -> Any:
-    """What is at a dotted path in nested dictionaries, or under this very name; None where it ends early."""
+    """The value at a dotted path in nested dictionaries, or under the whole path as a key; None if there is none."""
     if not isinstance(value, dict):
         return None
     if path in value:
@@ -107,7 +107,7 @@ def paths(data: bytes) -> list[str]:
 def check_paths(where: str, wanted: Sequence[Field], files: Iterable[bytes]) -> tuple[str, ...]:
     """A note for each path of ``wanted`` at which none of some JSON files has text.
 
-    Raises UserError, with the fields that are there, where these are all of ``wanted``.
+    Raises UserError, with the fields that have text, if this is so for all of ``wanted``.
     """
     missing, there = [name for name, _ in wanted if name not in TEXT_FILE], set()
     for data in files:

@@ -67,7 +67,7 @@ class _Folder:
 
 
 class _Opening(NamedTuple):
-    """What the readers of captions share."""
+    """The arguments that all readers of captions share."""
 
     root: Path
     files: Files
@@ -81,7 +81,7 @@ def open_folder(
 ) -> Source:
     """The images of a folder in the order of their names, each with its captions and, in class folders, a label.
 
-    Raises UserError for a folder that cannot be read so, and where too many images or captions lack the other.
+    Raises UserError for a folder without usable images, and if too many images or captions have no counterpart.
     """
     root = Path(where).expanduser()
     if not where or not root.is_dir():
@@ -105,7 +105,7 @@ def open_folder(
     return _Folder(
         name=f"folder:{where}",
         fingerprint=_fingerprint(rows, content)[:24],
-        # Older code took the size of an image for its content.
+        # Older code used the size of an image in place of its content.
         former_fingerprint=_fingerprint(rows, files.images)[:16],
         class_names=class_names,
         notes=(*notes, *opening.left_out.notes()),
@@ -130,7 +130,7 @@ def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str
     if with_json and caption_files.named(caption):
         return _from_jsons(where, opening), (), ()
     found = [name for name in files.tables if name in tables.OURS]
-    if not found and not beside:  # other libraries' tables, where nothing of ours is there
+    if not found and not beside:  # tables of other libraries, if there is none of this project's
         candidates = [*files.tables, *(text for text in files.texts.values() if text == tables.KAGGLE)]
         found = [name for name in candidates if tables.is_table(root / name, caption)]
     others = [name for name in files.tables if name not in found]
@@ -248,7 +248,7 @@ def _from_table(path: Path, opening: _Opening) -> list[_Row]:
 
 
 def _count(opening: _Opening, reason: str, names: Sequence[str], used: int) -> bool:
-    """Counts what has no other half; False where it is too much."""
+    """Counts images or captions without a counterpart; False if there are too many."""
     if names:
         opening.left_out.pair(reason, shown(names[0]), len(names))
     return not opening.left_out.is_too_much(used, opening.max_bad_share)
@@ -268,7 +268,7 @@ def _refuse_images_without_captions(
 
 
 def _class_folders(opening: _Opening) -> tuple[str, ...]:
-    """The subfolders, sorted, as classes; UserError where they cannot be classes."""
+    """The subfolders, sorted, as classes. Raises UserError if they cannot be classes."""
     root, files = opening.root, opening.files
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     loose = [image for image in files.images if "/" not in image]

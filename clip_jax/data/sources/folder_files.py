@@ -1,4 +1,4 @@
-"""The files below a folder, by what they may be; links are followed within a bound."""
+"""The files below a folder by kind (images, texts, JSON, others); links are followed within a bound."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What makes data the same: digests of the bytes of files, made once for each version of a file.
+"""Digests of the bytes of files, which identify data; computed once for each version of a file.
 
 A start compares sizes and times and reads again only what differs; a copy of a file has the same digest.
 """

@@ -12,7 +12,7 @@ FILE = "classnames.txt"
 
 
 class Labels(NamedTuple):
-    """What there is to know of the labels of shards before their classes are known; can be stored as JSON."""
+    """Statistics of the labels in shards, collected before the classes are known; can be stored as JSON."""
 
     count: int = 0
     bad: int = 0
@@ -31,7 +31,7 @@ class Labels(NamedTuple):
         return self.with_labels(Labels(1, 0, "", number, name, number, name))
 
     def with_labels(self, more: Self) -> Self:
-        """These and those of another shard."""
+        """The combined statistics of these labels and another shard's."""
         low, high = min(self, more, key=lambda s: s.lowest), max(self, more, key=lambda s: s.highest)
         return Labels(
             self.count + more.count,
@@ -53,7 +53,7 @@ def parse(data: bytes) -> int:
 def class_names(
     where: str, folders: Sequence[str], labels: Labels, samples: int, given: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the classes, empty where labels are not used; and notes for the header. Raises UserError.
+    """The names of the classes, empty if labels are not used; and notes for the header. Raises UserError.
 
     They are read from a file in one of ``folders`` (paths or URLs), unless they are ``given``: then all need a label.
     """

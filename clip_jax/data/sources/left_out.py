@@ -1,4 +1,4 @@
-"""What files hold and a source does not give: counted by reason, reported at the start, refused where it is much."""
+"""What a source leaves out of its files: counted by reason, reported at the start, and an error if it is too much."""
 
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -8,19 +8,19 @@ from clip_jax.errors import UserError
 MAX_SHARE = 0.01
 """The default of ``config.data.max_bad_share``."""
 SMALL = 1000
-"""Of fewer pairs than this, as many may be left out as of this many: one lost pair in ten proves nothing."""
+"""A smaller set may lose as many pairs as a set of this size: one lost pair in ten proves nothing."""
 
 MAX_NOTES = 12
 
 
 @dataclass
 class LeftOut:
-    """Counts by reason, each with the first file or member that it was."""
+    """Counts by reason, each with the name of the first file or member."""
 
     pairs: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Images or captions that lack their other half, and whatever else costs a pair."""
+    """Images without captions, captions without images, and anything else that loses a pair."""
     others: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """What was never part of a pair."""
+    """Files that were never part of a pair."""
 
     def pair(self, reason: str, name: str, count: int = 1) -> None:
         _add(self.pairs, reason, name, count)
@@ -46,7 +46,7 @@ class LeftOut:
         return lost > max_share * max(used + lost, SMALL) or 0 < lost >= max(max_share, 0.5) * (used + lost)
 
     def check(self, where: str, used: int, max_share: float) -> None:
-        """Raises UserError with the reasons where it is too much."""
+        """Raises UserError with the reasons if too many pairs are lost."""
         if self.is_too_much(used, max_share):
             lost = sum(count for count, _ in self.pairs.values())
             reasons = "; ".join(f"{count} {reason} (first: {name})" for reason, (count, name) in _by_count(self.pairs))

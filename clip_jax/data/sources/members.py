@@ -1,7 +1,7 @@
-"""Which members of a tar shard make a pair, by their names; what does not is counted, never dropped in silence.
+"""Which members of a tar shard form a pair, by their names; all other members are counted, not silently dropped.
 
 A name is a key and an ending: the key ends at the last dot that leaves a known ending, so that ``dr. who.jpg`` and
-``dr. who.txt`` are a pair. webdataset cuts at the first dot, and makes them two halves of nothing.
+``dr. who.txt`` are a pair. webdataset cuts at the first dot, and gives the two members different endings.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +21,9 @@ class Member(NamedTuple):
 
     name: str
     regular: bool
-    """A file, no link or device."""
+    """Whether it is a file, and not a link or device."""
     offset: int
-    """Of its data, in bytes."""
+    """The size of its data in bytes."""
     size: int
 
 
@@ -47,10 +47,10 @@ def split(name: str) -> tuple[str, str]:
 
 
 def pairs(members: Iterable[Any], shard: str) -> tuple[list[Group], LeftOut]:
-    """The pairs in the order of their first members, and what is left out, by names that begin with the shard's.
+    """The pairs in the order of their first members, and the members that are left out; ``shard`` is for their names.
 
-    Of several members of one kind and key the first one counts; but a name that is repeated after its pair is complete
-    begins another pair, which is how two shards in one file look.
+    The first of several members with the same kind and key counts; but a name that is repeated after its pair is
+    complete begins another pair, as in a file to which a second shard was appended.
     """
     groups: list[Group] = []
     current: dict[str, Group] = {}
@@ -113,7 +113,7 @@ def _unread(member: Any, kind: str) -> str:
 
 
 def _shorter(key: str) -> Iterator[str]:
-    """The keys that are left when the ends after dots are cut off, without the folder's dots."""
+    """The key without its last part after a dot, then without the last two, and so on; dots in folders do not count."""
     while "." in key.rpartition("/")[2]:
         key = key.rpartition(".")[0]
         yield key

@@ -24,7 +24,7 @@ class Mixture:
     """The first sample of each part, and the number of all."""
     former_fingerprint: str = ""
     class_names: tuple[str, ...] = ()
-    """Labels of different sources mean different things."""
+    """Always empty: labels of different sources mean different things."""
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -37,18 +37,18 @@ class Mixture:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Those of the parts, each with the part's name."""
+        """The notes of the parts, each with the name of its part."""
         return tuple(f"{part.name}: {note}" for part in self.parts for note in notes(part))
 
     def some(self, count: int) -> list[int]:
-        """About ``count`` samples, the first of each part, as many of each as far as there are."""
+        """About ``count`` samples: the first ones of each part, the same number from each that has enough."""
         each = -(-count // len(self.parts))
         ranges = itertools.pairwise(self.starts)
         return [index for start, end in ranges for index in range(start, min(end, start + each))]
 
 
 def open_mixture(parts: Sequence[Source], weights: Sequence[float]) -> Mixture:
-    """The parts in their order; with other weights, batches are others."""
+    """The parts in their order. The weights are in the fingerprint, because other weights give other batches."""
     content = json.dumps([(part.fingerprint, weight) for part, weight in zip(parts, weights, strict=True)])
     return Mixture(
         name=" + ".join(f"{part.name} x {weight:g}" for part, weight in zip(parts, weights, strict=True)),

@@ -18,14 +18,14 @@ from clip_jax.storage import remote
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 BRACES = re.compile(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}")
 COMMA = re.compile(r",(?![^{}]*\})")
-"""Outside of braces."""
+"""A comma outside of braces."""
 MAX_FILES = 10_000_000
 MAX_RUN = 8
-"""Commas in the name of a file, and one more."""
+"""Parts between commas that are tried as one file name."""
 
 
 def files(where: str, suffixes: Sequence[str]) -> list[str]:
-    """The files in order; a folder stands for those in it that end in one of ``suffixes``. Raises UserError."""
+    """The files in order; a folder stands for its files that end in one of ``suffixes``. Raises UserError."""
     parts = [where] if os.path.exists(os.path.expanduser(where)) else where.split("::")
     found = [file for part in parts for file in _of_list(part, suffixes)]
     if len(found) > MAX_FILES:
@@ -34,10 +34,10 @@ def files(where: str, suffixes: Sequence[str]) -> list[str]:
 
 
 def _of_list(where: str, suffixes: Sequence[str]) -> Iterator[str]:
-    """The files of patterns between commas."""
+    """The files of patterns that are separated by commas."""
     parts = COMMA.split(where)
     while parts:
-        # The longest run of parts that is there: a comma may belong to a name.
+        # The longest sequence of parts that names existing files: a comma may belong to a name.
         for count in range(min(len(parts), MAX_RUN), 0, -1):
             found = _find(",".join(parts[:count]), suffixes)
             if found or count == 1:
@@ -47,8 +47,8 @@ def _of_list(where: str, suffixes: Sequence[str]) -> Iterator[str]:
 
 
 def _find(pattern: str, suffixes: Sequence[str]) -> list[str]:
-    """The files of one pattern, empty where there are none. Raises UserError where some of a range are missing."""
-    if remote.is_remote(pattern):  # whether they are there shows when they are opened, several at a time
+    """The files of one pattern, empty if there are none. Raises UserError if some of a range are missing."""
+    if remote.is_remote(pattern):  # missing ones are reported when they are opened, several at a time
         if COMMA.search(pattern):  # in a URL a comma is %2C
             return []
         return [file for path in braces(pattern) for file in _remote(path, suffixes)]

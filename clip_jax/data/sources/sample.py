@@ -1,4 +1,4 @@
-"""What every source gives: samples by index. One small interface, so that files of any kind can be trained on."""
+"""The interface of every source: samples by index. It is small, so that files of any kind can be trained on."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -16,15 +16,15 @@ class Sample(NamedTuple):
     key: str
     """How messages name the sample: shard and member, file name, dataset key."""
     label: int = -1
-    """The class, for zero-shot classification; -1 where there is none."""
+    """The class, for zero-shot classification; -1 if there is none."""
     extras: Mapping[str, Any] = {}
-    """What a source has besides, by name: boxes, further views of the same example. Not to be written to."""
+    """Further fields of a source by name: boxes, further views of the same example. Read-only."""
     shares: tuple[float, ...] = ()
-    """How often training takes each caption, summing to 1; empty where all are taken equally often."""
+    """How often training takes each caption, summing to 1; empty if all are taken equally often."""
 
 
 def notes(source: "Source") -> tuple[str, ...]:
-    """What a user should know about a source before training, a line each; most sources have nothing to say."""
+    """Notes about a source that a user should see before training, one per line; most sources have none."""
     return getattr(source, "notes", ())
 
 
@@ -40,13 +40,13 @@ class Source(Protocol):
     """Random access to N samples; safe to call from several threads at once."""
 
     name: str
-    """As in the config: ``kind:where``."""
+    """The name in the config: ``kind:where``."""
     fingerprint: str
     """Changes whenever a sample or their order does, so that a resumed run can refuse other data."""
     former_fingerprint: str
-    """As older code made it, of names and sizes, for runs that recorded that one; empty where it is the same."""
+    """The fingerprint of names and sizes that older code recorded in runs; empty if it is the same."""
     class_names: tuple[str, ...]
-    """What ``Sample.label`` indexes; empty where samples have no labels."""
+    """The names that ``Sample.label`` indexes; empty if samples have no labels."""
 
     def __len__(self) -> int: ...
 

@@ -24,7 +24,7 @@ from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
 from clip_jax.storage import ranges, remote
 
-# The first that a table has. Bytes: Hugging Face, img2dataset. Paths: OpenCLIP (filepath, title), metadata.csv.
+# The first one in a table is used. Bytes: Hugging Face, img2dataset. Paths: OpenCLIP (filepath, title), metadata.csv.
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "image_bytes", "filepath", "file_name", "file", "filename", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
 SUFFIXES = {"parquet": (".parquet",), "csv": (".csv", ".tsv")}
@@ -40,7 +40,7 @@ class Table:
     name: str
     fingerprint: str
     folders: tuple[str, ...]
-    """Where the paths of each file begin."""
+    """The folder of each file, to which its paths are relative."""
     captions: tuple[captions.Field, ...]
     batches: tuple[Any, ...] = field(repr=False)
     """Arrow record batches with the columns image, file and those of the captions."""
@@ -225,7 +225,7 @@ def _csv_rows(file: str) -> Iterator[list[str]]:
 
 
 def _large(column: Any) -> Any:
-    """With 64-bit offsets: the texts or bytes of many files may be longer than 2 GiB together."""
+    """Types with 64-bit offsets, because the texts or bytes of many files together may exceed 2 GiB."""
     import pyarrow as pa
 
     larger = {pa.binary(): pa.large_binary(), pa.string(): pa.large_string()}

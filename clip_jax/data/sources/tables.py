@@ -27,7 +27,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title")
 class Row(NamedTuple):
     line: int
     file: str
-    """As written: relative to the table's folder, absolute, or relative to the working directory."""
+    """The path as written: relative to the table's folder, absolute, or relative to the working directory."""
     captions: list[str]
 
 
@@ -58,7 +58,7 @@ def read_text(path: Path) -> str:
 
 
 def _columns(names: Sequence[str], setting: str) -> tuple[str, str]:
-    """The columns of the file and of the caption, empty where there is none."""
+    """The columns of the file and of the caption, empty if there is none."""
     wanted = (*(field.name for field in caption_files.named(setting)), *CAPTION_COLUMNS)
     file, caption = (next((c for c in known if c in names), "") for known in (FILE_COLUMNS, wanted))
     return file, caption

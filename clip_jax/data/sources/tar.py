@@ -52,7 +52,7 @@ class TarSource:
     notes: tuple[str, ...] = ()
     index: Index = field(repr=False, default=None)
     chunks: Chunks | None = field(repr=False, default=None)
-    """Where remote shards are read in long pieces."""
+    """The cache for long reads of remote shards; None: each sample is read on its own."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -150,7 +150,7 @@ def _check_captions(where: str, source: TarSource) -> tuple[str, ...]:
 
 
 def _former_fingerprint(shards: list[str], index: Index, caption: str) -> str:
-    """As in the ``run.json`` of older code: names and sizes of the shards, and the number of samples."""
+    """The fingerprint in the ``run.json`` of older code: names and sizes of the shards, and the number of samples."""
     files = [[os.path.basename(os.path.realpath(s)), known.size] for s, known in zip(shards, index.shards, strict=True)]
     content = hashlib.sha256(json.dumps(files).encode())
     content.update(np.int64(len(index)).tobytes() + caption.encode())
@@ -160,7 +160,7 @@ def _former_fingerprint(shards: list[str], index: Index, caption: str) -> str:
 def _read_members(read: Read, start: int, end: int, wanted: dict[str, int]) -> tuple[str, dict[str, bytes]]:
     """The name of the sample's image and the data of its members, whose offsets are given.
 
-    Raises OSError where they are not there: the shard was changed after it was opened.
+    Raises OSError if they are not there: the shard was changed after it was opened.
     """
     if end - start <= AT_ONCE_BYTES:
         held = read(start, end - start)

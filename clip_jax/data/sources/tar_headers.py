@@ -18,7 +18,7 @@ MAX_NAME_BYTES = 1 << 20
 class Member(NamedTuple):
     name: str
     regular: bool
-    """A file, no folder, link or device."""
+    """Whether it is a file, and not a folder, link or device."""
     start: int
     """Offset of its first header, in bytes."""
     offset: int
@@ -27,12 +27,12 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the next header is."""
+        """The offset of the next header."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
 
 class TarError(Exception):
-    """Bytes that are no header, or a file that ends in the middle of one."""
+    """Bytes that are not a header, or a file that ends in the middle of one."""
 
 
 def members(read: Read, start: int = 0, stop: int | None = None) -> Iterator[Member]:

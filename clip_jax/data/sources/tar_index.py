@@ -37,7 +37,7 @@ from clip_jax.storage.ranges import Read, Stat
 
 COLUMNS = 2 + len(KINDS)
 RULES = 2
-"""Raised when other members make a sample, or the digest is made in another way: older indexes are then not read."""
+"""To be increased when the rules for pairs or the digest change: indexes with another number are not read."""
 
 FOLDER = ".clip_jax_index"
 THREADS = 16
@@ -48,7 +48,7 @@ REMOTE_WINDOW = 8 * 1024 * 1024
 
 
 class Shard(NamedTuple):
-    """What the index knows of a shard."""
+    """The index's entry for a shard."""
 
     name: str
     """Relative to the folder of the first shard."""
@@ -90,14 +90,14 @@ class Index:
         return sum(shard.counts[KINDS.index(kind)] for shard in self.shards)
 
     def left_out(self) -> LeftOut:
-        """What is in the shards and makes no pair."""
+        """The members of all shards that are not part of a pair."""
         found = LeftOut()
         for shard in self.shards:
             found.update(LeftOut.from_json(shard.left_out))
         return found
 
     def labels(self) -> Labels:
-        """What is known of all labels."""
+        """The statistics of all labels."""
         return functools.reduce(Labels.with_labels, (shard.labels for shard in self.shards), Labels())
 
 
@@ -211,7 +211,7 @@ def _earlier(places: list[Path]) -> dict[tuple, tuple[Shard, np.ndarray]]:
 
 
 def _scan(shard: str, name: str, size: int, version: str, truncated: str) -> tuple[Shard, np.ndarray]:
-    """What is in one shard."""
+    """The entry and the rows of one shard."""
     if size > BLOCK * 2**32:
         raise UserError(f"{shard}: larger than 2 TiB; split it")
     window = REMOTE_WINDOW if remote.is_remote(shard) else WINDOW
@@ -252,7 +252,7 @@ def _scan(shard: str, name: str, size: int, version: str, truncated: str) -> tup
 
 
 class _CutError(Exception):
-    """The members of a shard up to where it is broken."""
+    """The members of a shard before the place where it is damaged."""
 
     def __init__(self, reason: str, before: list[_Scanned]):
         super().__init__(reason)

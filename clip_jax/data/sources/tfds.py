@@ -31,7 +31,7 @@ class _Layout(NamedTuple):
 
     image: str
     captions: tuple[str, ...]
-    """Path to the text, such as ("captions", "text"); empty where the class name is the caption."""
+    """Path to the text, such as ("captions", "text"); empty if the class name is the caption."""
     label: str
     """Empty where there are no classes."""
 
@@ -197,7 +197,7 @@ def _how_to_prepare(where: str, data_dir: str) -> str:
 
 
 def _file_instructions(where: str, split: str, info, folder) -> list:
-    """The records of each file that make the split; UserError where a file is missing."""
+    """The records of each file that make the split; UserError if a file is missing."""
     try:
         instructions = info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
@@ -283,7 +283,7 @@ def _captions(example: dict, path: tuple[str, ...], key: str) -> tuple[str, ...]
 
 
 def _fingerprint(former: str, instructions: list) -> str:
-    """Of names and sizes, and of the files' bytes where they are on this machine."""
+    """A hash of names and sizes, and of the bytes of local files."""
     files = [i.filename for i in instructions]
     digests = [] if any("://" in file for file in files) else identity.of_files(files)
     return hashlib.sha256(json.dumps([former, digests]).encode()).hexdigest()[:24]

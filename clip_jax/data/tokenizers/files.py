@@ -19,7 +19,7 @@ FILES = {
 
 
 def find(folder: Path, kind: str) -> Path | None:
-    """The file in a folder from which a tokenizer of this kind is built; None where there is none."""
+    """The file in a folder from which a tokenizer of this kind is built; None if there is none."""
     return next((folder / name for name in FILES[kind] if (folder / name).is_file()), None)
 
 

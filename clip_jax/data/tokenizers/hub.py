@@ -24,7 +24,7 @@ def repository(kind: str, vocab_size: int | None = None) -> str:
 
 
 def download(kind: str, vocab_size: int | None = None) -> Path:
-    """The file in the Hugging Face cache, or downloaded once. UserError where neither is possible."""
+    """The file in the Hugging Face cache, or downloaded once. UserError if neither is possible."""
     # Imported here: half a second of start-up that a given file saves.
     from huggingface_hub import hf_hub_download
 

@@ -10,7 +10,7 @@ FOLDER = "tokenizer"
 
 
 def tokenizer_file(folder: Path, kind: str) -> Path | None:
-    """The tokenizer's file in a run folder; None where it has none yet."""
+    """The tokenizer's file in a run folder; None if it has none yet."""
     return files.find(folder / FOLDER, kind)
 
 
@@ -23,7 +23,7 @@ def write_tokenizer(folder: Path, kind: str, data: bytes) -> None:
 
 
 def open_tokenizer(folder: Path, kind: str, context_length: int) -> Tokenizer:
-    """The tokenizer of a run folder; UserError where its file is missing."""
+    """The tokenizer of a run folder; UserError if its file is missing."""
     file = tokenizer_file(folder, kind)
     if file is None:
         raise UserError(f"{folder / FOLDER / files.native_name(kind)}: missing; restore the run's folder as it was")

@@ -1,7 +1,7 @@
-"""Prompts of zero-shot classification: published class names and templates as data, and how a model wants them.
+"""Prompts for zero-shot classification: published class names and templates, and the form that a model expects.
 
-A number belongs to its prompts: edits to ImageNet's class names alone are worth 1.5 points for a B/32, and OpenAI's
-list merges or omits three of its labels. ``Prompts.fingerprint`` is therefore stored with every result.
+Results depend on prompts: edits to ImageNet's class names alone are worth 1.5 points for a B/32, and OpenAI's list
+merges or omits three of its labels. ``Prompts.fingerprint`` is therefore stored with every result.
 
 SigLIP and SigLIP 2 were evaluated on canonical prompts: lower case, no punctuation, ``_`` read as a space
 (big_vision ``evaluators/proj/image_text/prompt_engineering.py``). Without it SigLIP 2 loses about 12 points.
@@ -20,7 +20,7 @@ from clip_jax.data.templates import check, fill
 from clip_jax.errors import UserError, nearest
 
 CANONICAL = ("siglip", "siglip2")
-"""The tokenizers whose models want canonical prompts."""
+"""The tokenizers whose models expect canonical prompts."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -32,7 +32,7 @@ class Prompts(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with every character and with the order."""
+        """A hash that changes with any character and with the order."""
         content = json.dumps([self.class_names, self.templates], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -48,7 +48,7 @@ def read_templates(lines: Sequence[str], where: str) -> tuple[str, ...]:
 
 
 def for_model(prompts: Prompts, tokenizer: str) -> Prompts:
-    """The prompts as a model with this kind of tokenizer wants them."""
+    """The prompts in the form that a model with this kind of tokenizer expects."""
     if tokenizer not in CANONICAL:
         return prompts
     return Prompts(
