@@ -138,8 +138,8 @@ def decode(
 def caption_mask(text: Int[Array, "batch length"], tower: TextTower) -> Bool[Array, "batch length"]:
     """The tokens of the captions, their end token included: no padding.
 
-    Padding is not recognized by its id: CLIP's is 0, which is also the token of "!". Towers that pool a fixed position have
-    captions that are filled up with one token; its first place is the end.
+    Padding is not recognized by its id: CLIP's is 0, which is also the token of "!". Towers that pool a fixed position
+    have captions that are filled up with one token; its first place is the end.
     """
     places = jnp.arange(text.shape[1])
     if tower.pooling in ("argmax", "eos"):
