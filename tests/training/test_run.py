@@ -12,6 +12,9 @@ import pytest
 
 from clip_jax import __version__
 from clip_jax.data import stream
+from clip_jax.data.order import mix
+from clip_jax.data.sources.mixture import open_mixture
+from clip_jax.data.sources.shapes import open_shapes
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.tokenizers import train_sentencepiece
 from clip_jax.devices.sharding import make_mesh
@@ -279,6 +282,23 @@ def test_a_batch_larger_than_the_data_is_warned_of_with_the_batch_to_take(pairs,
     run = SimpleNamespace(config=SimpleNamespace(batch_size=256), train=range(pairs), mesh=make_mesh())
     warnings = console.repeated_pairs(run)
     assert warnings == () if said is None else said in warnings[0]
+
+
+def test_a_small_source_of_a_mixture_that_fills_too_much_of_a_batch_is_warned_of():
+    parts = [open_shapes("heldout", examples=4), open_shapes("train", examples=1000)]
+
+    def warnings(weight: float) -> tuple[str, ...]:
+        batches = SimpleNamespace(order=mix([4, 1000], [weight, 1.0], 64, seed=0))
+        run = {
+            "config": SimpleNamespace(batch_size=64),
+            "mesh": make_mesh(),
+            "phases": [SimpleNamespace(batches=batches)],
+        }
+        return console.repeated_pairs(SimpleNamespace(**run, train=open_mixture(parts, (weight, 1.0))))
+
+    assert warnings(1.0) == ()
+    (said,) = warnings(50.0)
+    assert said.startswith("WARNING: 10 pairs of a batch are from the 4 of shapes:heldout")
 
 
 def test_a_run_reports_what_it_leaves_out_and_evaluates_on_labels_alone(tmp_path, capsys):
