@@ -22,7 +22,7 @@ from clip_jax.errors import UserError
 from clip_jax.storage import lock, run_folder
 from clip_jax.storage.checkpoints import latest_step
 from clip_jax.training import console, loop, restart
-from clip_jax.training.metrics import Writer, truncate
+from clip_jax.training.metrics import Writer, evaluated, forget, truncate
 from tests.data.shards import jpeg, sample, write_shard
 from tests.training import runs
 
@@ -368,6 +368,17 @@ def test_metrics_are_cut_to_the_restored_step_and_half_a_line_is_dropped(tmp_pat
         handle.write('{"step": 4, "tr')
     truncate(file, 2)
     assert file.read_text() == '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 2.0}\n'
+
+
+def test_an_evaluation_is_forgotten_also_where_a_kill_left_half_a_line(tmp_path):
+    """A restart with another evaluation looks at the file before it is cut to the checkpoint."""
+    file, results = tmp_path / "metrics.jsonl", {"eval/a/loss": 1.0, "eval/b/loss": 2.0}
+    file.write_text(
+        json.dumps({"step": 1, **results}) + "\n" + json.dumps({"step": 2, **results}) + '\n{"step": 2, "ev'
+    )
+    assert evaluated(file, 2) == {"a", "b"} and evaluated(tmp_path / "none", 2) == set()
+    forget(file, 2, ["a"])
+    assert evaluated(file, 2) == {"b"} and evaluated(file, 1) == {"a", "b"}
 
 
 def test_a_value_that_is_not_finite_is_null_in_valid_json(tmp_path):
