@@ -134,7 +134,12 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
     with pytest.raises(UserError, match=f"is not the data this run began with.* {way_out}"):
         loop.run(workdir=str(copy), recipe=None, overrides={})
     assert loop.run(workdir=str(copy), recipe=None, overrides={"data.changed": "accept"}) == 0
-    assert loop.run(workdir=str(copy), recipe=None, overrides={"data.changed": "stop"}) == 0  # the new one is known
+    assert loop.run(workdir=str(copy), recipe=None, overrides={}) == 0  # the new one is known
+    run = json.loads((copy / "run.json").read_text())
+    run["data"]["train"]["fingerprint"] = "of a third one"  # which nobody has accepted
+    (copy / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match=way_out):
+        loop.run(workdir=str(copy), recipe=None, overrides={})
 
 
 def test_both_ways_out_of_bad_data_work(tmp_path, monkeypatch):
