@@ -106,6 +106,13 @@ def test_a_mistake_on_the_command_line_is_one_line(key, value, message):
         override(valid(), {key: value}, "recipe.py")
 
 
+def test_a_batch_of_one_pair_is_for_captioning_alone():
+    one = {"batch_size": "1", "objectives.contrastive.weight": "0"}
+    with pytest.raises(UserError, match="a pair is contrasted"):
+        override(valid(), one | {"objectives.distillation.weight": "1"}, "recipe.py")
+    assert override(valid(), one | {"objectives.captioning.weight": "1"}, "recipe.py").batch_size == 1
+
+
 def test_overrides_take_the_type_of_the_setting():
     config = override(
         valid(),
