@@ -5,6 +5,7 @@ one of the codes below. All other errors keep their traceback.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -15,6 +16,9 @@ EXIT_NON_FINITE = 43
 EXIT_WATCHDOG = 44
 EXIT_OUT_OF_MEMORY = 45
 EXIT_INTERRUPTED = 130  # what a shell gives for SIGINT
+
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of the system that say what is wrong with a path that the user gave."""
 
 
 class UserError(Exception):

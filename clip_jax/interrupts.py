@@ -4,7 +4,7 @@ By default Python raises an exception in whatever code the main thread runs. Ins
 at the wrong moment it ends in a segmentation fault, and while XLA compiles, the main thread runs no Python at all. So a
 thread receives the signal through a pipe and ends the process as a kill would, after which a run can always resume.
 
-Only the standard library is imported: the trainer calls ``install`` before JAX is imported.
+Only the standard library is imported: ``install`` is called before JAX is imported.
 """
 
 import os
@@ -24,10 +24,11 @@ _after_step: list[Callable[[], None]] = []
 """The argument of ``after_step``, once it was called."""
 
 
-def install() -> None:
+def install(early: str = "") -> None:
     """From now on Ctrl-C ends the process with one line and ``EXIT_INTERRUPTED``. Main thread only.
 
-    If SIGINT is ignored, as for the background jobs of a script, it stays ignored.
+    ``early`` is that line for a program other than the trainer. If SIGINT is ignored, as for the background jobs of a
+    script, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
@@ -35,7 +36,8 @@ def install() -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, lambda *_: None)
-    threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True).start()
+    early = early or f"{program()}: {EARLY}"
+    threading.Thread(target=_watch, args=(read, early), name="interrupts", daemon=True).start()
 
 
 def after_step(notify: Callable[[], None]) -> None:
@@ -48,21 +50,21 @@ def requested() -> bool:
     return _requested.is_set()
 
 
-def _watch(signals: int) -> None:
+def _watch(signals: int, early: str) -> None:
     while number := os.read(signals, 1):
         if number[0] != signal.SIGINT:  # every signal that Python handles comes through here
             continue
         if _after_step and not _requested.is_set():
             _requested.set()
-            _say(FIRST)
+            _say(f"{program()}: {FIRST}")
             _after_step[0]()
         else:
-            _say(SECOND if _requested.is_set() else EARLY)
+            _say(f"{program()}: {SECOND}" if _requested.is_set() else early)
             os._exit(EXIT_INTERRUPTED)
 
 
-def _say(text: str) -> None:
-    # Without Python's streams: the main thread may hold their locks. On a terminal, "^C" and a progress bar are in the
+def _say(line: str) -> None:
+    # Without Python's streams: the main thread may hold their locks. On a terminal, "^C" and a progress bar are on its
     # line, and the bar has hidden the cursor.
     start = "\n\033[?25h" if os.isatty(2) else ""
-    os.write(2, f"{start}{program()}: {text}\n".encode())
+    os.write(2, f"{start}{line}\n".encode())

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 from clip_jax import inputs, presets
 from clip_jax.batching import BATCH, encode_in_batches
 from clip_jax.data import images as image_files
+from clip_jax.data.templates import check as check_templates
 from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.errors import UserError, nearest
-from clip_jax.evaluation import zero_shot
+from clip_jax.evaluation import prompts, zero_shot
 from clip_jax.inputs import Images, OneImage
 from clip_jax.interop import folders, foreign, tokenizer_files
 from clip_jax.models.clip import CLIP, unit
@@ -174,12 +175,17 @@ class Model:
     ) -> Float[np.ndarray, "n labels"]:
         """Probabilities of the labels for each image: a softmax over scaled cosines (Radford et al. 2021, 3.1.2).
 
-        ``templates`` are prompts with {} for the label; their embeddings are averaged.
+        ``templates`` are prompts with {} for the label; their embeddings are averaged. SigLIP's models read labels and
+        templates without capitals and punctuation, as they were evaluated (``evaluation/prompts``); UserError where
+        nothing is left of a label, or two labels become one.
         """
         if isinstance(labels, str):
             raise UserError("labels: a list of texts, not one text")
-        labels = inputs.texts(labels, "labels")
-        classes = zero_shot.classifier(labels, templates, self.encode_text)
+        check_templates("templates", templates)
+        given = prompts.Prompts(tuple(inputs.texts(labels, "labels")), tuple(templates))
+        wanted = prompts.for_model(given, self.preset.tokenizer)
+        prompts.check_different(given, wanted)
+        classes = zero_shot.classifier(wanted.class_names, wanted.templates, self.encode_text)
         return np.asarray(jax.nn.softmax(self.scale * self.encode_image(images) @ classes.T, axis=-1))
 
     @cached_property

@@ -1,5 +1,7 @@
 """``load`` gives a model that embeds, compares and classifies, whatever form images and texts come in."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +94,20 @@ def test_classify_is_a_softmax_over_scaled_cosines(model, photo):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     cosines = np.asarray(model.similarity(model.encode_image(photo), model.encode_text(labels)))
     np.testing.assert_allclose(probabilities[:1], jax.nn.softmax(model.scale * cosines), atol=1e-5)
+
+
+def test_siglip_classifies_with_the_prompts_of_its_published_protocol(model, photo):
+    """big_vision's evaluator canonicalizes class names and templates; OpenCLIP does the same in its tokenizer."""
+    siglip = dataclasses.replace(model, preset=model.preset._replace(tokenizer="siglip2"))
+    spelled, plain = ["St. Bernard_dog", "A Cat!"], ["st bernard dog", "a cat"]
+    found = siglip.classify(photo, spelled, ["A photo of: {}."])
+    np.testing.assert_allclose(found, model.classify(photo, plain, ["a photo of {}"]), atol=1e-6)
+    assert np.abs(found - model.classify(photo, spelled, ["A photo of: {}."])).max() > 1e-6
+    same, empty = "'C' and 'c[+][+]': .* both are 'c'", "'[?]': .* nothing is left"
+    for labels, reason in ((["C", "c++"], same), (["a", "?"], empty)):
+        model.classify(photo, labels)
+        with pytest.raises(UserError, match=reason):
+            siglip.classify(photo, labels)
 
 
 def test_pixels_have_gradients(model, photo):

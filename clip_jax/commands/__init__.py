@@ -4,10 +4,11 @@
 """
 
 import argparse
+import errno
 import os
 import sys
 
-from clip_jax import __version__
+from clip_jax import __version__, interrupts
 from clip_jax.command_line import split_overrides
 from clip_jax.commands import (
     classify,
@@ -25,7 +26,7 @@ from clip_jax.commands import (
     search,
     train,
 )
-from clip_jax.errors import EXIT_USER_ERROR, UserError
+from clip_jax.errors import EXIT_USER_ERROR, NO_ACCESS, UserError
 
 COMMANDS = {
     "train": train,
@@ -44,9 +45,15 @@ COMMANDS = {
     "push": push,
 }
 
+OF_THE_USER = (*NO_ACCESS, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.EDQUOT)
+"""Errors of the system that need no traceback: a place that cannot be written, a full disk."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code; a UserError prints one line and returns 2."""
+    """Runs one command and returns its exit code; a UserError prints one line and returns 2.
+
+    Without ``argv`` this is a program of its own, which answers Ctrl-C with a line and ends; ``train`` does it itself.
+    """
     parser = argparse.ArgumentParser(
         prog="clip-jax", description="Plan and train, use, evaluate and convert CLIP models."
     )
@@ -62,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     arguments = parser.parse_args(given)
     arguments.overrides = overrides
+    if argv is None and arguments.command != "train":
+        interrupts.install(f"clip-jax {arguments.command}: interrupted")
     try:
         if overrides and "config" not in arguments:
             raise UserError(f"--config.{next(iter(overrides))}: this command takes no --config")
@@ -71,4 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except BrokenPipeError:  # ``| head`` closed the pipe; do not let Python flush to it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in OF_THE_USER:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"clip-jax {arguments.command}: {place}{error.strerror}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0

@@ -25,7 +25,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from clip_jax.evaluation.paired import difference
 
-    a, b = (_records(Path(folder)) for folder in (arguments.a, arguments.b))
+    folders = [Path(folder).expanduser() for folder in (arguments.a, arguments.b)]
+    a, b = map(_records, folders)
     shared = [name for name in a if name in b]
     if not shared:
         raise UserError(f"{arguments.a} and {arguments.b} have no dataset in common")
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not _same_examples(a[name], b[name]):
             print(f"{name}: other examples or another protocol; not compared")
             continue
-        hits = [np.load(Path(folder) / f"{name}.npz") for folder in (arguments.a, arguments.b)]
+        hits = [np.load(folder / f"{name}.npz") for folder in folders]
         for metric in sorted(set(hits[0]) & set(hits[1])):
             try:
                 found = difference(hits[0][metric], hits[1][metric])

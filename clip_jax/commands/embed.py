@@ -11,6 +11,8 @@ HELP = "Write the embeddings of a source in clip-retrieval's layout; resumable."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a run folder, a folder of weights, or hf://org/name")
     parser.add_argument("--data", required=True, help="kind:where, as in folder:photos or tar:/data/train")
+    parser.add_argument("--caption", default="txt", help="like config.data.caption")
+    parser.add_argument("--image", default="", help="like config.data.image")
     parser.add_argument("--output", required=True, help="a folder; shards that are already there are skipped")
     parser.add_argument("--shard-size", type=int, default=100_000, help="examples per file")
     parser.add_argument("--shards", help="only these shards, as in 0-99: a part for one worker of a cluster")
@@ -27,10 +29,10 @@ def run(arguments: argparse.Namespace) -> None:
     size = arguments.shard_size
     if size < 1 or arguments.batch_size < 1:
         raise UserError("--shard-size and --batch-size: at least 1")
-    source = open_source(arguments.data)
+    source = open_source(arguments.data, caption=arguments.caption, image=arguments.image)
     shards = _shards(arguments.shards, -(-len(source) // size))
     subject = open_subject(arguments.model, arguments.batch_size)
-    output = Path(arguments.output)
+    output = Path(arguments.output).expanduser()
     manifest = {
         "model": subject.fingerprint,
         "source": source.fingerprint,

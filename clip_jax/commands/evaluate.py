@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", action="append", help="a folder in CLIP_benchmark's layout, a folder of such folders, or kind:where"
     )
+    parser.add_argument("--caption", default="txt", help="of a source: like config.data.caption")
+    parser.add_argument("--image", default="", help="of a source: like config.data.image")
     parser.add_argument("--output", required=True, help="a folder; results that are already there are not recomputed")
     parser.add_argument("--templates", help="prompts: a published set such as imagenet1k, or a file with one per line")
     parser.add_argument("--class-names", help="class names, in the order of the labels: a published set or a file")
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     if len(set(map(results.file_name, arguments.model))) < len(arguments.model):
         raise UserError("--model: the same model twice")
     shares = _weights(arguments.weights, len(arguments.model))
-    output = Path(arguments.output)
+    output = Path(arguments.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     subjects = [open_subject(model, arguments.batch_size) for model in arguments.model]
     records, sources = [], {}
@@ -47,7 +49,15 @@ def run(arguments: argparse.Namespace) -> None:
     for name, group in groups:
         size = max(subject.embedder.image_size for subject in group)
         if size not in plans:
-            plans[size] = suites.tasks(suite, arguments.data or (), size, arguments.templates, arguments.class_names)
+            plans[size] = suites.tasks(
+                suite,
+                arguments.data or (),
+                size,
+                arguments.templates,
+                arguments.class_names,
+                caption=arguments.caption,
+                image=arguments.image,
+            )
         tasks, missing = plans[size]
         weights = shares if len(group) > 1 else None
         fingerprint = "+".join(subject.fingerprint for subject in group) + (f" {weights}" if weights else "")

@@ -66,10 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
     equal = probe.shots_that_equal(curve, baseline)
     print("zero-shot accuracy is " + ("not reached" if equal is None else f"reached with {equal:.1f} shots"))
     if arguments.head:
-        with atomic.replacing(Path(arguments.head).with_suffix(".npz")) as temporary:
+        head_file = Path(arguments.head).expanduser().with_suffix(".npz")
+        with atomic.replacing(head_file) as temporary:
             weights, bias = head.weights.astype(np.float32), head.bias.astype(np.float32)
             np.savez(temporary, weights=weights, bias=bias, class_names=np.array(names), model=subject.fingerprint)
-        print(f"{Path(arguments.head).with_suffix('.npz')}: logits = model.encode_image(images) @ weights + bias")
+        print(f"{head_file}: logits = model.encode_image(images) @ weights + bias")
 
 
 def _held_out(labels):

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError('nothing to search for: give --text="..." or --image=PATH')
     if arguments.k < 1:
         raise UserError(f"-k {arguments.k}: at least 1")
-    folder = Path(arguments.index)
+    folder = Path(arguments.index).expanduser()
     vectors = index.embeddings(folder, arguments.among)
     model = load(arguments.model or _model_of(folder))
     if model.embed_dim != vectors[0].shape[1]:

@@ -116,7 +116,8 @@ def _check_combinations(given: Mapping[str, Any], where: str) -> None:
     weights = {key: value for key, value in given.items() if re.fullmatch(r"objectives\.[^.]+\.weight", key)}
     if not any(weights.values()):
         raise UserError(f"{where}: nothing to train: give one of {', '.join(weights)} a weight above 0")
-    if given["batch_size"] == 1 and given["objectives.contrastive.weight"] > 0:
+    compares = any(given[f"objectives.{name}.weight"] > 0 for name in ("contrastive", "distillation"))
+    if given["batch_size"] == 1 and compares:
         raise UserError(f"{where}: batch_size=1: a pair is contrasted with the others of its batch; take 2 or more")
 
 

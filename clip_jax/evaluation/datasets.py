@@ -63,11 +63,13 @@ def open_benchmark(folder: Path) -> Dataset:
     return Dataset(name, "zero_shot", source, Prompts(names, templates))
 
 
-def open_dataset(where: str, templates: str | None = None, class_names: str | None = None) -> list[Dataset]:
+def open_dataset(
+    where: str, templates: str | None = None, class_names: str | None = None, **columns: str
+) -> list[Dataset]:
     """The sets that ``--data`` names: a folder in CLIP_benchmark's layout, one of such folders, or a source.
 
     A source with labels is classified, any other is searched. ``templates`` and ``class_names`` are names of published
-    sets or files, and win over what the data itself says.
+    sets or files, and win over what the data itself says. ``columns`` are options of ``open_source``.
     """
     folder = Path(where).expanduser()
     if folder.is_dir():
@@ -77,7 +79,7 @@ def open_dataset(where: str, templates: str | None = None, class_names: str | No
                 f"{where}: neither it nor a folder in it has test/nshards.txt; name a source as in folder:{where}"
             )
     else:
-        source = open_source(where)
+        source = open_source(where, **columns)
         own = Prompts(tuple(source.class_names), DEFAULT_TEMPLATES) if source.class_names else None
         found = [Dataset(source.name, "zero_shot" if own else "retrieval", source, own)]
     return [_with_prompts(dataset, templates, class_names) for dataset in found]

@@ -108,14 +108,17 @@ SUITES["full"] = tuple(dict.fromkeys((*PAPER27, *DATACOMP38)))
 
 
 def tasks(
-    suite: str, data: Sequence[str], image_size: int, templates: str | None, class_names: str | None
+    suite: str, data: Sequence[str], image_size: int, templates: str | None, class_names: str | None, **columns: str
 ) -> tuple[tuple[runner.Task, ...], list[str]]:
-    """(the tasks of a suite that can be run, a line for each set that cannot). Raises UserError if there is none."""
+    """(the tasks of a suite that can be run, a line for each set that cannot). Raises UserError where there is none.
+
+    ``columns``: ``caption`` and ``image`` of ``open_source``.
+    """
     found: list[runner.Task] = []
     missing: list[str] = []
     if suite == "quick":
         found += runner.quick(image_size)
-    opened = [d for where in data for d in datasets.open_dataset(where, templates, class_names)]
+    opened = [d for where in data for d in datasets.open_dataset(where, templates, class_names, **columns)]
     if suite in ("quick", "data"):
         found += map(runner.task_of, opened)
         if not found:

@@ -55,6 +55,12 @@ def export(
     except UserError:
         to.rmdir()  # Nothing was written: each format refuses a model before it writes.
         raise
+    if preset.preprocess.exif and layout != "stablehlo":
+        lines.append(
+            "exif_orientation: left out, no other library turns photos; turn them before (ImageOps.exif_transpose)"
+        )
+    if preset.tokenizer == "siglip2" and layout == "openclip":
+        lines.append("texts: OpenCLIP drops the punctuation of every text of a SigLIP 2; encode_text here keeps it")
     lines += export_tokenizer.write(to, layout, preset.tokenizer, tokenizer, source)
     (to / "README.md").write_text(model_card(name, layout, preset, params), encoding="utf-8")
     return lines
@@ -91,6 +97,7 @@ def model_card(name: str, layout: str, preset: Preset, params: Params) -> str:
         shape, activation = f"{image.width}, {list(image.stages)}, {image.heads}", "relu"
     else:
         shape, activation = f"{image.width}, {image.layers}, {image.heads}", image.activation
+    turned = "turned by their EXIF orientation, " if pixels.exif else ""
     millions = {tower: f"{count / 1e6:.1f} M" for tower, count in parameter_counts(params).items()}
     libraries = {"openclip": "open_clip", "huggingface": "transformers", "bigvision": "big_vision", "stablehlo": "jax"}
     return f"""---
@@ -110,8 +117,9 @@ A CLIP model of {millions["total"]} parameters, exported by clip_jax {__version_
 | activation | {activation} | {text.activation} |
 | parameters | {millions["image"]} | {millions["text"]} |
 
-Both towers give {preset.architecture.embed_dim} features. Pixels: resized ({pixels.resize}, {pixels.interpolation}),
-divided by 255, mean {list(pixels.mean)}, standard deviation {list(pixels.std)}. Tokenizer: {preset.tokenizer}.
+Both towers give {preset.architecture.embed_dim} features. Pixels: {turned}resized
+({pixels.resize}, {pixels.interpolation}), divided by 255, mean {list(pixels.mean)}, standard deviation
+{list(pixels.std)}. Tokenizer: {preset.tokenizer}.
 
 ## Training data, evaluation, intended use
 

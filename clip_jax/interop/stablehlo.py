@@ -76,6 +76,7 @@ def _config(preset: Preset) -> dict[str, Any]:
     """What happens to an image and a text before the programs; the images are normalized inside."""
     return {
         "image_size": preset.architecture.image.image_size,
+        "exif_orientation": preset.preprocess.exif,
         "resize": preset.preprocess.resize,
         "interpolation": preset.preprocess.interpolation,
         "context_length": preset.architecture.text.context_length,

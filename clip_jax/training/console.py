@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.command_line import program
+from clip_jax.data.sources.mixture import Mixture
 from clip_jax.data.sources.sample import notes
 from clip_jax.devices import xla_flags
 from clip_jax.devices.sharding import batch_shards
@@ -55,6 +56,14 @@ def header(run: Run) -> list[tuple[str, str]]:
 def repeated_pairs(run: Run) -> tuple[str, ...]:
     """A warning where a batch is larger than the data: it holds some pairs twice, each as a negative of itself."""
     batch, examples, shards = run.config.batch_size, len(run.train), batch_shards(run.mesh)
+    if isinstance(run.train, Mixture):
+        quotas = run.phases[0].batches.order.counts(batch)
+        return tuple(
+            f"WARNING: {quota} pairs of a batch are from the {len(part)} of {part.name}: some are there more than "
+            "once, as their own negatives; lower its weight or config.batch_size"
+            for part, quota in zip(run.train.parts, quotas, strict=True)
+            if quota > len(part)
+        )
     if batch <= examples:
         return ()
     fits = examples // shards * shards
@@ -65,7 +74,7 @@ def repeated_pairs(run: Run) -> tuple[str, ...]:
 
 def summary(step: int, values: Mapping[str, float]) -> str:
     """One line of an evaluation's numbers."""
-    shown = ("loss", "zero_shot_top1", "i2t_R@1", "t2i_R@1", "i2t_R@5", "t2i_R@5")
+    shown = ("loss", "zero_shot_top1", "i2t_R@1", "t2i_R@1", "i2t_R@5", "t2i_R@5", "mean")
     parts = [f"{name.removeprefix('eval/')} {v:.3f}" for name, v in values.items() if name.split("/")[-1] in shown]
     return f"evaluation at step {step}: " + "  ".join(parts)
 

@@ -27,24 +27,30 @@ def is_timing(name: str) -> bool:
 
 def truncate(file: Path, step: int) -> None:
     """Drops the lines of steps after ``step``, and a line that a kill left unfinished."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    if file.exists():
+        _write(file, [line for line in _read(file) if line["step"] <= step])
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The complete lines; none where there is no file."""
+    found = []
+    for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+            values = json.loads(line)
+        except ValueError:  # half a line, or half a character
             continue
-    atomic.write_text(file, "".join(kept))
+        if isinstance(values, dict) and "step" in values:
+            found.append(values)
+    return found
+
+
+def _write(file: Path, lines: list[dict[str, Any]]) -> None:
+    atomic.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def evaluated(file: Path, step: int) -> set[str]:
     """The names of the evaluations that have results of this step."""
-    if not file.exists():
-        return set()
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    keys = [key.split("/") for line in lines if line["step"] == step for key in line]
+    keys = [key.split("/") for line in _read(file) if line["step"] == step for key in line]
     return {key[1] for key in keys if key[0] == "eval" and len(key) == 3}
 
 
@@ -52,13 +58,12 @@ def forget(file: Path, step: int, names: Collection[str]) -> None:
     """Drops the results of the named evaluations at this step and later."""
     if not file.exists():
         return
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     dropped = tuple(f"eval/{name}/" for name in names)
     kept = [
         {key: value for key, value in line.items() if line["step"] < step or not key.startswith(dropped)}
-        for line in lines
+        for line in _read(file)
     ]
-    atomic.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+    _write(file, kept)
 
 
 class Writer:

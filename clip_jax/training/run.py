@@ -255,7 +255,7 @@ def description(run: Run) -> dict[str, Any]:
     values = {
         "clip_jax_version": __version__,
         **({"commit": commit} if (commit := version.commit()) else {}),
-        "config": configs.to_json(run.config),
+        "config": _settings(run.config),
         "steps": run.steps,
         "model": {"name": run.config.model.name, "parameters": run.parameters, **presets.to_json(last.preset)},
         "tokenizer": {"kind": last.preset.tokenizer, "fingerprint": run.tokenizer.fingerprint},
@@ -269,6 +269,13 @@ def description(run: Run) -> dict[str, Any]:
         values["phases"] = [{"start": phase.start, **presets.to_json(phase.preset)} for phase in run.phases]
     constants = constants_of(run)
     return values | ({"constants": constants} if constants else {})
+
+
+def _settings(config: ConfigDict) -> dict[str, Any]:
+    """What a restart takes up again. Mended data is accepted once: a later change is another one."""
+    settings = configs.to_json(config)
+    settings["data"]["changed"] = configs.defaults().data.changed
+    return settings
 
 
 def constants_of(run: Run) -> dict[str, str]:

@@ -4,7 +4,6 @@ Periodic checkpoints are the guarantee, because a machine can vanish without not
 """
 
 import contextlib
-import errno
 import faulthandler
 import os
 import signal
@@ -102,7 +101,6 @@ def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
         thread.join()
 
 
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 NO_ACCESS_TEXTS = ("Permission denied", "Read-only file system")
 """TensorStore gives the reason only in its message."""
 
@@ -125,7 +123,9 @@ def concise_system_errors(workdir: object) -> Iterator[None]:
                 f"no space is left for {workdir}: free some (config.checkpoint.keep_last keeps fewer checkpoints); "
                 "the same command resumes from the last complete one"
             ) from error
-        if (isinstance(error, OSError) and error.errno in NO_ACCESS) or any(words in text for words in NO_ACCESS_TEXTS):
+        if (isinstance(error, OSError) and error.errno in errors.NO_ACCESS) or any(
+            words in text for words in NO_ACCESS_TEXTS
+        ):
             place = getattr(error, "filename", None) or workdir
             reason = getattr(error, "strerror", None) or next(words for words in NO_ACCESS_TEXTS if words in text)
             raise errors.UserError(

@@ -85,6 +85,28 @@ def test_mistakes_are_one_line(place, tmp_path, capsys):
     assert "nothing to search for" in capsys.readouterr().err
 
 
+def test_captions_of_a_field_and_folders_in_the_users_home(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"jpg": jpeg(i), "json": json.dumps({"texts": {"de": f"Bild {i}"}}).encode()} for i in range(3)]
+    write_shard(tmp_path / "0.tar", pairs)
+    data = (f"--model={place / 'run'}", "--data=tar:~/0.tar", "--caption=texts.de")
+    assert main(["embed", *data, "--output=~/index"]) == 0
+    captions = parquet.read_table(tmp_path / "index/metadata/metadata_0.parquet")["caption"].to_pylist()
+    assert captions == ["Bild 0", "Bild 1", "Bild 2"]
+    assert main(["search", "--index=~/index", "--text=Bild 1", "--among=text", "-k1"]) == 0
+    assert main(["evaluate", *data, "--output=~/out"]) == 0
+    results = next(path.parent.name for path in (tmp_path / "out").glob("*/*.json"))
+    assert main(["compare", f"~/out/{results}", f"~/out/{results}"]) == 0
+    assert not (tmp_path / "~").exists()
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    assert main(["embed", *data, f"--output={tmp_path}/file"]) == 2
+    assert capsys.readouterr().err.startswith("clip-jax embed: ")
+    assert main(["evaluate", *data, f"--output={tmp_path}/file"]) == 2
+    assert capsys.readouterr().err == f"clip-jax evaluate: {tmp_path}/file: File exists\n"
+
+
 def test_compare_pairs_the_examples_of_two_models(place, tmp_path, capsys):
     shutil.copytree(OLD_RUNS / "sigmoid", tmp_path / "b")
     shutil.copytree(OLD_RUNS / "tokenizer", tmp_path / "b" / "tokenizer")

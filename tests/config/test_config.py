@@ -1,6 +1,8 @@
 """A config is checked before anything heavy starts; every mistake is one line that names the key and the way out."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +25,9 @@ from clip_jax.data.sources.mixture import open_mixture
 from clip_jax.errors import UserError
 from clip_jax.evaluation.protocols import PROTOCOLS
 from clip_jax.objectives import contrastive
-from clip_jax.settings import EVALUATION_CHOICES, ranges
+from clip_jax.settings import EVALUATION_CHOICES, choices, ranges
+
+PACKAGE = Path(configs.__file__).parents[1]
 
 
 def valid(**changes):
@@ -100,6 +104,13 @@ def test_a_mistake_in_a_recipe_is_one_line_with_its_place(tmp_path, body, messag
 def test_a_mistake_on_the_command_line_is_one_line(key, value, message):
     with pytest.raises(UserError, match=re.escape(message)):
         override(valid(), {key: value}, "recipe.py")
+
+
+def test_a_batch_of_one_pair_is_for_captioning_alone():
+    one = {"batch_size": "1", "objectives.contrastive.weight": "0"}
+    with pytest.raises(UserError, match="a pair is contrasted"):
+        override(valid(), one | {"objectives.distillation.weight": "1"}, "recipe.py")
+    assert override(valid(), one | {"objectives.captioning.weight": "1"}, "recipe.py").batch_size == 1
 
 
 def test_overrides_take_the_type_of_the_setting():
@@ -293,6 +304,29 @@ def test_how_a_run_is_computed_evaluated_kept_and_logged_may_change_on_a_restart
     others = {"log.every_steps": "3", "seed": "5", "optimizer.beta1": "0.8"}
     changed = override(config, computed | others, "recipe.py")
     assert differences(to_json(config), to_json(changed)) == ["optimizer.beta1", "seed"]
+
+
+def test_what_a_message_to_a_run_that_stopped_advises_may_change_on_a_restart():
+    """The settings are read out of the messages, so that new advice is tried too."""
+    files = ("training/stop", "training/restart", "data/stream", "data/sources/folder_files", "data/sources/tar_index")
+    files += ("data/sources/left_out",)
+    advised, config = set(), valid()
+    for file in files:
+        tree = ast.parse((PACKAGE / f"{file}.py").read_text())
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        found = {key for text in texts for key in re.findall(r"config\.([a-z_]+(?:\.[a-z_]+)*)", text)}
+        assert found, file
+        advised |= found
+    known = flatten(defaults())
+    assert advised <= known.keys() and len(advised) >= 10
+    for key in advised:
+        values = [v for v in choices().get(key, ("elsewhere", 3, 0.5)) if type(v) is type(known[key])]
+        other = next(value for value in values if value != known[key])
+        changed = override(config, {key: str(other)}, "recipe.py")
+        assert flatten(changed)[key] != flatten(config)[key]
+        assert differences(to_json(config), to_json(changed)) == [], key
 
 
 def test_sizes_of_the_model_can_be_overridden_and_must_go_together():

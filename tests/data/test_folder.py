@@ -382,6 +382,17 @@ def test_a_table_may_name_images_without_their_folder_where_only_one_has_that_na
     assert "captions.txt, line 2: a.jpg is not an image" in refusal(tmp_path)
 
 
+def test_captions_from_another_place_than_the_setting_names_are_reported(tmp_path):
+    """A caption setting may be that of another source; a mistyped one must not pass in silence."""
+    table = write(tmp_path / "table", "a.jpg", texts={"captions.csv": "file,caption,de\na.jpg,an a,ein A\n"})
+    assert open_folder(str(table), caption="de").notes == open_folder(str(table)).notes == ()
+    for setting, column in (("captoin", "caption"), ("de=3,caption=1", "de")):
+        assert open_folder(str(table), caption=setting).notes == (f"captions are the column {column} of captions.csv",)
+    beside = write(tmp_path / "beside", "a.jpg", texts={"a.txt": "an a"})
+    said = open_folder(str(beside), caption="de").notes
+    assert said == ("captions are the .txt files: no image has a .json with de",)
+
+
 def test_a_table_of_something_else_leaves_captions_where_they_are_and_is_reported(tmp_path):
     write(tmp_path, "cat/a.jpg", "dog/b.jpg", texts={"sizes.csv": "name,bytes\na.jpg,3\n"})
     source = open_folder(str(tmp_path))

@@ -212,7 +212,9 @@ def test_samples_with_labels_alone_take_the_class_name_whatever_field_another_so
     with pytest.raises(UserError, match=r"samples have labels: write .*classnames.txt"):
         open_tar(str(tmp_path))
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
-    assert [s.captions for s in open_tar(str(tmp_path), caption="caption")] == [("cat",), ("dog",)]
+    source = open_tar(str(tmp_path), caption="caption")
+    assert [s.captions for s in source] == [("cat",), ("dog",)]
+    assert source.notes == ("captions are the names of the 2 classes",)
 
 
 def test_a_field_that_is_not_in_the_json_is_refused_with_those_that_are(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import clip_jax
 from clip_jax import commands, presets
 from clip_jax.interop import files, open_clip, openai
+from clip_jax.interop.export import export
 from clip_jax.interop.tensors import Entry, Tensors
 from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.resnet import ResNetTower
@@ -56,6 +57,19 @@ def test_export_says_what_the_format_cannot_hold(small_run, tmp_path, capsys):
     assert "SigLIP" in error and not (tmp_path / "bv").exists()
     assert commands.main(["export", f"--model={small_run}", "--format=openclip", f"--to={to}"]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_export_says_where_other_libraries_will_see_other_images_or_texts(tmp_path):
+    weights = {"name": "m", "params": folders_of.parameters(), "batch_stats": {}, "tokenizer": None, "source": tmp_path}
+    turned = PRESET._replace(preprocess=PRESET.preprocess._replace(exif=True))
+    siglip = PRESET._replace(tokenizer="siglip2")
+    for number, (preset, expected) in enumerate(((PRESET, ""), (turned, "exif_orientation: "), (siglip, "texts: "))):
+        said = export(tmp_path / str(number), "openclip", preset=preset, **weights)
+        assert [line for line in said if line.startswith(("exif_orientation: ", "texts: "))] == [
+            line for line in said if expected and line.startswith(expected)
+        ]
+        assert bool(expected) == any(expected and line.startswith(expected) for line in said)
+    assert "Pixels: turned by their EXIF orientation, resized" in (tmp_path / "1" / "README.md").read_text()
 
 
 def test_a_torchscript_archive_of_openai_becomes_a_folder_that_loads(tmp_path, capsys):

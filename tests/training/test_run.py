@@ -12,6 +12,9 @@ import pytest
 
 from clip_jax import __version__
 from clip_jax.data import stream
+from clip_jax.data.order import mix
+from clip_jax.data.sources.mixture import open_mixture
+from clip_jax.data.sources.shapes import open_shapes
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.tokenizers import train_sentencepiece
 from clip_jax.devices.sharding import make_mesh
@@ -19,7 +22,7 @@ from clip_jax.errors import UserError
 from clip_jax.storage import lock, run_folder
 from clip_jax.storage.checkpoints import latest_step
 from clip_jax.training import console, loop, restart
-from clip_jax.training.metrics import Writer, truncate
+from clip_jax.training.metrics import Writer, evaluated, forget, truncate
 from tests.data.shards import jpeg, sample, write_shard
 from tests.training import runs
 
@@ -131,7 +134,12 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
     with pytest.raises(UserError, match=f"is not the data this run began with.* {way_out}"):
         loop.run(workdir=str(copy), recipe=None, overrides={})
     assert loop.run(workdir=str(copy), recipe=None, overrides={"data.changed": "accept"}) == 0
-    assert loop.run(workdir=str(copy), recipe=None, overrides={"data.changed": "stop"}) == 0  # the new one is known
+    assert loop.run(workdir=str(copy), recipe=None, overrides={}) == 0  # the new one is known
+    run = json.loads((copy / "run.json").read_text())
+    run["data"]["train"]["fingerprint"] = "of a third one"  # which nobody has accepted
+    (copy / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match=way_out):
+        loop.run(workdir=str(copy), recipe=None, overrides={})
 
 
 def test_both_ways_out_of_bad_data_work(tmp_path, monkeypatch):
@@ -281,6 +289,23 @@ def test_a_batch_larger_than_the_data_is_warned_of_with_the_batch_to_take(pairs,
     assert warnings == () if said is None else said in warnings[0]
 
 
+def test_a_small_source_of_a_mixture_that_fills_too_much_of_a_batch_is_warned_of():
+    parts = [open_shapes("heldout", examples=4), open_shapes("train", examples=1000)]
+
+    def warnings(weight: float) -> tuple[str, ...]:
+        batches = SimpleNamespace(order=mix([4, 1000], [weight, 1.0], 64, seed=0))
+        run = {
+            "config": SimpleNamespace(batch_size=64),
+            "mesh": make_mesh(),
+            "phases": [SimpleNamespace(batches=batches)],
+        }
+        return console.repeated_pairs(SimpleNamespace(**run, train=open_mixture(parts, (weight, 1.0))))
+
+    assert warnings(1.0) == ()
+    (said,) = warnings(50.0)
+    assert said.startswith("WARNING: 10 pairs of a batch are from the 4 of shapes:heldout")
+
+
 def test_a_run_reports_what_it_leaves_out_and_evaluates_on_labels_alone(tmp_path, capsys):
     """Captions for training are in the .json, the classes have none; a name is Latin-1, an image broken."""
     recipe, photos = str(runs.write_recipe(tmp_path)), tmp_path / "photos"
@@ -348,6 +373,17 @@ def test_metrics_are_cut_to_the_restored_step_and_half_a_line_is_dropped(tmp_pat
         handle.write('{"step": 4, "tr')
     truncate(file, 2)
     assert file.read_text() == '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": 2.0}\n'
+
+
+def test_an_evaluation_is_forgotten_also_where_a_kill_left_half_a_line(tmp_path):
+    """A restart with another evaluation looks at the file before it is cut to the checkpoint."""
+    file, results = tmp_path / "metrics.jsonl", {"eval/a/loss": 1.0, "eval/b/loss": 2.0}
+    file.write_text(
+        json.dumps({"step": 1, **results}) + "\n" + json.dumps({"step": 2, **results}) + '\n{"step": 2, "ev'
+    )
+    assert evaluated(file, 2) == {"a", "b"} and evaluated(tmp_path / "none", 2) == set()
+    forget(file, 2, ["a"])
+    assert evaluated(file, 2) == {"b"} and evaluated(file, 1) == {"a", "b"}
 
 
 def test_a_value_that_is_not_finite_is_null_in_valid_json(tmp_path):

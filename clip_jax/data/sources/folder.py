@@ -145,10 +145,15 @@ def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str
         raise UserError(
             f"folder:{where}: captions in {' and in '.join([*found, *beside[:1]])}; remove or rename one of them"
         )
+    # A field may be that of another source; what is read in its place is said.
+    fields = [field.name for field in caption_files.named(caption)]
     if found:
-        return _from_table(root / found[0], opening), (), ()
+        _, column = tables.columns(root / found[0], caption)
+        notes = (f"captions are the column {column} of {found[0]}",) if fields and fields != [column] else ()
+        return _from_table(root / found[0], opening), (), notes
     if texts:
-        return _from_texts(texts, opening), (), ()
+        notes = (f"captions are the .txt files: no image has a .json with {', '.join(fields)}",) if fields else ()
+        return _from_texts(texts, opening), (), notes
     if with_json:
         first = root / files.jsons[_key(with_json[0])]
         there = ", ".join(caption_files.paths(first.read_bytes())) or "none has text"

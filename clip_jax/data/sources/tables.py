@@ -38,13 +38,18 @@ def read(path: Path, setting: str) -> Iterator[Row]:
 
 def is_table(path: Path, setting: str) -> bool:
     """Whether a file has columns for an image and its caption."""
+    return all(columns(path, setting))
+
+
+def columns(path: Path, setting: str) -> tuple[str, str]:
+    """The columns of the file and of the caption by the first line, empty where there is none."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
         names = json.loads(first) if path.suffix == ".jsonl" else next(csv.reader([first], _dialect(path, first)))
-        return all(_columns(list(names), setting))
+        return _columns(list(names), setting)
     except (OSError, ValueError, TypeError, csv.Error, StopIteration):
-        return False
+        return "", ""
 
 
 def read_text(path: Path) -> str:

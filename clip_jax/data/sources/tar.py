@@ -136,8 +136,10 @@ def _check_captions(where: str, source: TarSource) -> tuple[str, ...]:
     wanted = [field for field in source.captions if index.having(files[field])]
     if any(files[field] == "json" for field in wanted):
         return captions.check_paths(where, wanted, tried(TRIED))
-    if wanted or source.class_names:
+    if wanted:
         return ()
+    if source.class_names:
+        return (f"captions are the names of the {len(source.class_names)} classes",)
     if "txt" not in files.values():
         names = ", ".join(field.name for field in source.captions)
         raise UserError(f"{where}: config.data.caption={names}, and no sample has a .json")

@@ -57,6 +57,19 @@ def for_model(prompts: Prompts, tokenizer: str) -> Prompts:
     )
 
 
+def check_different(given: Prompts, wanted: Prompts) -> None:
+    """Raises UserError where ``for_model`` left nothing of a class name, or made one name of two."""
+    seen: dict[str, str] = {}
+    for before, after in zip(given.class_names, wanted.class_names, strict=True):
+        if before and not after:
+            raise UserError(f"{before!r}: this model reads no punctuation, and nothing is left of it; use words")
+        if seen.setdefault(after, before) != before:
+            raise UserError(
+                f"{seen[after]!r} and {before!r}: this model reads no capitals and no punctuation, and to it both are "
+                f"{after!r}; use other words"
+            )
+
+
 def canonicalize(text: str) -> str:
     """Lower case without ASCII punctuation; ``_`` is a space, and spaces are single."""
     return re.sub(r"\s+", " ", text.replace("_", " ").translate(_PUNCTUATION).lower())
