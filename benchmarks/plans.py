@@ -37,9 +37,9 @@ HEAD = """# Plans of the recipes
 Written by `python benchmarks/plans.py` on {date} with jax {jax} and libtpu {libtpu}, on a machine without a TPU.
 
 Each row is the real training step of a recipe, compiled by the TPU compiler for the slice that the recipe's docstring
-names. *HBM per chip* is the compiler's peak memory, arguments included; where *fits* says *estimated*, the plan was not
-compiled. *Estimate* is the plan's own figure without the compiler. *Pairs/s* and *MFU* are upper bounds
-([how to read a plan](planning.md)). None of these steps was run on a TPU.
+names; each later phase has a row of its own. *HBM per chip* is the compiler's peak memory, arguments included; where
+*fits* says *estimated*, the plan was not compiled. *Estimate* is the plan's own figure without the compiler. *Pairs/s*
+and *MFU* are upper bounds ([how to read a plan](planning.md)). None of these steps was run on a TPU.
 """
 COLUMNS = ("plan", "slice", "batch", "micro-batch", "remat", "mesh (data x fsdp)", "HBM per chip", "fits", "estimate")
 SPEED = ("pairs/s, at most", "MFU, at most", "bound by")
@@ -49,7 +49,12 @@ def cases() -> dict[str, tuple[str, str, int, list[str]]]:
     """{name: (recipe, slice, number of slices, overrides)} of all plans."""
     found = {}
     for recipe in RECIPES:
-        found[recipe.stem] = (recipe.stem, SLICE.search(recipe.read_text())[1], 1, [])
+        case, changed = (recipe.stem, SLICE.search(recipe.read_text())[1], 1), {}
+        found[recipe.stem] = (*case, [])
+        for number, phase in enumerate(configs.load(str(recipe)).phases, start=2):
+            changed |= {key: value for key, value in phase.items() if key != "start"}
+            settings = [f"--config.{key}={value}" for key, value in changed.items()]
+            found[f"{recipe.stem}, phase {number}"] = (*case, ["--config.phases=()", *settings])
     return found | LARGER
 
 

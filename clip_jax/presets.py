@@ -220,7 +220,7 @@ _CLIPA = {
     f"{name}-CLIPA{suffix}": _clipa(_CLIP[name], size)
     for name in ("ViT-L/14", "ViT-H/14", "ViT-bigG/14")
     for suffix, size in (("", 224), ("-336", 336))
-}
+} | {"ViT-L/16-CLIPA": _clipa(_CLIP["ViT-L/16"], 224)}
 
 _B, _L, _SO400M = (768, 12, 12, 3072), (1024, 24, 16, 4096), (1152, 27, 16, 4304)
 _TANH = {"image_activation": "gelu_tanh"}

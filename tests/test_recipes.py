@@ -1,16 +1,25 @@
 """Every shipped recipe is valid, and its full-size model traces through a whole training step."""
 
+import dataclasses
+import types
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import clip_jax
 from clip_jax import config as configs
+from clip_jax import presets
 from clip_jax.devices.sharding import make_mesh, to_devices
+from clip_jax.models.clip import CLIP
 from clip_jax.objectives import contrastive
+from clip_jax.training import loop, teacher
 from clip_jax.training.setup import make_learner
+from tests.data.shards import jpeg
+from tests.training import runs
 
 RECIPES = sorted(Path("configs").glob("*.py"))
 
@@ -91,3 +100,106 @@ def test_a_siglip_recipe_has_the_papers_numbers_and_trains(recipe, side):
     assert (seen[0]["logit_scale"], seen[0]["logit_bias"]) == pytest.approx((10, -10))
     assert seen[0]["loss"] == pytest.approx(10, abs=3)  # as the recipe's docstring says
     assert seen[-1]["loss"] < 0.8 * seen[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pairs", "later", "per_256", "later_per_256", "warmup"),
+    [("clipa_l16", 2.56e9, 131.072e6, 8e-6, 8e-7, 51.2e6), ("flip_l16", 12.8e9, 128e6, 4e-6, 4e-8, 51.2e6)],
+)
+def test_a_recipe_in_two_stages_has_the_papers_numbers(recipe, pairs, later, per_256, later_per_256, warmup):
+    config = configs.load(f"configs/{recipe}.py")
+    (second,), batch, optimizer = config.phases, config.batch_size, config.optimizer
+    stages = (second["start"], config.steps - second["start"], optimizer.warmup_steps)
+    assert [steps * batch for steps in stages] == pytest.approx((pairs, later, warmup), rel=1e-3)
+    assert optimizer.learning_rate * 256 / batch == pytest.approx(per_256)
+    assert second["optimizer.learning_rate"] * 256 / batch == pytest.approx(later_per_256)
+    assert (optimizer.weight_decay, optimizer.beta1, optimizer.beta2) == (0.2, 0.9, 0.95)
+
+
+SHRINK = 4
+"""Pixels and patches are this many times smaller: the grids of patches are the recipe's own."""
+SWITCH, STEPS, VOCABULARY = 2, 4, 300
+SMALL_PHASE = {
+    "start": lambda step: SWITCH,
+    "model.image.image_size": lambda size: size // SHRINK,
+    "optimizer.cooldown_steps": lambda steps: STEPS - SWITCH,
+}
+
+
+def shrunk(recipe: str) -> dict[str, str]:
+    """Narrow towers, few steps and the bundled scenes; the recipe's objectives, and its one phase or none, stay."""
+    config = configs.load(recipe)
+    image = configs.resolve_preset(config).architecture.image
+    phases = tuple({key: SMALL_PHASE.get(key, lambda v: v)(v) for key, v in p.items()} for p in config.phases)
+    return {
+        **{key: value for key, value in SMALL_RUN.items() if key.startswith("model.")},
+        "model.image.image_size": str(image.image_size // SHRINK),
+        "model.image.patch_size": str(image.patch_size // SHRINK),
+        "model.text.vocab_size": str(VOCABULARY),
+        "model.dtype": "float32",
+        "model.init_from": "",
+        "model.init_from_allow": "()",
+        "tokenizer.kind": "sentencepiece",
+        "tokenizer.train_captions": "300",
+        "data.train": "shapes:train",
+        "data.workers": "1",
+        "batch_size": "16",
+        "steps": str(STEPS),
+        "phases": repr(phases),
+        "optimizer.warmup_steps": "1",
+        "log.every_steps": "1",
+        "log.tensorboard": "False",
+    }
+
+
+def use_a_small_teacher(monkeypatch) -> None:
+    """A narrow ViT-L/14 for images as small as the student's, in place of the one from the hub."""
+    preset = presets.preset("ViT-L/14")
+    towers = preset.architecture
+    small = {"width": 48, "layers": 2, "heads": 2, "mlp_width": 64}
+    image = dataclasses.replace(towers.image, image_size=towers.image.image_size // SHRINK, **small)
+    text = dataclasses.replace(towers.text, vocab_size=VOCABULARY, **small)
+    architecture = dataclasses.replace(towers, image=image, text=text)
+    params = jax.jit(lambda key: nn.meta.unbox(CLIP(architecture).init(key)))(jax.random.key(5))
+    monkeypatch.setitem(presets.PRESETS, "ViT-L/14", preset._replace(architecture=architecture))
+    monkeypatch.setattr(teacher, "load", lambda weights: types.SimpleNamespace(params=params, batch_stats={}))
+
+
+def class_folders(folder: Path) -> str:
+    for name in ("red circle", "blue square"):
+        (folder / name).mkdir(parents=True)
+        for i in range(10):
+            (folder / name / f"{i}.jpg").write_bytes(jpeg(i))
+    return f"folder:{folder}"
+
+
+SLOW = ("clipa_l16", "lit_l16", "coca_b32", "distill_b32_from_l14", "unicl_b16")
+
+
+@pytest.mark.parametrize("recipe", ["flip_l16", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_small_copy_of_a_recipe_trains_through_its_phases(tmp_path, monkeypatch, recipe):
+    path = f"configs/{recipe}.py"
+    config = configs.load(path)
+    if config.objectives.distillation.weight > 0:
+        use_a_small_teacher(monkeypatch)
+    overrides, workdir = shrunk(path), tmp_path / "run"
+    if not isinstance(config.data.train, str):  # UniCL's: scenes, and as many images with the names of classes
+        overrides["data.train"] = repr((("shapes:train", 1.0), (class_folders(tmp_path / "classes"), 1e4)))
+    assert loop.run(workdir=str(workdir), recipe=path, overrides=overrides) == 0
+    steps = runs.metrics(workdir)
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(line["train/loss"]) for line in steps)
+    objectives = [name for name, settings in config.objectives.items() if settings.weight > 0]
+    if len(objectives) > 1:
+        parts = sum(config.objectives[name].weight * steps[-1][f"train/{name}/loss"] for name in objectives)
+        assert steps[-1]["train/loss"] == pytest.approx(parts, rel=1e-5)
+    if config.phases:
+        phase = config.phases[0]
+        rates = [line["train/learning_rate"] / phase["optimizer.learning_rate"] for line in steps[SWITCH:]]
+        assert rates == pytest.approx([1, 0.5])  # a constant whose cooldown is the whole phase
+        flops = np.diff([0, *(line["train/flops"] for line in steps)])
+        assert flops[SWITCH] > 1.5 * flops[SWITCH - 1]  # more tokens: larger images, or all of their patches
+        trained = clip_jax.load(workdir)
+        full = configs.resolve_preset(configs.phases(config)[-1].config).architecture
+        assert trained.image_size == full.image.image_size // SHRINK
+        assert trained.tokenize(["a red circle"]).shape == (1, full.text.context_length)

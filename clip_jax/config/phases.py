@@ -19,6 +19,11 @@ MAY_CHANGE = (
     "model.remat",
     "micro_batch",
     "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.cooldown_steps",
+    "optimizer.cooldown_examples",
+    "optimizer.cooldown_epochs",
+    "optimizer.cooldown_form",
     "optimizer.rate_factors",
 )
 

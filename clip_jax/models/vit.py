@@ -4,7 +4,7 @@ The defaults are CLIP's (Radford et al. 2021, section 2.4). The others differ in
 the patches, norm), in their blocks, and in how they pool; each difference is a field of ``ImageTower``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import flax.linen as nn
@@ -80,6 +80,10 @@ class ImageTower:
     def module(self, embed_dim: int, compute: Compute) -> "ViT":
         return ViT(self, embed_dim, compute)
 
+    def dropping(self, patch_dropout: float) -> "ImageTower":
+        """The tower as it trains without this share of the patches, for counting its work."""
+        return _ShortenedTower(**{f.name: getattr(self, f.name) for f in fields(self)}, patch_dropout=patch_dropout)
+
     def adjust_init(self, params: dict) -> dict:
         """What an initialization does to the whole tower after each layer's own."""
         return eva_init(params) if self.init == "eva" else params
@@ -106,6 +110,15 @@ class ImageTower:
             key_bias=self.key_bias,
             layer_scale=self.layer_scale,
         )
+
+
+@dataclass(frozen=True)
+class _ShortenedTower(ImageTower):
+    patch_dropout: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return remaining_patches(self.grid**2, self.patch_dropout) + self.class_token
 
 
 class ViT(nn.Module):
@@ -190,6 +203,11 @@ class ViT(nn.Module):
         return pooled if tower.norm_before_pooling else norm(pooled)
 
 
+def remaining_patches(patches: int, rate: float) -> int:
+    """How many patches of an image training keeps."""
+    return max(1, int(patches * (1 - rate)))
+
+
 def drop_patches(
     tokens: Float[Array, "batch tokens width"],
     rotary: Rotary | None,
@@ -204,7 +222,7 @@ def drop_patches(
     """
     prefix = int(class_token)
     batch, patches = tokens.shape[0], tokens.shape[1] - prefix
-    remaining = max(1, int(patches * (1 - rate)))
+    remaining = remaining_patches(patches, rate)
     order = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(keys)
     chosen = jax.lax.top_k(order, remaining)[1] + prefix
     first = jnp.zeros((batch, prefix), chosen.dtype)

@@ -194,7 +194,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     config, per_chip = chosen.config, machines.chip.devices_per_chip
     work, memory = chosen.work, chosen.memory
     transfers = plan.chosen_compiled.transfers or work.transfers
-    architecture, shape = chosen.learner.model.architecture, chosen.learner.mesh.shape
+    architecture, shape = chosen.learner.trained_architecture, chosen.learner.mesh.shape
     flops_per_pair = flops.training(architecture, chosen.learner.frozen_towers)
     return {
         "fits": plan.fits,

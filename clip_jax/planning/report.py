@@ -99,7 +99,7 @@ def _moved(transfers: tuple[Transfer, ...], field: str, per_chip: int, links: in
 
 def _run(plan: Plan) -> Rows:
     request, machines = plan.request, plan.request.machines
-    per_pair = flops.training(plan.chosen.learner.model.architecture, plan.chosen.learner.frozen_towers)
+    per_pair = flops.training(plan.chosen.learner.trained_architecture, plan.chosen.learner.frozen_towers)
     least, most = ("at least ", "at most ") if plan.is_bound else ("", "") if request.mfu else ("about ", "about ")
     speed = (
         f"{most}{plan.pairs_per_second:,.0f} pairs/s "

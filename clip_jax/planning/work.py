@@ -5,6 +5,7 @@ All are lower bounds of the step as it is written, so that times estimated from 
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -43,7 +44,8 @@ class Work(NamedTuple):
 
 def step_work(learner: Learner, state: TrainState, memory: Memory, *, batch_size: int, slices: int) -> Work:
     """The whole step; ``state`` has shapes and shardings, ``memory`` is the step's."""
-    model, mesh, micro_batches = learner.model, learner.mesh, learner.micro_batches
+    model = replace(learner.model, architecture=learner.trained_architecture)
+    mesh, micro_batches = learner.mesh, learner.micro_batches
     pairs, tensor = batch_size // batch_shards(mesh), mesh.shape["tensor"]
     passes = 1 + (micro_batches > 1)  # forward passes that are written as such
     frozen = learner.frozen_towers

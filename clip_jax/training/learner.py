@@ -7,7 +7,7 @@ a plan can lower it for a mesh without devices.
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from jaxtyping import Array, Key
 
 from clip_jax.data.views import Spec, View, batch_spec
 from clip_jax.devices.sharding import batch_sharding, parameter_shardings, replicated
-from clip_jax.models.clip import CLIP, Batch, Params
+from clip_jax.models.clip import CLIP, Architecture, Batch, Params
 from clip_jax.objectives.objective import Metrics, Objective, Rows
 from clip_jax.presets import Preprocess
 from clip_jax.training import gradients
@@ -70,6 +70,14 @@ class Learner:
         """The towers without a backward pass: all of their parameters are frozen."""
         trained = select(self.abstract_state().params, self.frozen, trainable=True) if self.frozen else TOWERS
         return tuple(tower for tower in TOWERS if tower not in trained)
+
+    @functools.cached_property
+    def trained_architecture(self) -> Architecture:
+        """The architecture with the image tokens that training keeps, for counting FLOPs."""
+        architecture = self.model.architecture
+        if not self.patch_dropout:
+            return architecture
+        return replace(architecture, image=architecture.image.dropping(self.patch_dropout))
 
     def batch_spec(self, batch_size: int) -> Spec:
         """The global batch that the step takes: name -> shape, type and sharding."""

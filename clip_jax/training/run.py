@@ -16,7 +16,7 @@ from clip_jax.data.sources import open_source
 from clip_jax.data.sources.mixture import Mixture, open_mixture
 from clip_jax.data.sources.sample import Source
 from clip_jax.data.stream import Faults, TrainingBatches
-from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices import hardware
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.errors import UserError
@@ -90,7 +90,7 @@ class Run(NamedTuple):
         """The training FLOPs of all steps up to this one."""
         return self.config.batch_size * sum(
             (min(step, phase.stop) - phase.start)
-            * flops.training(phase.preset.architecture, phase.learner.frozen_towers)
+            * flops.training(phase.learner.trained_architecture, phase.learner.frozen_towers)
             for phase in self.phases
             if phase.start < step
         )
@@ -116,10 +116,10 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
     train = open_training(config, image_size)
     order = make_order(config, train)
     examples = order.epoch
+    steps = configs.duration(config, "", examples)
     for phase in phase_configs:
         check_labels(phase.config, train)
-    steps = configs.duration(config, "", examples)
-    configs.check_lengths(config, steps, examples)
+        configs.check_lengths(phase.config, steps, examples)
 
     tokenizer = prepare_tokenizer(folder.path, config, train)
     faults = Faults(config.data.max_bad_share)
@@ -129,9 +129,12 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
     phases = []
     for (start, phase_config), stop in zip(phase_configs, stops, strict=True):
         preset = resolve_preset(phase_config, tokenizer)
-        learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=tokenizer)
+        length, words = preset.architecture.text.context_length, tokenizer
+        if length != tokenizer.context_length:
+            words = stored.open_tokenizer(folder.path, preset.tokenizer, length)
+        learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=words)
         batches = TrainingBatches(train, order, learner.views, faults)
-        evaluations = make_evaluations(phase_config, learner, preset, tokenizer, opened, examples)
+        evaluations = make_evaluations(phase_config, learner, preset, words, opened, examples)
         phases.append(Phase(start, stop, preset, learner, batches, evaluations))
     return Run(
         folder=folder,
@@ -260,7 +263,7 @@ def description(run: Run) -> dict[str, Any]:
         "model": {"name": run.config.model.name, "parameters": run.parameters, **presets.to_json(last.preset)},
         "tokenizer": {"kind": last.preset.tokenizer, "fingerprint": run.tokenizer.fingerprint},
         "data": {"train": {"name": run.train.name, "samples": len(run.train), "fingerprint": run.train.fingerprint}},
-        "flops_per_pair": flops.training(first.preset.architecture, first.learner.frozen_towers),
+        "flops_per_pair": flops.training(first.learner.trained_architecture, first.learner.frozen_towers),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} on {jax.process_count()} process(es)",

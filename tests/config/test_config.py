@@ -241,6 +241,7 @@ def test_a_value_out_of_range_is_one_line(key, value):
         (({"start": 5, "batch_size": 3},), "cannot change in the middle of a run"),
         (({"start": 5, "model.image.image_sice": 3},), "nearest: model.image.image_size"),
         (({"start": 5, "model.image.image_size": "large"},), "must be a whole number"),
+        (({"start": 5, "optimizer.schedule": "wsd"},), r"phases\[0\]: .* give optimizer.cooldown_steps"),
         (({"start": 5, "model.patch_dropout": 1.5},), r"phases\[0\]: model.patch_dropout=1.5 must be"),
     ],
 )

@@ -122,7 +122,7 @@ def test_every_configuration_of_our_families_is_read_without_a_name_and_has_as_m
     for file in sorted(folder.glob("*.json")):
         config = {"model_cfg": json.loads(file.read_text())}
         if file.stem.startswith(REFUSED) or file.stem in REFUSED_ALONE:
-            with pytest.raises(UserError, match=r"is not supported$") as refused:
+            with pytest.raises(UserError, match=r"is not supported") as refused:
                 open_clip_config.to_preset(config, str(file))
             assert "\n" not in str(refused.value)
         else:

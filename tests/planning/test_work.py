@@ -21,8 +21,8 @@ from tests.planning.plans import clip, mesh_of, planned, state_of
 BATCH = 64
 
 
-def work_of(model, mesh, loss="softmax", micro_batches=1, slices=1):
-    learner = planned(model, mesh, loss=loss, micro_batches=micro_batches)
+def work_of(model, mesh, slices=1, **options):
+    learner = planned(model, mesh, **options)
     state = learner.abstract_state()
     memory = step_memory(learner, state, BATCH, tiled=False)
     return step_work(learner, state, memory, batch_size=BATCH, slices=slices)
@@ -35,20 +35,23 @@ def traced(model, mesh, **options):
 
 
 @pytest.mark.parametrize(
-    ("remat", "micro_batches", "loss"),
+    ("remat", "micro_batches", "loss", "patch_dropout"),
     [
-        *itertools.product(("none", "dots", "named", "full"), (1, 4), ("softmax",)),
-        ("none", 1, "sigmoid"),
-        ("full", 4, "sigmoid"),
+        *itertools.product(("none", "dots", "named", "full"), (1, 4), ("softmax",), (0.0,)),
+        ("none", 1, "sigmoid", 0.0),
+        ("full", 4, "sigmoid", 0.0),
+        ("dots", 1, "softmax", 0.5),
+        ("full", 4, "softmax", 0.5),
     ],
 )
-def test_flops_are_those_of_the_step_as_it_is_written(remat, micro_batches, loss):
+def test_flops_are_those_of_the_step_as_it_is_written(remat, micro_batches, loss, patch_dropout):
     model, mesh = clip(remat), make_mesh()
-    step, arguments = traced(model, mesh, loss=loss, micro_batches=micro_batches)
+    options = {"loss": loss, "micro_batches": micro_batches, "patch_dropout": patch_dropout}
+    step, arguments = traced(model, mesh, **options)
     counted = program.matmul_flops(jax.make_jaxpr(step)(*arguments))
     # MFU counts three forward passes; nobody needs the gradient by the pixels.
     by_pixels = BATCH * 2 * SMALL.image.grid**2 * SMALL.image.patch_size**2 * 3 * SMALL.image.width
-    assert 8 * work_of(model, mesh, loss, micro_batches).flops == counted + by_pixels
+    assert 8 * work_of(model, mesh, **options).flops == counted + by_pixels
 
 
 def test_a_data_parallel_step_moves_its_gradients_twice():
