@@ -105,7 +105,7 @@ def merge(
         kinds[kind].append(name)
     ignored = [name for name in given if name not in wanted]
     refused += [(name, "not in the model") for name in ignored]
-    _check_allowed([*refused, *differing.items()], allow, [*wanted, *given, *differing])
+    _check_allowed([*refused, *differing.items()], allow, [*wanted, *given, *differing, "tokenizer"])
     report = Report(**{k: tuple(v) for k, v in kinds.items()}, ignored=tuple(ignored), differing=tuple(differing))
     return unflatten_dict(result, sep="/"), report
 

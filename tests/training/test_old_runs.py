@@ -39,7 +39,7 @@ def test_a_run_of_earlier_code_resumes_with_its_own_numbers(name, tmp_path, caps
         assert norms[0] == pytest.approx(norms[1], rel=1e-3 if name == "sigmoid" else 1e-5)
         # A recall among too few candidates is no longer reported, and ranks are. Of 120 images two or three are as near
         # to one class as to another, on one CPU and not on the next.
-        for metric in theirs.keys() & ours.keys():
+        for metric in (theirs.keys() & ours.keys()) - {"train/flops"}:  # dropped patches no longer count
             of_ties = metric.startswith("eval/") and ("top" in metric or "R@" in metric)
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5, abs=0.03 if of_ties else 1e-6), metric
         assert all("_R@" in metric for metric in theirs.keys() - ours.keys())
