@@ -112,6 +112,14 @@ def test_images_are_turned_by_their_exif_orientation(orientation, format_, scale
 
 
 @needs_library
+def test_a_jpeg_that_only_pillow_reads_has_the_same_crop(monkeypatch):
+    monkeypatch.setattr(images, "decode_jpeg", lambda data, **scaling: None)
+    data = jpeg(3, (320, 256))
+    pillow, simd = both(data, data, 24, scale=(0.3, 0.5))
+    assert np.abs(pillow - simd).mean() < 0.5
+
+
+@needs_library
 def test_what_is_no_image_is_a_bad_image_and_harmless_warnings_are_none():
     for data in (b"", b"<html></html>", jpeg(0)[:100], b"\xff\xd8\xff" + b"\0" * 50, jpeg(3, (320, 256))[:-2]):
         with pytest.raises(images.BadImageError):
