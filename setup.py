@@ -46,13 +46,17 @@ STABLEHLO = ["flatbuffers>=25.12"]
 
 # Shards on web servers.
 HTTP = ["aiohttp>=3.14"]
+# --config.data.resize=simd.
+FAST = ["cykooz-resizer>=4.0.1"]  # 2 MB
 
 EXTRAS = {
     "gcs": GCS,
     "s3": S3,
     "stablehlo": STABLEHLO,
     "http": HTTP,
+    "fast": FAST,
     "test": [
+        *FAST,
         *GCS,
         *HTTP,
         *S3,

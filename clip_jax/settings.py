@@ -55,6 +55,9 @@ def defaults() -> ConfigDict:
                 "exif_orientation": False,  # rotate photos by their EXIF orientation; OpenCLIP and Transformers do not
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect ratio
+                # Of random crops; evaluation always has Pillow's. simd: the same filter, several times as fast, rounded
+                # differently; pip install 'clip-jax-tpu[fast]'.
+                "resize": "pillow",
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
                 "max_bad_share": 0.01,  # share of unusable examples, and of incomplete pairs, at which the run stops
@@ -199,6 +202,7 @@ def ranges() -> dict[str, Range]:
 CHOICES = {
     "data.mixture": ("weight", "share"),
     "data.truncated": ("stop", "keep"),
+    "data.resize": ("pillow", "simd"),
     "data.changed": ("stop", "accept"),
     "tokenizer.kind": ("", *KINDS),
     "model.dtype": ("float32", "bfloat16"),

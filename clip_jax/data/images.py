@@ -1,5 +1,7 @@
 """Bytes in, uint8 numpy out: decode, crop, resize. Normalization happens on the device.
 
+Faster crops for training, with almost the same pixels, are in ``fast_crops.py``.
+
 JPEGs are decoded by libjpeg-turbo (``simplejpeg``; the same bits as Pillow's decoder, about 1.5 times as fast),
 everything else by Pillow, which also resizes: its bicubic filter is antialiased and is what OpenAI's, OpenCLIP's
 and Hugging Face's preprocessing use. Both release the interpreter lock. No step makes an image of more than
@@ -52,12 +54,15 @@ def decode(data: bytes | np.ndarray, min_size: int | None = None, exif: bool = F
         return Image.fromarray(data)
     if not data:
         raise BadImageError("empty image file")
-    pixels = _decode_jpeg(data, min_size) if data[:3] == b"\xff\xd8\xff" else None
+    pixels = None
+    if size := jpeg_size(data):
+        least = min(min_size or 0, *size)
+        pixels = decode_jpeg(data, min_height=least, min_width=least)
     image = _decode_with_pillow(data) if pixels is None else Image.fromarray(pixels)
-    return _turned(image, _orientation(data)) if exif else image
+    return turned(image, orientation(data)) if exif else image
 
 
-def _orientation(file: bytes | Image.Image) -> int:
+def orientation(file: bytes | Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1, which turns nothing, where there is none."""
     try:
         image = file if isinstance(file, Image.Image) else Image.open(io.BytesIO(file), formats=_formats())
@@ -66,22 +71,28 @@ def _orientation(file: bytes | Image.Image) -> int:
         return 1
 
 
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image made upright; unchanged for an orientation that says nothing."""
     turn = TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
-def _decode_jpeg(data: bytes, min_size: int | None) -> np.ndarray | None:
-    """uint8[height, width, 3]; None for what only Pillow can judge."""
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG, from its header; None for what only Pillow can judge. Raises BadImageError."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(width, height)
-        if colorspace not in ("YCbCr", "RGB", "Gray"):  # CMYK needs Pillow's conversion
-            return None
-        smallest = min(min_size or 0, height, width)
-        return simplejpeg.decode_jpeg(data, "RGB", min_height=smallest, min_width=smallest)
-    except BadImageError:
-        raise
+    except Exception:
+        return None
+    _check_pixels(width, height)
+    return (width, height) if colorspace in ("YCbCr", "RGB", "Gray") else None  # CMYK needs Pillow's conversion
+
+
+def decode_jpeg(data: bytes, **scaling: int) -> np.ndarray | None:
+    """uint8[height, width, 3], with simplejpeg's ``min_height``, ...; None for what only Pillow can judge."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", **scaling)
     except Exception:  # harmless warnings (stray bytes before a marker) as well as truncation: Pillow tells them apart
         return None
 
@@ -150,14 +161,14 @@ def random_resized_crop(
     wanted = int(np.ceil(size / (scale[0] * ratio[0]) ** 0.5))
     image = decode(data, min_size=wanted, exif=exif)
     width, height = image.size
-    left, top, right, bottom = _crop_box(width, height, rng, scale, ratio)
-    return np.asarray(_resize(image, (size, size), INTERPOLATIONS[interpolation], (left, top, right, bottom)))
+    left, top, right, bottom = crop_box(width, height, rng, scale, ratio)
+    return np.asarray(resize_part(image, (size, size), INTERPOLATIONS[interpolation], (left, top, right, bottom)))
 
 
-def _crop_box(
+def crop_box(
     width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in pixels."""
+    """A random (left, top, right, bottom) in whole pixels."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(*np.log(ratio)))
@@ -186,13 +197,13 @@ def resize_and_crop(
     ``resize``: ``shortest`` scales the shorter side to ``size`` and crops the center; ``squash`` scales both sides.
     """
     if isinstance(data, Image.Image):
-        image = _turned(to_rgb(data), _orientation(data)) if exif else to_rgb(data)
+        image = turned(to_rgb(data), orientation(data)) if exif else to_rgb(data)
     else:
         image = decode(data, exif=exif)
     width, height = image.size
     filter_ = INTERPOLATIONS[interpolation]
     if resize == "squash":
-        return np.asarray(_resize(image, (size, size), filter_, (0, 0, width, height)))
+        return np.asarray(resize_part(image, (size, size), filter_, (0, 0, width, height)))
     # torchvision's rule: the longer side is truncated, and the crop's offset rounded, half to even. Transformers
     # rounds down, so that its crop of one image in four begins a pixel earlier.
     short, long = min(width, height), max(width, height)
@@ -203,13 +214,13 @@ def resize_and_crop(
         # The longer side of a strip would become gigabytes, of which the crop keeps a square: resize that part alone.
         x, y = image.width / width, image.height / height
         right, bottom = min((left + size) * x, image.width), min((top + size) * y, image.height)
-        return np.asarray(_resize(image, (size, size), filter_, (left * x, top * y, right, bottom)))
+        return np.asarray(resize_part(image, (size, size), filter_, (left * x, top * y, right, bottom)))
     if image.size != (width, height):
         image = image.resize((width, height), filter_)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _resize(
+def resize_part(
     image: Image.Image, size: tuple[int, int], filter_: Image.Resampling, box: tuple[float, float, float, float]
 ) -> Image.Image:
     """Pillow's resize of a part of the image, without a huge image in between.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from clip_jax.data import images
+from clip_jax.data import fast_crops, images
 from clip_jax.data.sources.sample import Sample
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.devices.sharding import batch_sharding
@@ -44,11 +44,16 @@ def pair_views(
     crop_ratio: tuple[float, float],
     interpolation: str,
     exif: bool = False,
+    resize: str = "pillow",
 ) -> dict[str, View]:
     """The caption (one of the example's, at random) and the image (a random crop).
 
-    Without a tokenizer the views have shapes only; that is all that a plan needs.
+    Without a tokenizer the views have shapes only; that is all that a plan needs. Raises UserError where ``resize``
+    names a library that is not installed.
     """
+    if resize == "simd" and tokenizer is not None:
+        fast_crops.library()  # before a worker finds it missing
+    crop = fast_crops.random_resized_crop if resize == "simd" else images.random_resized_crop
 
     def fill_text(sample: Sample, rng: np.random.Generator, arrays: Arrays) -> None:
         if sample.shares:
@@ -58,7 +63,7 @@ def pair_views(
         arrays["text"][:] = tokenizer([sample.captions[number]])[0]
 
     def fill_image(sample: Sample, rng: np.random.Generator, arrays: Arrays) -> None:
-        arrays["image"][:] = images.random_resized_crop(
+        arrays["image"][:] = crop(
             sample.image,
             image_size,
             rng,

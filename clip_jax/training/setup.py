@@ -60,6 +60,7 @@ def make_learner(
         crop_ratio=config.data.crop_ratio,
         interpolation=preset.preprocess.interpolation,
         exif=preset.preprocess.exif,
+        resize=config.data.resize,
     )
     for objective in objectives.values():
         views |= objective.views

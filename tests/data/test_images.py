@@ -34,7 +34,7 @@ def test_a_crop_has_the_wanted_size_and_depends_on_the_generator_alone():
 def test_crops_cover_the_area_and_aspect_they_are_asked_for():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        left, top, right, bottom = images._crop_box(300, 200, rng, (0.3, 0.6), (3 / 4, 4 / 3))
+        left, top, right, bottom = images.crop_box(300, 200, rng, (0.3, 0.6), (3 / 4, 4 / 3))
         assert 0 <= left < right <= 300 and 0 <= top < bottom <= 200
         assert 0.28 <= (right - left) * (bottom - top) / 60_000 <= 0.62
         assert 0.72 <= (right - left) / (bottom - top) <= 1.38
@@ -42,7 +42,7 @@ def test_crops_cover_the_area_and_aspect_they_are_asked_for():
 
 @pytest.mark.parametrize(("width", "height"), [(400, 10), (10, 400)])
 def test_an_extreme_aspect_falls_back_to_the_middle(width, height):
-    left, top, right, bottom = images._crop_box(width, height, np.random.default_rng(0), (0.9, 1.0), (3 / 4, 4 / 3))
+    left, top, right, bottom = images.crop_box(width, height, np.random.default_rng(0), (0.9, 1.0), (3 / 4, 4 / 3))
     assert (
         min(right - left, bottom - top) == 10 and abs((left + right) - width) <= 1 and abs((top + bottom) - height) <= 1
     )
