@@ -37,17 +37,18 @@ def is_installed() -> bool:
 
 
 @contextlib.contextmanager
-def started(script: str, *arguments: object) -> Iterator[Callable[[str], Any]]:
+def started(script: str, *arguments: object, python: str | None = None) -> Iterator[Callable[[str], Any]]:
     """Starts a script and yields ``ask(line) -> answer``.
 
-    The script prints "ready", and then one line of JSON for each line that it reads.
+    The script prints "ready", and then one line of JSON for each line that it reads. ``python`` is the interpreter of
+    another peer environment.
     """
-    if not is_installed():
+    if python is None and not is_installed():
         sys.exit(f"{PEERS}: no peer environment; run tests/peers/make_env.sh DIR and set CLIP_JAX_PEERS=DIR")
-    command = [PEERS / "bin" / "python", "-c", script, *map(str, arguments)]
+    command = [python or PEERS / "bin" / "python", "-c", script, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         if peer.stdout.readline().strip() != "ready":
-            sys.exit(f"{PEERS}: the peer did not start")
+            sys.exit(f"{command[0]}: the peer did not start")
 
         def ask(line: str) -> Any:
             print(line, file=peer.stdin, flush=True)

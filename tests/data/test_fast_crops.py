@@ -91,7 +91,7 @@ def test_crops_from_jpegs_decoded_smaller_are_near_those_of_the_whole_image(shar
         for size in (48, 64, 128, 224):
             pillow, simd = both(whole, photo, size, seed=number)
             means.append(np.abs(pillow - simd).mean())
-    assert max(means) < 3.5 and np.mean(means) < 1
+    assert max(means) < 1.7 and np.mean(means) < 0.6
 
 
 @needs_library

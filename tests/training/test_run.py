@@ -257,10 +257,10 @@ def test_a_run_that_recorded_names_and_sizes_goes_on_and_records_content(small_r
     run["data"]["train"]["fingerprint"] = open_tar(str(data)).former_fingerprint
     (workdir / "run.json").write_text(json.dumps(run))
     assert loop.run(workdir=str(workdir), recipe=None, overrides={}) == 0
-    assert "now records its content" in capsys.readouterr().out
+    assert "also records its content" in capsys.readouterr().out
     assert json.loads((workdir / "run.json").read_text())["data"]["train"]["fingerprint"] == new
     assert loop.run(workdir=str(workdir), recipe=None, overrides={}) == 0
-    assert "now records its content" not in capsys.readouterr().out
+    assert "also records its content" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("with_recipe", [False, True])
