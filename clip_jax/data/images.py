@@ -83,7 +83,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except Exception:
+    except Exception:  # a broken header: Pillow reads the file, or says what is wrong with it
         return None
     _check_pixels(width, height)
     return (width, height) if colorspace in ("YCbCr", "RGB", "Gray") else None  # CMYK needs Pillow's conversion

@@ -18,7 +18,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), functools.partial(Handler))
         self.folder, self.lock, self.requests = folder, threading.Lock(), []
         self.every = 0
-        """Of so many requests one fails; 0: none."""
+        """Every n-th request fails; 0: none."""
         self.down = False
         self.missing_status = 404
 

@@ -40,7 +40,7 @@ def photos(shared_data) -> list[bytes]:
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 0.3)])
 def test_crops_are_those_of_pillow_up_to_rounding(shared_data, interpolation, scale):
-    """Of photographs, reduced and enlarged: docs/data.md has the number."""
+    """The difference over photographs, reduced and enlarged; docs/data.md has the number."""
     for number, photo in enumerate(photos(shared_data)):
         whole = np.asarray(images.decode(photo))
         for size in (64, 224):

@@ -71,7 +71,7 @@ def test_the_images_of_the_batch_are_held_twice_where_micro_batches_change_their
     pairs, image, text = 1024, 32 * 32 * 3, 4 * SMALL.text.context_length
 
     def inputs(micro_batches, tiled):
-        """Of so many pairs: the difference to a batch of twice as many micro-batches."""
+        """The difference to a batch of twice as many micro-batches, for the given number of pairs."""
         once, twice = (memory_of(mesh_of(), "full", n * pairs, n * micro_batches, tiled).working for n in (1, 2))
         return twice - once
 

@@ -145,7 +145,7 @@ def _read_captions(where: str, opening: _Opening) -> tuple[list[_Row], tuple[str
         raise UserError(
             f"folder:{where}: captions in {' and in '.join([*found, *beside[:1]])}; remove or rename one of them"
         )
-    # A field may be that of another source; what is read in its place is said.
+    # The field may belong to another source; the header reports what is read instead.
     fields = [field.name for field in caption_files.named(caption)]
     if found:
         _, column = tables.columns(root / found[0], caption)
