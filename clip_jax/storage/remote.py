@@ -183,7 +183,7 @@ def _refusal(error: Exception) -> tuple[str, ...]:
     if isinstance(error, PermissionError) or status in (401, 403):
         return "these credentials may not read it", str(status or error)
     if isinstance(status, int) and 400 <= status < 500 and status not in RETRIED_STATUSES:
-        return f"the server refuses it with status {status}",
+        return (f"the server refuses it with status {status}",)
     return ("not a URL",) if type(error).__name__ == "InvalidURL" else ()
 
 

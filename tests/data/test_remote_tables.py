@@ -58,7 +58,7 @@ def test_a_table_on_a_failing_server_is_the_local_one(server, table):
     assert len(server.requests) > 4
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs"])
+@pytest.mark.parametrize("scheme", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def test_tables_in_a_bucket_are_the_local_ones(scheme, tmp_path, monkeypatch):
     write_tables(tmp_path / "data")
     with emulators.filled(scheme, tmp_path / "data", monkeypatch) as (_, folder):

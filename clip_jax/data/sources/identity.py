@@ -32,8 +32,8 @@ def sampled(read: Read, size: int, pieces: int, offset: int = 0) -> str:
 def of_files(files: Sequence[str | Path]) -> list[str]:
     """The digest of each file, remembered in the user's cache folder. Raises OSError; UserError for a remote file."""
     files = [str(file) if remote.is_remote(str(file)) else os.path.abspath(file) for file in files]
-    # The folder of all of them has one memory; an address is not a path, but has the same separators.
-    common = os.fsencode(os.path.commonprefix([f"{os.path.dirname(file)}/" for file in files]).rpartition("/")[0])
+    # The folder of all files has one memory. A URL has a path's separators, and is relative.
+    common = os.fsencode(os.path.commonpath([file.lstrip("/") for file in files]))
     memory = cache_folder() / "file_digests" / hashlib.sha256(common).hexdigest()[:24]
     try:
         known = {name: tuple(entry) for name, *entry in json.loads(memory.read_text())}

@@ -1,9 +1,9 @@
 """Tables of images and captions: Parquet, CSV and TSV, by random access.
 
 The image of a row is a path (relative to the table), a URL, or bytes (Parquet; also Hugging Face's ``{bytes, path}``).
-The columns have the usual names below, or are named by ``config.data.image`` and ``config.data.caption``. A table, local
-or remote, is copied once into Arrow's format in the cache folder and memory-mapped there: Parquet is compressed and has
-no random access. So the disk must hold the image bytes of a Parquet table; tar shards are read where they are.
+The columns have the usual names below, or are named by ``config.data.image`` and ``config.data.caption``. A table,
+local or remote, is copied once into Arrow's format in the cache folder and memory-mapped there: Parquet is compressed
+and has no random access. So the disk must hold the image bytes of a Parquet table; tar shards are read where they are.
 
 An image behind a URL is fetched each time it is used. A server that does not have it makes a bad example; one that is
 slow, throttles or fails is asked again, and then stops the run.
