@@ -6,8 +6,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from clip_jax.data.sources import BadSampleError, open_source
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.errors import UserError
 from tests.data.shards import jpeg, sample, write_shard
@@ -116,6 +119,43 @@ def test_nothing_is_extracted_or_unpickled_and_links_and_outside_names_are_left_
     assert "3 links" in notes
     after = {file for file in tmp_path.rglob("*") if ".clip_jax_index" not in file.parts}
     assert after == before and not outside.exists()
+
+
+def test_odd_json_and_text_are_faults_of_their_examples(tmp_path):
+    odd = [
+        b"[" * 200_000,
+        b'{"caption": ' * 50_000,
+        b"\xff\xfe",
+        b'{"caption": 1' + b"0" * 5000 + b"}",
+        b"\0" * 50,
+        b"null",
+    ]
+    samples = [sample(0), *({"jpg": jpeg(i), "json": content} for i, content in enumerate(odd))]
+    source = open_tar(str(write_shard(tmp_path / "0.tar", samples)), caption="caption")
+    assert source[0].captions == ("picture number 0",)
+    for index in range(1, len(samples)):
+        with pytest.raises(BadSampleError, match=r"unreadable caption|empty caption"):
+            source[index]
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path):
+    path, rng = tmp_path / "a.parquet", np.random.default_rng(0)
+    pq.write_table(pa.table({"image": [jpeg(i) for i in range(40)], "caption": ["a picture"] * 40}), path)
+    content, refused = path.read_bytes(), 0
+    for number in range(30):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content), 20):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged[: rng.integers(1, len(content))] if number % 3 == 0 else damaged)
+        try:
+            source = open_source(f"parquet:{path}")
+            assert all(len(source[i].captions) == 1 for i in range(len(source)))
+        except BadSampleError:
+            continue
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused >= 10
 
 
 def test_a_shard_that_is_a_web_page_or_compressed_is_one_line(tmp_path):

@@ -228,7 +228,14 @@ def _parquet_batches(file: str, names: dict[str, str]) -> Iterator[Any]:
 
     columns = list(dict.fromkeys(names.values()))
     with ranges.binary_file(file) as opened:
-        for batch in pq.ParquetFile(opened).iter_batches(batch_size=1000, columns=columns):
+        batches = pq.ParquetFile(opened).iter_batches(batch_size=1000, columns=columns)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, ValueError) as error:  # Arrow's errors are among them
+                raise UserError(f"{file}: damaged ({str(error).splitlines()[0]}); download it again") from error
+            if batch is None:
+                return
             yield pa.table({new: _large(batch.column(old)) for new, old in names.items()})
 
 
