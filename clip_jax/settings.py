@@ -60,7 +60,7 @@ def defaults() -> ConfigDict:
                 "resize": "pillow",
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
-                "max_bad_share": 0.01,  # share of unusable examples, and of incomplete pairs, at which the run stops
+                "max_bad_share": 0.01,  # of incomplete pairs, and of the last 10,000 examples; above it the run stops
                 "changed": "stop",  # if the data changed since the run began; or accept the same number of examples
                 "workers": 2,  # threads, each decoding a batch of its own
                 "prefetch": 4,  # batches ready before they are needed

@@ -186,7 +186,7 @@ def batches(run: Run, phase: Phase, start: int, recorder: Recorder) -> Iterator[
     for step in range(start + 1, phase.stop + 1):
         with recorder.meter.waiting():
             batch = dict(next(host_batches))
-        recorder.examples(step, rows, batch.pop("index"))
+        recorder.examples(step, rows, batch.pop("index"), batch.pop("faults"))
         yield step, to_devices(batch, run.mesh, run.config.batch_size)
 
 

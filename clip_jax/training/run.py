@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from clip_jax import __version__, presets, version
 from clip_jax import config as configs
+from clip_jax.data.faults import Faults
 from clip_jax.data.order import MixedOrder, Order, fold, mix
 from clip_jax.data.sources import open_source
 from clip_jax.data.sources.mixture import Mixture, open_mixture
 from clip_jax.data.sources.sample import Source
-from clip_jax.data.stream import Faults, TrainingBatches
+from clip_jax.data.stream import TrainingBatches
 from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices import hardware
 from clip_jax.devices.sharding import make_mesh
@@ -122,7 +123,7 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
         configs.check_lengths(phase.config, steps, examples)
 
     tokenizer = prepare_tokenizer(folder.path, config, train)
-    faults = Faults(config.data.max_bad_share)
+    faults = Faults()
     stops = [*(phase.start for phase in phase_configs[1:]), steps]
     if any(phase.start >= steps for phase in phase_configs):
         raise UserError(f"config.phases: a phase starts at step {phase_configs[-1].start} of a run of {steps}")
