@@ -24,6 +24,8 @@ from clip_jax.commands import (
     plan,
     push,
     search,
+    segment,
+    serve,
     train,
 )
 from clip_jax.errors import EXIT_USER_ERROR, NO_ACCESS, UserError
@@ -38,6 +40,8 @@ COMMANDS = {
     "fewshot": fewshot,
     "embed": embed,
     "search": search,
+    "serve": serve,
+    "segment": segment,
     "inspect": inspect,
     "pack": pack,
     "import": import_,

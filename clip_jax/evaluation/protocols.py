@@ -14,7 +14,8 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
 from clip_jax.evaluation.prompts import Prompts, for_model
 from clip_jax.evaluation.retrieval import retrieval as retrieval_metrics
-from clip_jax.evaluation.runner import Subject, Task, run
+from clip_jax.evaluation.runner import run
+from clip_jax.evaluation.subject import Subject, Task
 from clip_jax.evaluation.zero_shot import accuracy, classifier
 from clip_jax.models.clip import Params
 
