@@ -11,6 +11,7 @@ import sys
 from clip_jax import __version__, interrupts
 from clip_jax.command_line import split_overrides
 from clip_jax.commands import (
+    bias,
     classify,
     compare,
     embed,
@@ -37,6 +38,7 @@ COMMANDS = {
     "classify": classify,
     "evaluate": evaluate,
     "compare": compare,
+    "bias": bias,
     "fewshot": fewshot,
     "embed": embed,
     "search": search,

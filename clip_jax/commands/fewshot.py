@@ -67,9 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.head:
         head_file = Path(arguments.head).expanduser().with_suffix(".npz")
         probe.write_head(head_file, probe.Head(head, names, subject.fingerprint))
-        print(
-            f"{head_file}: logits = model.encode_image(images) @ weights + bias; or clip-jax classify --head={head_file}"
-        )
+        print(f"{head_file}: for clip-jax classify --head; logits = model.encode_image(images) @ weights + bias")
 
 
 def _held_out(labels):

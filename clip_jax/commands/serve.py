@@ -38,12 +38,27 @@ def run(arguments: argparse.Namespace) -> None:
     finder = open_finder(folder, arguments.model)
     hosts = (*LOOPBACK, arguments.host) if arguments.host in LOOPBACK else ("*",)
     app = make_app(finder, source, arguments.k, hosts)
-    # h11 is the implementation whose bound on a request line can be set.
-    settings = uvicorn.Config(
+    configured = settings(app, arguments.host, arguments.port)
+    try:
+        listening = configured.bind_socket()
+    except SystemExit as error:  # uvicorn has logged the reason
+        raise UserError(f"--host={arguments.host} --port={arguments.port}: cannot listen there") from error
+    if note:
+        print(note)
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    print(f"http://{host}:{listening.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(configured).run(sockets=[listening])
+
+
+def settings(app, host: str, port: int):
+    """uvicorn's settings, with bounds on everything that a request can make grow."""
+    import uvicorn
+
+    return uvicorn.Config(
         app,
-        host=arguments.host,
-        port=arguments.port,
-        http="h11",
+        host=host,
+        port=port,
+        http="h11",  # the implementation whose bound on a request line can be set
         ws="none",
         h11_max_incomplete_event_size=MAX_REQUEST_LINE,
         limit_concurrency=64,
@@ -51,15 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
         log_level="warning",
         server_header=False,
     )
-    try:
-        listening = settings.bind_socket()
-    except SystemExit as error:  # uvicorn has logged the reason
-        raise UserError(f"--host={arguments.host} --port={arguments.port}: cannot listen there") from error
-    if note:
-        print(note)
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    print(f"http://{host}:{listening.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(settings).run(sockets=[listening])
 
 
 def open_pictures(folder: Path, data: str | None):

@@ -45,8 +45,8 @@ def paint(pixels: Pixels, word: str, size: float, key: str) -> Pixels:
     image = Image.fromarray(pixels)
     draw, height = ImageDraw.Draw(image), max(6.0, size * image.height)
     left, top, right, bottom, edge = _box(draw, word, height)
-    if right - left > image.width - 2 * MARGIN:
-        height *= (image.width - 2 * MARGIN) / (right - left)
+    while right - left > image.width - 2 * MARGIN and height > 2:  # widths are rounded, and the edge does not shrink
+        height *= 0.95
         left, top, right, bottom, edge = _box(draw, word, height)
     x, y = _generator(key, "place").random(2)
     at = (
