@@ -1,6 +1,7 @@
 """``clip-jax serve --index=DIR``: a page on which a person searches pictures by words or by a picture."""
 
 import argparse
+import socket
 from pathlib import Path
 
 from clip_jax.errors import UserError
@@ -39,10 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
     hosts = (*LOOPBACK, arguments.host) if arguments.host in LOOPBACK else ("*",)
     app = make_app(finder, source, arguments.k, hosts)
     configured = settings(app, arguments.host, arguments.port)
+    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     try:
-        listening = configured.bind_socket()
-    except SystemExit as error:  # uvicorn has logged the reason
-        raise UserError(f"--host={arguments.host} --port={arguments.port}: cannot listen there") from error
+        listening = socket.create_server((arguments.host, arguments.port), family=family)
+    except OSError as error:
+        where = f"--host={arguments.host} --port={arguments.port}"
+        raise UserError(f"{where}: cannot listen there ({error.strerror})") from error
     if note:
         print(note)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
@@ -63,7 +66,8 @@ def settings(app, host: str, port: int):
         h11_max_incomplete_event_size=MAX_REQUEST_LINE,
         limit_concurrency=64,
         timeout_keep_alive=5,
-        log_level="warning",
+        log_config=None,  # uvicorn's own would close all handlers that other libraries have set up
+        access_log=False,
         server_header=False,
     )
 

@@ -124,7 +124,7 @@ def winoground_protocol(task: Task, models: Ensemble) -> Result:
     if not examples:
         raise UserError(f"{task.name}: no example of which both images can be used")
     pairs = [(row[2 * e + image], row[2 * e + text]) for e in examples for text in (0, 1) for image in (0, 1)]
-    images, texts = zip(*pairs, strict=True)  # every image has one caption: rows of images are rows of texts
+    images, texts = np.array(pairs).T  # every image has one caption: rows of images are rows of texts
     similarity = mean_cosines(task, models, images, texts).reshape(-1, 2, 2)
     metrics, hits = winoground(similarity), {}
     for name in metrics:

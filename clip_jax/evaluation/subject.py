@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from clip_jax.data.sources.sample import Source
 from clip_jax.errors import UserError
@@ -145,7 +145,7 @@ def judge_probabilities(
 
 
 def mean_cosines(
-    task: Task, models: Ensemble, images: Sequence[int], texts: Sequence[int]
+    task: Task, models: Ensemble, images: Int[np.ndarray, " pairs"], texts: Int[np.ndarray, " pairs"]
 ) -> Float[np.ndarray, " pairs"]:
     """The cosines of pairs of an image and a text of a source, by their rows in its embeddings; float64."""
     total = np.zeros(len(images))

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clip_jax.data.sources.sample import Sample, Source
 from clip_jax.evaluation import prompts
+from clip_jax.evaluation.prompts import Prompts
 from clip_jax.evaluation.robustness import Changed, Pixels
 from clip_jax.evaluation.subject import (
     Ensemble,
@@ -58,19 +59,18 @@ def paint(pixels: Pixels, word: str, size: float, key: str) -> Pixels:
     return np.asarray(image)
 
 
-def attacked(source: Source, size: float) -> Changed:
+def attacked(source: Source, names: tuple[str, ...], size: float) -> Changed:
     """The source with the name of a wrong class on every image."""
-    names = source.class_names
 
     def change(pixels: Pixels, sample: Sample) -> Pixels:
         return paint(pixels, names[wrong_class(sample.label, len(names), sample.key)], size, sample.key)
 
-    return Changed(source, f"typographic {size:g}", change)
+    return Changed(source, f"typographic {size:g} {Prompts(names, ()).fingerprint}", change)
 
 
 def protocol(task: Task, models: Ensemble) -> Result:
     """Accuracy and fooled images by the size of the letters."""
-    embedded, names = labelled(task.source, models), task.source.class_names
+    embedded, names = labelled(task.source, models), task.prompts.class_names
     keys = [task.source[index].key for index in embedded.indices.tolist()]
     painted = np.array(
         [wrong_class(label, len(names), key) for label, key in zip(embedded.labels.tolist(), keys, strict=True)]
@@ -78,7 +78,7 @@ def protocol(task: Task, models: Ensemble) -> Result:
     clean = top1_hits(task, models)
     right, fooled = [clean], [_hits(task, models, painted)]
     for size in SIZES:
-        changed = task._replace(source=attacked(task.source, size))
+        changed = task._replace(source=attacked(task.source, names, size))
         right.append(top1_hits(changed, models))
         fooled.append(_hits(changed, models, painted))
     metrics = {"mean": float(np.mean(right[1:])), "clean": float(clean.mean()), "fooled": float(np.mean(fooled[1:]))}

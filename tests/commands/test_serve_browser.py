@@ -1,6 +1,7 @@
 """The page of ``clip-jax serve`` as a person uses it in Chromium, without scripts; skipped where there is none."""
 
 import shutil
+import socket
 import threading
 
 import pytest
@@ -35,8 +36,7 @@ def address():
     def start(folder):
         source, _ = serve.open_pictures(folder, None)
         app = serve_app.make_app(open_finder(folder, None), source, 6, serve.LOOPBACK)
-        settings = serve.settings(app, "127.0.0.1", 0)
-        listening, server = settings.bind_socket(), uvicorn.Server(settings)
+        listening, server = socket.create_server(("127.0.0.1", 0)), uvicorn.Server(serve.settings(app, "127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         running.append((server, thread))

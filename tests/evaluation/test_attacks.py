@@ -56,7 +56,9 @@ def test_a_word_is_painted_inside_the_picture_and_is_that_of_a_wrong_class():
         assert {0, 255} <= set(painted.ravel().tolist()) or size < 0.1
     wrong = [typographic.wrong_class(3, 5, str(i)) for i in range(60)]
     assert set(wrong) == {0, 1, 2, 4} and typographic.wrong_class(3, 5, "a") == typographic.wrong_class(3, 5, "a")
-    small, large = ((SCENES[0].image != typographic.attacked(SCENES, s)[0].image).sum() for s in (0.06, 0.2))
+    small, large = (
+        (SCENES[0].image != typographic.attacked(SCENES, SCENES.class_names, s)[0].image).sum() for s in (0.06, 0.2)
+    )
     assert 0 < small < large
 
 

@@ -133,7 +133,7 @@ def test_a_multi_label_set_has_average_precision_without_the_class_that_never_oc
 
 def test_a_folder_of_masks_has_an_intersection_over_union(found):
     record = found[1]["pascal"]
-    assert 0 <= record["metrics"]["mean_iou"] <= record["metrics"]["pixel_accuracy"] <= 1
+    assert 0 <= record["metrics"]["mean_iou"] <= 1 and 0 <= record["metrics"]["pixel_accuracy"] <= 1
     assert record["examples"] == 2 and {name for name, _ in record["details"]["iou"]} <= set(WORDS[:3])
 
 
