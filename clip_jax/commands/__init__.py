@@ -11,6 +11,7 @@ import sys
 from clip_jax import __version__, interrupts
 from clip_jax.command_line import split_overrides
 from clip_jax.commands import (
+    bias,
     classify,
     compare,
     embed,
@@ -24,6 +25,8 @@ from clip_jax.commands import (
     plan,
     push,
     search,
+    segment,
+    serve,
     train,
 )
 from clip_jax.errors import EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR, NO_ACCESS, UserError, out_of_memory
@@ -35,9 +38,12 @@ COMMANDS = {
     "classify": classify,
     "evaluate": evaluate,
     "compare": compare,
+    "bias": bias,
     "fewshot": fewshot,
     "embed": embed,
     "search": search,
+    "serve": serve,
+    "segment": segment,
     "inspect": inspect,
     "pack": pack,
     "import": import_,
