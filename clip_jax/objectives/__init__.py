@@ -4,11 +4,12 @@
 checks, state, micro-batches and its part of the plan follow from the entry.
 """
 
-from clip_jax.objectives import captioning, contrastive, distillation
+from clip_jax.objectives import captioning, contrastive, distillation, self_distillation
 from clip_jax.objectives.objective import ObjectiveSpec
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {
     "contrastive": contrastive.SPEC,
     "captioning": captioning.SPEC,
     "distillation": distillation.SPEC,
+    "self_distillation": self_distillation.SPEC,
 }

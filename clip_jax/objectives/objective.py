@@ -45,6 +45,14 @@ class Rows(NamedTuple):
     """One per row: a function of the seed, the step, the row and the objective's name."""
 
 
+class Ema(NamedTuple):
+    """An exponential moving average of parameters."""
+
+    decay: float
+    of: tuple[str, ...] = ("*",)
+    """Patterns of the paths of the parameters that it has: ``image/*``."""
+
+
 class Objective(NamedTuple):
     """One term of the loss. Everything but one of ``across`` and ``local`` may be left out."""
 
@@ -68,8 +76,8 @@ class Objective(NamedTuple):
     """Projects the parameters after each update: a clamp."""
     cost: Callable[..., Cost] = lambda *, batch_size, micro_batches, mesh, slices: Cost()
     """The cost that a plan adds for the objective; see ``objectives/cost.py``."""
-    decays: Mapping[str, float] = {}
-    """EMAs of the parameters that it reads, by name, with their decay."""
+    emas: Mapping[str, Ema] = {}
+    """EMAs of parameters that it reads, by name."""
     abstract_constants: Callable[[], Params] = dict
     """Shapes of the constants, boxed with their logical axes."""
     load_constants: Callable[[Any], Params] = lambda shardings: {}

@@ -7,7 +7,7 @@ a plan can lower it for a mesh without devices.
 import functools
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.linen as nn
@@ -20,13 +20,13 @@ from jaxtyping import Array, Key
 from clip_jax.data.views import Spec, View, batch_spec
 from clip_jax.devices.sharding import batch_sharding, parameter_shardings, replicated
 from clip_jax.models.clip import CLIP, Architecture, Batch, Params
-from clip_jax.objectives.objective import Metrics, Objective, Rows
+from clip_jax.objectives.objective import Ema, Metrics, Objective, Rows
 from clip_jax.presets import Preprocess
 from clip_jax.training import gradients
 from clip_jax.training.gradients import Cached, Encoded
 from clip_jax.training.rates import check_factors
 from clip_jax.training.schedule import Schedule
-from clip_jax.training.state import TrainState, check_frozen, join, select
+from clip_jax.training.state import TrainState, check_frozen, join, matching, select
 
 TOWERS = ("image", "text")
 Step = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
@@ -46,8 +46,8 @@ class Learner:
     rate: Schedule
     mesh: Mesh | AbstractMesh
     micro_batches: int = 1
-    decays: Mapping[str, float] | None = None
-    """EMAs of the parameters, by name, with their decay."""
+    averages: Mapping[str, Ema] = field(default_factory=dict)
+    """EMAs of the parameters, by name, besides those that objectives read."""
     frozen: tuple[str, ...] = ()
     """Patterns of paths of parameters that are not trained: no gradient, no moments, no backward pass."""
     rate_factors: tuple[Mapping[str, float], ...] = ()
@@ -58,12 +58,12 @@ class Learner:
     seed: int = 0
 
     @property
-    def emas(self) -> dict[str, float]:
+    def emas(self) -> dict[str, Ema]:
         """All EMAs of the state: the run's and those that objectives read."""
-        decays = dict(self.decays or {})
+        found = dict(self.averages)
         for objective in self.objectives.values():
-            decays |= objective.decays
-        return decays
+            found |= objective.emas
+        return found
 
     @functools.cached_property
     def frozen_towers(self) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class Learner:
             batch_stats=self.model.init_batch_stats(),
             # The optimizer sees boxed parameters, so that its moments are boxed, and thus sharded, like them.
             opt_state=self.optimizer.init(select(params, self.frozen, trainable=True)),
-            ema=dict.fromkeys(self.emas, params),
+            ema={name: matching(params, ema.of) for name, ema in self.emas.items()},
             aux={name: value for name, value in aux.items() if jax.tree.leaves(value)},
         )
 
@@ -185,8 +185,8 @@ class Learner:
                 batch_stats=results.encoded.batch_stats,
                 opt_state=opt_state,
                 ema={
-                    name: moving_average(state.ema[name], params, decay, state.step)
-                    for name, decay in self.emas.items()
+                    name: moving_average(state.ema[name], matching(params, ema.of), ema.decay, state.step)
+                    for name, ema in self.emas.items()
                 },
                 aux={
                     name: self.objectives[name].update(
