@@ -24,16 +24,20 @@ from tests.training.steps import learner_of
 from tests.training.test_step import MESHES
 
 PAIRS = 32
+CROPS = {"local_size": 16, "local_crops": 2, "prototypes": 24, "hidden": 20, "bottleneck": 12}
 CASES = {
     "positives of equal captions": {"contrastive": {"positives": "captions", "label_smoothing": 0.1}},
     "labels and hard negatives": {"contrastive": {"positives": "labels", "negatives": 2}},
     "captioning": {"captioning": {"queries": 5, "layers": 2}},
     "parallel captioning": {"captioning": {"queries": 0, "layers": 2, "parallel": 0.5}},
     "distillation": {"distillation": {}},
+    "self-distillation": {"self_distillation": CROPS},
+    "head-only teacher": {"self_distillation": CROPS | {"teacher": "head", "targets": "all", "local": 0.0}},
     "all": {
         "contrastive": {"positives": "captions", "negatives": 1, "label_smoothing": 0.1},
         "captioning": {"queries": 3, "layers": 1, "parallel": 0.5},
         "distillation": {},
+        "self_distillation": CROPS,
     },
 }
 """Settings of the objectives beside their defaults; each is trained with the contrastive loss."""
@@ -81,7 +85,7 @@ def two_steps(case, shape, parts):
     for batch in random_batches(made, 2):
         state, metrics = step(state, to_devices(batch, mesh, PAIRS), constants)
     metrics = {name: float(value) for name, value in metrics.items() if name != "accuracy"}  # one bit decides
-    return metrics, jax.tree.map(np.asarray, (state.params, state.aux))
+    return metrics, jax.tree.map(np.asarray, (state.params, state.aux, state.ema))
 
 
 FAST = ("parallel captioning", (2, 2, 2))
@@ -119,8 +123,9 @@ def saved(made, pairs):
     return residuals(2 * pairs) - residuals(pairs)
 
 
+SLOW = ("all", "self-distillation", "head-only teacher")
 PLANNED = [
-    pytest.param(case, parts, marks=() if parts == 4 and case != "all" else pytest.mark.slow)
+    pytest.param(case, parts, marks=() if parts == 4 and case not in SLOW else pytest.mark.slow)
     for case in CASES
     for parts in (1, 4)
     if case != "positives of equal captions"  # no part of a plan
