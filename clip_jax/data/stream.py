@@ -80,10 +80,16 @@ class TrainingBatches:
     order: Order | MixedOrder
     views: Mapping[str, View]
     faults: Faults
+    ratio: int = 1
+    """Batches of the order that a step takes at once."""
+    start: int = 0
+    """The step from which ``ratio`` holds, and the batches of the order before it."""
+    before: int = 0
 
     def __call__(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of the views, and ``index`` int64[rows]: the examples that were used."""
-        positions = self.order.positions(step)[rows]
+        first = self.before + (step - self.start) * self.ratio
+        positions = np.concatenate([self.order.positions(first + n) for n in range(self.ratio)])[rows]
         indices = self.order.indices(positions)
         batch, used = empty_batch(self.views, len(rows)), np.empty(len(rows), np.int64)
         for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist(), strict=True)):

@@ -4,7 +4,7 @@
 checks, state, micro-batches and its part of the plan follow from the entry.
 """
 
-from clip_jax.objectives import captioning, contrastive, distillation, self_distillation
+from clip_jax.objectives import captioning, contrastive, distillation, selection, self_distillation
 from clip_jax.objectives.objective import ObjectiveSpec
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {
@@ -12,4 +12,5 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     "captioning": captioning.SPEC,
     "distillation": distillation.SPEC,
     "self_distillation": self_distillation.SPEC,
+    "selection": selection.SPEC,
 }

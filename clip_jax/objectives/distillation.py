@@ -7,7 +7,6 @@ embeds the student's pixels and tokens: both need the same image size, context l
 of the step, sharded as parameters are: no gradient, no moments, and it is not part of the checkpoints.
 """
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -38,18 +37,15 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
 
 def from_teacher(teacher: Preset, student: CLIP, preprocess: Preprocess) -> Objective:
     """The objective for a teacher's architecture."""
-    _check(teacher, student)
+    check_inputs("config.objectives.distillation.teacher", teacher, student)
     model = CLIP(teacher.architecture, student.compute)
     dtype = student.compute.dtype
 
     def embed(rows: Rows) -> Embeddings:
         params, batch_stats = rows.constants["params"], rows.constants["batch_stats"]
-        # The student's pixels, normalized as the teacher's.
-        mean, std = (jnp.asarray(values, jnp.float32) for values in (preprocess.mean, preprocess.std))
-        pixels = rows.batch["image"] * std + mean
-        pixels = (pixels - jnp.asarray(teacher.preprocess.mean)) / jnp.asarray(teacher.preprocess.std)
-        image = jnp.exp(params["logit_scale"]) * unit(model.encode_image(params, pixels, batch_stats))
-        text = unit(model.encode_text(params, rows.batch["text"]))
+        seen = for_teacher(rows.batch, rows.batch["image"], preprocess, teacher)
+        image = jnp.exp(params["logit_scale"]) * unit(model.encode_image(params, seen["image"], batch_stats))
+        text = unit(model.encode_text(params, seen["text"]))
         taught = jax.lax.stop_gradient({"teacher_image": image, "teacher_text": text})
         return {"image": rows.outputs.image, "text": rows.outputs.text} | taught
 
@@ -71,8 +67,8 @@ def from_teacher(teacher: Preset, student: CLIP, preprocess: Preprocess) -> Obje
     return Objective(embed=embed, across=across, cost=cost, abstract_constants=abstract_constants)
 
 
-def _check(teacher: Preset, student: CLIP) -> None:
-    """The teacher sees the student's pixels and tokens."""
+def check_inputs(where: str, teacher: Preset, student: CLIP) -> None:
+    """Raises UserError where the teacher cannot see the student's pixels and tokens."""
     ours, theirs = student.architecture, teacher.architecture
     for what, mine, given in (
         ("image size", ours.image.image_size, theirs.image.image_size),
@@ -81,9 +77,17 @@ def _check(teacher: Preset, student: CLIP) -> None:
     ):
         if mine != given:
             raise UserError(
-                f"config.objectives.distillation.teacher: its {what} is {given}, and that of config.model {mine}; "
-                "the teacher embeds the student's pixels and tokens: choose models that share them"
+                f"{where}: its {what} is {given}, and that of config.model {mine}; "
+                "it embeds the model's own pixels and tokens: choose models that share them"
             )
+
+
+def for_teacher(batch: Batch, image: Array, preprocess: Preprocess, teacher: Preset) -> Batch:
+    """The pair with the student's pixels, ``image``, normalized as the teacher's."""
+    mean, std = (jnp.asarray(values, jnp.float32) for values in (preprocess.mean, preprocess.std))
+    pixels = image * std + mean
+    pixels = (pixels - jnp.asarray(teacher.preprocess.mean)) / jnp.asarray(teacher.preprocess.std)
+    return {"image": pixels, "text": batch["text"]}
 
 
 def _cost(teacher: CLIP, student: CLIP, batch_size: int, mesh: MeshLike, slices: int) -> Cost:
@@ -103,14 +107,6 @@ def _cost(teacher: CLIP, student: CLIP, batch_size: int, mesh: MeshLike, slices:
         across=8 * FLOAT32 * pairs * (dim + width) + gathered + LOGITS_BYTES,
         transfers=(Transfer("embeddings of student and teacher", images + texts * (rows - 1) // rows - dcn, dcn),),
     )
-
-
-def constants(params: Params, batch_stats: Params) -> Params:
-    """A loaded model's parameters as the objective takes them."""
-    return {
-        "params": {name: nn.meta.unbox(params[name]) for name in ("image", "text", "logit_scale")},
-        "batch_stats": batch_stats,
-    }
 
 
 SPEC = ObjectiveSpec(

@@ -88,7 +88,7 @@ def step_memory(learner: Learner, state: TrainState, batch_size: int, *, tiled: 
     pairs, tensor = batch_size // batch_shards(mesh), mesh.shape["tensor"]
     at_once = pairs // micro_batches
     parameters = bytes_per_device(state.params)
-    inputs = _inputs(learner, pairs, tiled)
+    inputs = _inputs(learner, learner.ratio * pairs, tiled)
     block = block_bytes(model, at_once, tensor, tiled=tiled)
     cost = objectives_cost(learner, batch_size)
     options = dict(patch_dropout=learner.patch_dropout, tiled=tiled, frozen=learner.frozen_towers)

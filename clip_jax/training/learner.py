@@ -5,6 +5,7 @@ a plan can lower it for a mesh without devices.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Key
 
 from clip_jax.data.views import Spec, View, batch_spec
-from clip_jax.devices.sharding import batch_sharding, parameter_shardings, replicated
+from clip_jax.devices.sharding import batch_sharding, parameter_shardings, replicated, take_rows
 from clip_jax.models.clip import CLIP, Architecture, Batch, Params
 from clip_jax.objectives.objective import Ema, Metrics, Objective, Rows
 from clip_jax.presets import Preprocess
@@ -79,9 +80,14 @@ class Learner:
             return architecture
         return replace(architecture, image=architecture.image.dropping(self.patch_dropout))
 
+    @property
+    def ratio(self) -> int:
+        """How many times as large as the batch that is trained on is the one that the step takes."""
+        return math.prod(objective.ratio for objective in self.objectives.values())
+
     def batch_spec(self, batch_size: int) -> Spec:
-        """The global batch that the step takes: name -> shape, type and sharding."""
-        return batch_spec(self.views, batch_size, self.mesh)
+        """The global batch that the step takes to train on ``batch_size`` pairs: name -> shape, type and sharding."""
+        return batch_spec(self.views, self.ratio * batch_size, self.mesh)
 
     # State
 
@@ -158,6 +164,7 @@ class Learner:
             return jax.lax.with_sharding_constraint(gradient, trainable)
 
         def train_step(state: TrainState, batch: Batch, constants: Any) -> tuple[TrainState, Metrics]:
+            batch, chosen = self.choose(state, batch, constants)
             batch = batch | {"row": jnp.arange(batch["text"].shape[0])}
             for objective in self.objectives.values():
                 batch = batch | objective.prepare(batch)
@@ -168,14 +175,18 @@ class Learner:
             params = join(optax.apply_updates(trained, updates), select(state.params, self.frozen, trainable=False))
             for objective in self.objectives.values():
                 params = objective.constrain(params)
-            metrics = results.metrics | {
-                "loss": results.loss,
-                "grad_norm": optax.global_norm(gradient),
-                "param_norm": optax.global_norm(state.params),
-                "update_norm": optax.global_norm(updates),
-                "logit_scale": jnp.exp(state.params["logit_scale"]),
-                "learning_rate": self.rate(state.step),
-            }
+            metrics = (
+                results.metrics
+                | chosen
+                | {
+                    "loss": results.loss,
+                    "grad_norm": optax.global_norm(gradient),
+                    "param_norm": optax.global_norm(state.params),
+                    "update_norm": optax.global_norm(updates),
+                    "logit_scale": jnp.exp(state.params["logit_scale"]),
+                    "learning_rate": self.rate(state.step),
+                }
+            )
             if "logit_bias" in state.params:
                 metrics["logit_bias"] = state.params["logit_bias"]
             new_state = TrainState(
@@ -203,6 +214,19 @@ class Learner:
             out_shardings=(shardings, replicated(self.mesh)),
             donate_argnums=0,
         )
+
+    def choose(self, state: TrainState, batch: Batch, constants: Any) -> tuple[Batch, Metrics]:
+        """The rows of the batch that the step trains on, and metrics of the choice."""
+        for name, objective in self.objectives.items():
+            if objective.choose is not None:
+                rng = jax.random.fold_in(
+                    jax.random.fold_in(jax.random.key(self.seed), state.step), zlib.crc32(name.encode())
+                )
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(batch["text"])))
+                parts = objective.ratio * self.micro_batches
+                rows, metrics = objective.choose(state.params, constants.get(name, {}), batch, keys, parts)
+                return {key: take_rows(value, rows, self.mesh) for key, value in batch.items()}, metrics
+        return batch, {}
 
     def _gradient(
         self, state: TrainState, batch: Batch, constants: Any, constrain: Callable[[Params], Params]

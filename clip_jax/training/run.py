@@ -95,6 +95,12 @@ class Run(NamedTuple):
             if phase.start < step
         )
 
+    def seen(self, step: int) -> int:
+        """The pairs of all steps up to this one, with those that a selection left out."""
+        return self.config.batch_size * sum(
+            (min(step, phase.stop) - phase.start) * phase.learner.ratio for phase in self.phases if phase.start < step
+        )
+
     def phase_of(self, step: int) -> int:
         """The phase that a checkpoint of a step belongs to: the one that trained that step."""
         return max((i for i, phase in enumerate(self.phases) if phase.start < step), default=0)
@@ -126,14 +132,15 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
     stops = [*(phase.start for phase in phase_configs[1:]), steps]
     if any(phase.start >= steps for phase in phase_configs):
         raise UserError(f"config.phases: a phase starts at step {phase_configs[-1].start} of a run of {steps}")
-    phases = []
+    phases, before = [], 0
     for (start, phase_config), stop in zip(phase_configs, stops, strict=True):
         preset = resolve_preset(phase_config, tokenizer)
         length, words = preset.architecture.text.context_length, tokenizer
         if length != tokenizer.context_length:
             words = stored.open_tokenizer(folder.path, preset.tokenizer, length)
         learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=words)
-        batches = TrainingBatches(train, order, learner.views, faults)
+        batches = TrainingBatches(train, order, learner.views, faults, learner.ratio, start, before)
+        before += (stop - start) * learner.ratio
         evaluations = make_evaluations(phase_config, learner, preset, words, opened, examples)
         phases.append(Phase(start, stop, preset, learner, batches, evaluations))
     return Run(

@@ -49,7 +49,9 @@ def make_learner(
     preset = configs.resolve_preset(config, None if tokenizer is None else tokenizer.vocab_size)
     model, rate = make_model(config, preset, mesh), make_schedule(config, steps, examples)
     objectives = {
-        name: with_teacher(kind.make(config.objectives[name], model, preset.preprocess, tokenizer))
+        name: with_teacher(
+            kind.make(config.objectives[name], model, preset.preprocess, tokenizer), f"config.objectives.{name}"
+        )
         for name, kind in OBJECTIVES.items()
         if config.objectives[name].weight > 0
     }

@@ -13,11 +13,13 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 import clip_jax
 from clip_jax import presets
+from clip_jax.data.views import batch_spec
 from clip_jax.devices.sharding import make_mesh, to_devices
 from clip_jax.models.clip import CLIP
-from clip_jax.objectives import OBJECTIVES, distillation
+from clip_jax.objectives import OBJECTIVES, distillation, selection
 from clip_jax.planning import program
 from clip_jax.training import loop
+from clip_jax.training.teacher import constants
 from tests.models.test_clip import SMALL
 from tests.training import runs
 from tests.training.steps import learner_of
@@ -33,15 +35,17 @@ CASES = {
     "distillation": {"distillation": {}},
     "self-distillation": {"self_distillation": CROPS},
     "head-only teacher": {"self_distillation": CROPS | {"teacher": "head", "targets": "all", "local": 0.0}},
+    "selection": {"contrastive": {"loss": "sigmoid"}, "selection": {"ratio": 2, "chunks": 4}},
     "all": {
         "contrastive": {"positives": "captions", "negatives": 1, "label_smoothing": 0.1},
         "captioning": {"queries": 3, "layers": 1, "parallel": 0.5},
         "distillation": {},
         "self_distillation": CROPS,
+        "selection": {"ratio": 2, "chunks": 4},
     },
 }
 """Settings of the objectives beside their defaults; each is trained with the contrastive loss."""
-TEACHER = replace(SMALL, image=replace(SMALL.image, width=96, heads=3), embed_dim=56)
+TEACHER = replace(SMALL, image=replace(SMALL.image, width=96, heads=3), embed_dim=56, init_logit_bias=-9.0)
 
 
 @functools.lru_cache
@@ -57,12 +61,17 @@ def learner(case, mesh, **options):
 
 
 def objective(name, settings, model):
-    if name != "distillation":
-        return OBJECTIVES[name].make({**OBJECTIVES[name].defaults, **settings}, model, presets.HALF, None)
-    teacher = CLIP(TEACHER)
-    params = jax.jit(lambda key: nn.meta.unbox(teacher.init(key)))(jax.random.key(7))
-    made = distillation.from_teacher(presets.Preset(TEACHER, presets.OPENAI, "clip"), model, presets.HALF)
-    return made._replace(load_constants=lambda shardings: jax.device_put(distillation.constants(params, {}), shardings))
+    settings = {**OBJECTIVES[name].defaults, **settings}
+    teacher = presets.Preset(TEACHER, presets.OPENAI, "clip")
+    if name == "distillation":
+        made = distillation.from_teacher(teacher, model, presets.HALF)
+    elif name == "selection":
+        made = selection.from_reference(settings, teacher, model, presets.HALF)
+    else:
+        return OBJECTIVES[name].make(settings, model, presets.HALF, None)
+    params = jax.jit(lambda key: nn.meta.unbox(CLIP(TEACHER).init(key)))(jax.random.key(7))
+    found = constants(params, {}, made.abstract_constants()["params"])
+    return made._replace(load_constants=lambda shardings: jax.device_put(found, shardings))
 
 
 def random_batches(learner, steps, pairs=PAIRS):
@@ -81,9 +90,9 @@ def random_batches(learner, steps, pairs=PAIRS):
 def two_steps(case, shape, parts):
     mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     made = learner(case, mesh, micro_batches=parts)
-    step, state, constants = made.step(), made.create_state(), made.load_constants()
+    step, state, teachers = made.step(), made.create_state(), made.load_constants()
     for batch in random_batches(made, 2):
-        state, metrics = step(state, to_devices(batch, mesh, PAIRS), constants)
+        state, metrics = step(state, to_devices(batch, mesh, made.ratio * PAIRS), teachers)
     metrics = {name: float(value) for name, value in metrics.items() if name != "accuracy"}  # one bit decides
     return metrics, jax.tree.map(np.asarray, (state.params, state.aux, state.ema))
 
@@ -114,7 +123,7 @@ def saved(made, pairs):
 
             return jax.vjp(encode, state.params)[1]
 
-        batch = made.batch_spec(rows) | {"row": jax.ShapeDtypeStruct((rows,), np.int32)}
+        batch = batch_spec(made.views, rows, made.mesh) | {"row": jax.ShapeDtypeStruct((rows,), np.int32)}
         for objective in made.objectives.values():
             batch |= jax.eval_shape(objective.prepare, batch)
         found = jax.eval_shape(backward, made.abstract_state(), batch, made.abstract_constants())
@@ -123,7 +132,7 @@ def saved(made, pairs):
     return residuals(2 * pairs) - residuals(pairs)
 
 
-SLOW = ("all", "self-distillation", "head-only teacher")
+SLOW = ("all", "self-distillation", "head-only teacher", "selection")
 PLANNED = [
     pytest.param(case, parts, marks=() if parts == 4 and case not in SLOW else pytest.mark.slow)
     for case in CASES

@@ -1,15 +1,21 @@
-"""A run that turns self-distillation on in its middle: what the switch creates, and exact resumption on either side."""
+"""Runs that turn self-distillation or a selection on in their middle: what the switch creates, and exact resumption on
+either side."""
 
+import json
 import shutil
+import types
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from clip_jax import config as configs
+from clip_jax import presets
 from clip_jax.devices.sharding import make_mesh
+from clip_jax.models.clip import CLIP
 from clip_jax.storage.checkpoints import Checkpoints
-from clip_jax.training import loop
+from clip_jax.training import loop, teacher
 from clip_jax.training.phases import convert
 from clip_jax.training.setup import make_learner
 from tests.training import runs
@@ -82,3 +88,44 @@ def test_the_teacher_follows_the_student_slowly(switched):
         strict=True,
     ):
         np.testing.assert_allclose(new, decay * old + (1 - decay) * student, rtol=1e-5, atol=1e-6)
+
+
+SELECTING = {
+    "steps": str(STEPS),
+    "objectives.contrastive.loss": "sigmoid",
+    "objectives.selection.chunks": "4",
+    "objectives.selection.reference": "Reference",
+    "objectives.selection.reference_weights": "weights",
+    "phases": f"({{'start': {SWITCH}, 'objectives.selection.weight': 1.0}},)",
+    "checkpoint.every_steps": "1",
+    "checkpoint.keep_last": "6",
+    "log.tensorboard": "False",
+    "model.text.vocab_size": "320",
+}
+
+
+@pytest.mark.slow
+def test_a_run_selects_from_its_switch_on_and_resumes_digit_for_digit(tmp_path, monkeypatch):
+    recipe, workdir = str(runs.write_recipe(tmp_path)), tmp_path / "run"
+    preset = configs.resolve_preset(configs.load(recipe, SELECTING))
+    params = jax.jit(lambda key: nn.meta.unbox(CLIP(preset.architecture).init(key)))(jax.random.key(5))
+    monkeypatch.setitem(presets.PRESETS, "Reference", preset)
+    monkeypatch.setattr(teacher, "load", lambda weights: types.SimpleNamespace(params=params, batch_stats={}))
+    assert loop.run(workdir=str(workdir), recipe=recipe, overrides=SELECTING) == 0
+    metrics = runs.metrics(workdir)
+    assert [line["step"] for line in metrics if "train/selection/selected" in line] == [4, 5, 6]
+    trained = [line for line in metrics if "train/pairs" in line]
+    assert [line["train/pairs"] for line in trained] == [16 * step for step in range(1, 7)]
+    assert [line.get("train/pairs_seen") for line in trained] == [None] * 3 + [48 + 32 * n for n in (1, 2, 3)]
+    assert all(line["train/selection/selected"] > line["train/selection/all"] for line in trained[SWITCH:])
+    # Steps of one and of two batches take all of the examples in their order, none of them twice.
+    seen = [json.loads(line) for line in (workdir / "samples.0.jsonl").read_text().splitlines()]
+    taken = np.concatenate([line["index"] for line in seen])
+    assert len(taken) == 48 + 96 and all(len(set(taken[start : start + 50])) == 50 for start in (0, 50))
+
+    killed = tmp_path / "killed"
+    shutil.copytree(workdir, killed)
+    for step in range(5, STEPS + 1):
+        shutil.rmtree(killed / "checkpoints" / str(step))
+    assert loop.run(workdir=str(killed), recipe=None, overrides={}) == 0
+    assert runs.metrics(killed) == metrics
