@@ -27,7 +27,7 @@ Embeddings = dict[str, Float[Array, "batch ..."]]
 Settings = Mapping[str, Any]
 
 
-Choose = Callable[[Params, Any, Batch, Key[Array, "pairs"], int], tuple[Int[Array, "rows"], Metrics]]
+Choose = Callable[[Params, Params, Any, Batch, Key[Array, "pairs"], int], tuple[Int[Array, "rows"], Metrics]]
 
 
 class Rows(NamedTuple):
@@ -79,8 +79,8 @@ class Objective(NamedTuple):
     ratio: int = 1
     """The stream's batch is this many times as large as the one that is trained on, which ``choose`` takes from it."""
     choose: Choose | None = None
-    """(parameters, constants, larger batch, one key per pair, parts in which it is encoded) -> (rows of the larger
-    batch to train on, metrics). At most one objective of a run has it."""
+    """(parameters, batch_stats, constants, larger batch, one key per pair, parts in which it is encoded) -> (rows of the
+    larger batch to train on, metrics). At most one objective of a run has it."""
     constrain: Callable[[Params], Params] = lambda params: params
     """Projects the parameters after each update: a clamp."""
     cost: Callable[..., Cost] = lambda *, batch_size, micro_batches, mesh, slices: Cost()

@@ -51,14 +51,14 @@ def from_reference(settings: Settings, reference: Preset, model: CLIP, preproces
     judge = CLIP(reference.architecture, model.compute)
 
     def choose(
-        params: Params, constants: Params, batch: Batch, keys: Key[Array, "pairs"], parts: int
+        params: Params, batch_stats: Params, constants: Params, batch: Batch, keys: Key[Array, "pairs"], parts: int
     ) -> tuple[Int[Array, "rows"], Metrics]:
         mesh, ratio = model.compute.mesh, settings["ratio"]
         inputs = jax.tree.map(lambda x: split_batch(x, parts, mesh), {name: batch[name] for name in ("image", "text")})
 
         def embed(_: None, part: Batch) -> tuple[None, tuple[Array, ...]]:
             image = preprocess.normalize(part["image"])
-            ours = model.forward(params, {}, {"image": image, "text": part["text"]}, train=False)
+            ours = model.forward(params, batch_stats, {"image": image, "text": part["text"]}, train=False)
             theirs = judge.forward(
                 constants["params"],
                 constants["batch_stats"],
@@ -92,7 +92,12 @@ def select(
 ) -> tuple[Int[Array, "rows"], Metrics]:
     """The rows of the module's docstring, ``pairs / ratio`` of them, and the mean S_ii of all pairs and of those."""
     pairs = len(keys)
-    size = pairs // ratio // chunks
+    size, left = divmod(pairs // ratio, chunks)
+    if left:
+        raise UserError(
+            f"config.objectives.{NAME}.chunks={chunks} does not divide config.batch_size={pairs // ratio}; "
+            "choose one that does"
+        )
     models = (learner, reference)
     whole = replicated(mesh)
 

@@ -224,7 +224,9 @@ class Learner:
                 )
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(batch["text"])))
                 parts = objective.ratio * self.micro_batches
-                rows, metrics = objective.choose(state.params, constants.get(name, {}), batch, keys, parts)
+                rows, metrics = objective.choose(
+                    state.params, state.batch_stats, constants.get(name, {}), batch, keys, parts
+                )
                 return {key: take_rows(value, rows, self.mesh) for key, value in batch.items()}, metrics
         return batch, {}
 

@@ -62,7 +62,8 @@ def test_the_rows_are_those_of_the_definition_on_every_mesh_and_there_is_no_matr
     assert scores[wanted].mean() > scores.mean()
     shapes = [shape.split("[")[1] for shape in program.buffers(run.lower(*put).compile().as_text())]
     sizes = [np.prod([int(n) for n in shape.rstrip("]").split(",") if n]) for shape in shapes]
-    assert max(sizes) < PAIRS * PAIRS / RATIO / CHUNKS * 1.01
+    # Neither all scores nor, on several devices, all embeddings.
+    assert max(sizes) < (PAIRS * PAIRS / RATIO / 2 if mesh.size == 1 else learner[0].size)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])

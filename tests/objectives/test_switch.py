@@ -120,7 +120,7 @@ def test_a_run_selects_from_its_switch_on_and_resumes_digit_for_digit(tmp_path, 
     assert all(line["train/selection/selected"] > line["train/selection/all"] for line in trained[SWITCH:])
     # Steps of one and of two batches take all of the examples in their order, none of them twice.
     seen = [json.loads(line) for line in (workdir / "samples.0.jsonl").read_text().splitlines()]
-    taken = np.concatenate([line["index"] for line in seen])
+    taken = np.concatenate([line["samples"] for line in seen])
     assert len(taken) == 48 + 96 and all(len(set(taken[start : start + 50])) == 50 for start in (0, 50))
 
     killed = tmp_path / "killed"
