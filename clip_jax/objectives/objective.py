@@ -79,7 +79,7 @@ class Objective(NamedTuple):
     ratio: int = 1
     """The stream's batch is this many times as large as the one that is trained on, which ``choose`` takes from it."""
     choose: Choose | None = None
-    """(parameters, batch_stats, constants, larger batch, one key per pair, parts in which it is encoded) -> (rows of the
+    """(parameters, batch_stats, constants, larger batch, a key per pair, parts in which it is encoded) -> (rows of the
     larger batch to train on, metrics). At most one objective of a run has it."""
     constrain: Callable[[Params], Params] = lambda params: params
     """Projects the parameters after each update: a clamp."""
