@@ -140,11 +140,12 @@ SWITCH, STEPS, VOCABULARY = 2, 4, 300
 SMALL_PHASE = {
     "start": lambda step: SWITCH,
     "model.image.image_size": lambda size: size // SHRINK,
-    "objectives.self_distillation.local_size": lambda size: size // SHRINK,
+    "objectives.self_distillation.local_size": lambda size: LOCAL_SIZE[size],
     "optimizer.cooldown_steps": lambda steps: STEPS - SWITCH,
     "micro_batch": lambda size: 8,
 }
-SMALL_HEADS = {"prototypes": "50", "hidden": "32", "bottleneck": "16", "local_size": str(96 // SHRINK)}
+LOCAL_SIZE = {96: 24, 98: 21}  # whole patches, of 4 and of 3 pixels
+SMALL_HEADS = {"prototypes": "50", "hidden": "32", "bottleneck": "16", "local_size": str(LOCAL_SIZE[96])}
 
 
 def shrunk(recipe: str) -> dict[str, str]:
@@ -154,7 +155,7 @@ def shrunk(recipe: str) -> dict[str, str]:
     phases = tuple({key: SMALL_PHASE.get(key, lambda v: v)(v) for key, v in p.items()} for p in config.phases)
     return {
         **{key: value for key, value in SMALL_RUN.items() if key.startswith("model.")},
-        "model.image.image_size": str(image.image_size // SHRINK),
+        "model.image.image_size": str(image.grid * (image.patch_size // SHRINK)),
         "model.image.patch_size": str(image.patch_size // SHRINK),
         "model.text.vocab_size": str(VOCABULARY),
         "model.dtype": "float32",
@@ -171,6 +172,7 @@ def shrunk(recipe: str) -> dict[str, str]:
         "optimizer.warmup_steps": "1",
         "log.every_steps": "1",
         "log.tensorboard": "False",
+        **({"mesh.fsdp": "2"} if config.mesh.fsdp > 1 else {}),
     }
 
 
