@@ -173,7 +173,7 @@ def class_folders(folder: Path) -> str:
     return f"folder:{folder}"
 
 
-SLOW = ("clipa_l16", "lit_l16", "coca_b32", "distill_b32_from_l14", "unicl_b16")
+SLOW = ("clipa_l16", "lit_l16", "coca_b32", "coca_l14", "distill_b32_from_l14", "unicl_b16")
 
 
 @pytest.mark.parametrize("recipe", ["flip_l16", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
