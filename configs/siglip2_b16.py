@@ -39,7 +39,6 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.objectives.contrastive.max_logit_scale = 0.0  # big_vision does not clamp it
     config.objectives.captioning.weight = 1.0
     config.objectives.captioning.layers = 6
-    config.objectives.captioning.queries = 0  # the decoder sees all patches
     config.objectives.captioning.parallel = 0.5
     config.mesh.fsdp = 16
 

@@ -35,7 +35,6 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.objectives.contrastive.max_logit_scale = 0.0  # big_vision does not clamp it
     config.objectives.captioning.weight = 1.0
     config.objectives.captioning.layers = 13
-    config.objectives.captioning.queries = 0  # the decoder sees all patches
     config.objectives.captioning.parallel = 0.5
     config.mesh.fsdp = 32  # divides the width of 1152; 256 does not
 

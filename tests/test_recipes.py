@@ -197,7 +197,10 @@ def class_folders(folder: Path) -> str:
     return f"folder:{folder}"
 
 
-SLOW = ("clipa_l16", "lit_l16", "coca_b32", "distill_b32_from_l14", "unicl_b16", "siglip2_b16", "siglip2_so400m14")
+SLOW = (
+    *("clipa_l16", "lit_l16", "coca_b32", "coca_l14", "distill_b32_from_l14", "unicl_b16"),
+    *("siglip2_b16", "siglip2_so400m14"),
+)
 
 
 @pytest.mark.parametrize("recipe", ["flip_l16", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

@@ -11,6 +11,7 @@ import sys
 from clip_jax import __version__, interrupts
 from clip_jax.command_line import split_overrides
 from clip_jax.commands import (
+    caption,
     classify,
     compare,
     embed,
@@ -33,6 +34,7 @@ COMMANDS = {
     "plan": plan,
     "models": models,
     "classify": classify,
+    "caption": caption,
     "evaluate": evaluate,
     "compare": compare,
     "fewshot": fewshot,

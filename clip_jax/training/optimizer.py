@@ -15,13 +15,12 @@ KERNELS = (
     *("patch_embedding", "projection", "prototypes"),
 )
 EMBEDDINGS = ("token_embedding", "spatial_embedding")
-POSITIONS = ("position_embedding",)
+POSITIONS = ("position_embedding", "queries")
 VECTORS = (
     "scale",
     "bias",
     "class_embedding",
     "probe",
-    "queries",
     "mask_embedding",
     "scale_1",
     "scale_2",

@@ -16,7 +16,7 @@ from clip_jax import presets
 from clip_jax.data.views import batch_spec
 from clip_jax.devices.sharding import make_mesh, to_devices
 from clip_jax.models.clip import CLIP
-from clip_jax.objectives import OBJECTIVES, distillation, selection
+from clip_jax.objectives import OBJECTIVES, captioning, distillation, selection
 from clip_jax.planning import program
 from clip_jax.training import loop
 from clip_jax.training.teacher import constants
@@ -30,15 +30,15 @@ CROPS = {"local_size": 16, "local_crops": 2, "prototypes": 24, "hidden": 20, "bo
 CASES = {
     "positives of equal captions": {"contrastive": {"positives": "captions", "label_smoothing": 0.1}},
     "labels and hard negatives": {"contrastive": {"positives": "labels", "negatives": 2}},
-    "captioning": {"captioning": {"queries": 5, "layers": 2}},
-    "parallel captioning": {"captioning": {"queries": 0, "layers": 2, "parallel": 0.5}},
+    "captioning": {"captioning": {"layers": 2}},
+    "parallel captioning": {"captioning": {"layers": 2, "parallel": 0.5}},
     "distillation": {"distillation": {}},
     "self-distillation": {"self_distillation": CROPS},
     "head-only teacher": {"self_distillation": CROPS | {"teacher": "head", "targets": "all", "local": 0.0}},
     "selection": {"contrastive": {"loss": "sigmoid"}, "selection": {"ratio": 2, "chunks": 4}},
     "all": {
         "contrastive": {"positives": "captions", "negatives": 1, "label_smoothing": 0.1},
-        "captioning": {"queries": 3, "layers": 1, "parallel": 0.5},
+        "captioning": {"layers": 1},
         "distillation": {},
         "self_distillation": CROPS,
         "selection": {"ratio": 2, "chunks": 4},
@@ -50,7 +50,12 @@ TEACHER = replace(SMALL, image=replace(SMALL.image, width=96, heads=3), embed_di
 
 @functools.lru_cache
 def learner(case, mesh, **options):
-    model = CLIP(replace(SMALL, init_logit_bias=-10.0))
+    architecture = replace(SMALL, init_logit_bias=-10.0)
+    if case == "parallel captioning":
+        architecture = replace(architecture, text=replace(SMALL.text, causal=False, pooling="last"))
+    if "captioning" in CASES[case]:
+        architecture = captioning.adapt(captioning.SPEC.defaults | CASES[case]["captioning"], architecture)
+    model = CLIP(architecture)
     model = replace(model, compute=model.compute._replace(mesh=mesh))
     given = {"contrastive": {}} | CASES[case]
     objectives = {name: objective(name, settings, model) for name, settings in given.items()}
@@ -192,4 +197,6 @@ def test_killed_before_a_switch_of_objectives_a_run_resumes_digit_for_digit(tmp_
         shutil.rmtree(killed / "checkpoints" / str(step))
     assert loop.run(workdir=str(killed), recipe=None, overrides={}) == 0
     assert runs.metrics(killed) == metrics
-    assert "objectives" not in clip_jax.load(workdir).params
+    model = clip_jax.load(workdir)
+    assert "objectives" not in model.params and len(model.generate(np.zeros((2, 64, 64, 3), np.uint8))) == 2
+    assert "decoder" not in clip_jax.load(workdir, step=3).params
