@@ -147,8 +147,10 @@ def defaults() -> ConfigDict:
 def evaluation(**fields: Any) -> ConfigDict:
     """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
     known = {
-        "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, composition or corruptions
-        # kind:where, like data.train; zero_shot and corruptions need labels, composition takes shapes:heldout; "": off
+        # retrieval (with the held-out loss), zero_shot, composition, corruptions or grounding
+        "protocol": "retrieval",
+        # kind:where, like data.train; zero_shot and corruptions need labels, composition takes shapes:heldout, and
+        # grounding examples with boxes; "": off
         "source": "",
         "caption": "",  # like data.caption, of this source; empty: data.caption
         "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
@@ -219,7 +221,7 @@ CHOICES = {
 SEVERAL = ("data.train",)
 """The settings that are a string or a tuple of entries."""
 
-EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot", "composition", "corruptions")}
+EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot", "composition", "corruptions", "grounding")}
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}
 
 SIZES = Range(1, auto=True)

@@ -32,6 +32,7 @@ CASES = {
     "labels and hard negatives": {"contrastive": {"positives": "labels", "negatives": 2}},
     "captioning": {"captioning": {"layers": 2}},
     "parallel captioning": {"captioning": {"layers": 2, "parallel": 0.5}},
+    "grounding": {"captioning": {"layers": 2, "parallel": 0.5}, "grounding": {}},
     "distillation": {"distillation": {}},
     "self-distillation": {"self_distillation": CROPS},
     "head-only teacher": {"self_distillation": CROPS | {"teacher": "head", "targets": "all", "local": 0.0}},
@@ -51,7 +52,7 @@ TEACHER = replace(SMALL, image=replace(SMALL.image, width=96, heads=3), embed_di
 @functools.lru_cache
 def learner(case, mesh, **options):
     architecture = replace(SMALL, init_logit_bias=-10.0)
-    if case == "parallel captioning":
+    if case in ("parallel captioning", "grounding"):
         architecture = replace(architecture, text=replace(SMALL.text, causal=False, pooling="last"))
     if "captioning" in CASES[case]:
         architecture = captioning.adapt(captioning.SPEC.defaults | CASES[case]["captioning"], architecture)
@@ -85,7 +86,9 @@ def random_batches(learner, steps, pairs=PAIRS):
     for _ in range(steps):
         batch = {}
         for name, leaf in learner.batch_spec(pairs).items():
-            high = {np.dtype(bool): 2, np.dtype(np.uint8): 256}.get(leaf.dtype, 8 if name == "label" else 100)
+            high = {np.dtype(bool): 2, np.dtype(np.uint8): 256}.get(
+                leaf.dtype, {"label": 8, "region_name": 4}.get(name, 100)
+            )
             batch[name] = rng.integers(0, high, leaf.shape).astype(leaf.dtype)
         batch["text"][1::2] = batch["text"][::2]
         yield batch
@@ -137,7 +140,7 @@ def saved(made, pairs):
     return residuals(2 * pairs) - residuals(pairs)
 
 
-SLOW = ("all", "self-distillation", "head-only teacher", "selection")
+SLOW = ("all", "grounding", "self-distillation", "head-only teacher", "selection")
 PLANNED = [
     pytest.param(case, parts, marks=() if parts == 4 and case not in SLOW else pytest.mark.slow)
     for case in CASES
