@@ -50,7 +50,7 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
         arrays["region"][:] = tokenizer([write(task, region.sides, region.text) for task in TASKS])
         arrays["region_name"][:] = [named[task] for task in TASKS]
         # A text that fills its row may have lost the end of its box.
-        arrays["has_region"][:] = np.all(arrays["region"][:, -1] == tokenizer.pad_id)
+        arrays["has_region"][:] = np.all(np.argmax(arrays["region"] == tokenizer.end_id, axis=1) < length - 1)
 
     def prepare(batch: Batch) -> Batch:
         text, named = batch["region"], batch["region_name"][..., None]

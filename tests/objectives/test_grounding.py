@@ -38,7 +38,7 @@ class Letters:
         return "".join(chr(max(0, i) + 30) for i in ids)
 
 
-TOKENIZER = Tokenizer(Letters(), LENGTH, 100, None, 1, 0, "letters")
+TOKENIZER = Tokenizer(Letters(), LENGTH, 100, None, 1, 1, "letters")  # padded with the end token, like SigLIP's
 TEXT = replace(SMALL.text, causal=False, pooling="last", context_length=LENGTH)
 MODEL = CLIP(captioning.adapt({"layers": 1, "parallel": 0.0}, replace(SMALL, text=TEXT)))
 
