@@ -16,18 +16,20 @@ from clip_jax.objectives.objective import Objective
 
 def with_teacher(objective: Objective) -> Objective:
     """The objective with the function that loads its teacher, where it has one."""
-    if objective.teacher is None:
+    if not objective.teachers:
         return objective
-    fingerprint = " ".join(objective.teacher)
+    fingerprint = "; ".join(" ".join(teacher) for teacher in objective.teachers)
     return objective._replace(load_constants=partial(_load, objective), constants_fingerprint=fingerprint)
 
 
 def _load(objective: Objective, shardings: Any) -> Params:
     """Raises UserError for weights of another architecture."""
-    name, weights = objective.teacher
-    loaded = load(name, weights=weights) if Path(weights).is_file() else load(weights)
-    found = distillation.constants(loaded.params, loaded.batch_stats)
-    wanted = jax.tree.map(lambda leaf: leaf.shape, nn.meta.unbox(objective.abstract_constants()))
-    if jax.tree.map(lambda leaf: leaf.shape, found) != wanted:
-        raise UserError(f"config.objectives.distillation.teacher_weights={weights}: not the weights of a {name}")
-    return jax.device_put(found, shardings)
+    wanted, constants = nn.meta.unbox(objective.abstract_constants()), {}
+    for number, (name, weights) in enumerate(objective.teachers):
+        loaded = load(name, weights=weights) if Path(weights).is_file() else load(weights)
+        found = distillation.constants(loaded.params, loaded.batch_stats)
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (found, wanted[str(number)])]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"config.objectives.distillation.teacher_weights={weights}: not the weights of a {name}")
+        constants[str(number)] = jax.device_put(found, shardings[str(number)])
+    return constants

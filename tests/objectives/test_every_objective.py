@@ -29,7 +29,7 @@ CASES = {
     "labels and hard negatives": {"contrastive": {"positives": "labels", "negatives": 2}},
     "captioning": {"captioning": {"layers": 2}},
     "parallel captioning": {"captioning": {"layers": 2, "parallel": 0.5}},
-    "distillation": {"distillation": {}},
+    "distillation": {"distillation": {"features": 2.0}},
     "all": {
         "contrastive": {"positives": "captions", "negatives": 1, "label_smoothing": 0.1},
         "captioning": {"layers": 1},
@@ -62,8 +62,10 @@ def objective(name, settings, model):
         return OBJECTIVES[name].make({**OBJECTIVES[name].defaults, **settings}, model, presets.HALF, None)
     teacher = CLIP(TEACHER)
     params = jax.jit(lambda key: nn.meta.unbox(teacher.init(key)))(jax.random.key(7))
-    made = distillation.from_teacher(presets.Preset(TEACHER, presets.OPENAI, "clip"), model, presets.HALF)
-    return made._replace(load_constants=lambda shardings: jax.device_put(distillation.constants(params, {}), shardings))
+    given = distillation.SPEC.defaults | settings
+    made = distillation.from_teachers([presets.Preset(TEACHER, presets.OPENAI, "clip")], given, model, presets.HALF)
+    constants = {"0": distillation.constants(params, {})}
+    return made._replace(load_constants=lambda shardings: jax.device_put(constants, shardings))
 
 
 def random_batches(learner, steps, pairs=PAIRS):
