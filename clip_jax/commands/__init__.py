@@ -24,6 +24,7 @@ from clip_jax.commands import (
     pack,
     plan,
     push,
+    reinforce,
     search,
     train,
 )
@@ -39,6 +40,7 @@ COMMANDS = {
     "compare": compare,
     "fewshot": fewshot,
     "embed": embed,
+    "reinforce": reinforce,
     "search": search,
     "inspect": inspect,
     "pack": pack,

@@ -103,7 +103,7 @@ class TrainingBatches:
         for attempt in range(REPLACEMENT_ATTEMPTS):
             key = str(index)
             try:
-                sample = read(self.source, index)
+                sample = read(self.source, index)._replace(index=index)
                 key = sample.key
                 for name in PAIR:
                     self.views[name].fill(sample, rng, arrays)

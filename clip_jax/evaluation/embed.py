@@ -74,6 +74,8 @@ class Embedder(NamedTuple):
     """Over all devices; a multiple of the devices that split a batch."""
     workers: int
     """Threads that decode."""
+    width: int
+    """Features of an embedding."""
 
 
 def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh) -> Encoders:
@@ -113,6 +115,7 @@ def make_embedder(
         mesh=mesh,
         batch_size=-(-batch_size // shards) * shards,
         workers=workers,
+        width=model.architecture.embed_dim,
     )
 
 

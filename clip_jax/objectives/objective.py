@@ -91,10 +91,12 @@ class Objective(NamedTuple):
     """Shapes of the constants, boxed with their logical axes."""
     load_constants: Callable[[Any], Params] = lambda shardings: {}
     """The constants on the devices, given the sharding of each."""
-    teacher: tuple[str, str] | None = None
-    """(name, weights) of a model whose parameters are the constants; ``training/teacher.py`` loads them."""
+    teachers: tuple[tuple[str, str], ...] = ()
+    """(name, weights) of models whose parameters are the constants; ``training/teacher.py`` loads them."""
     constants_fingerprint: str = ""
-    """Identifies the constants; recorded in ``run.json``."""
+    """Identifies the constants, or what stands for them; recorded in ``run.json``."""
+    source_fingerprint: str = ""
+    """That of the only training data that its views know."""
 
 
 Make = Callable[[Settings, CLIP, Preprocess, Tokenizer | None], Objective]

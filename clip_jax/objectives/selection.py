@@ -23,7 +23,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import flops
 from clip_jax.models.clip import CLIP, Batch, Params
 from clip_jax.objectives.cost import Cost, Transfer
-from clip_jax.objectives.distillation import check_inputs, for_teacher
+from clip_jax.objectives.distillation import check_inputs, normalized_as
 from clip_jax.objectives.objective import MeshLike, Metrics, Objective, ObjectiveSpec, Settings
 from clip_jax.presets import Preprocess, Preset, preset
 
@@ -39,7 +39,7 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
             f"config.objectives.{NAME}: reference is a model's name, such as ViT-SO400M/16-SigLIP2-256, and "
             "reference_weights its weights: a folder, a file or hf://org/name"
         )
-    return from_reference(settings, preset(name), model, preprocess)._replace(teacher=(name, weights))
+    return from_reference(settings, preset(name), model, preprocess)._replace(teachers=((name, weights),))
 
 
 def from_reference(settings: Settings, reference: Preset, model: CLIP, preprocess: Preprocess) -> Objective:
@@ -53,33 +53,28 @@ def from_reference(settings: Settings, reference: Preset, model: CLIP, preproces
     def choose(
         params: Params, batch_stats: Params, constants: Params, batch: Batch, keys: Key[Array, "pairs"], parts: int
     ) -> tuple[Int[Array, "rows"], Metrics]:
-        mesh, ratio = model.compute.mesh, settings["ratio"]
+        mesh, ratio, teacher = model.compute.mesh, settings["ratio"], constants["0"]
         inputs = jax.tree.map(lambda x: split_batch(x, parts, mesh), {name: batch[name] for name in ("image", "text")})
 
         def embed(_: None, part: Batch) -> tuple[None, tuple[Array, ...]]:
             image = preprocess.normalize(part["image"])
             ours = model.forward(params, batch_stats, {"image": image, "text": part["text"]}, train=False)
-            theirs = judge.forward(
-                constants["params"],
-                constants["batch_stats"],
-                for_teacher(part, image, preprocess, reference),
-                train=False,
-            )
+            pair = {"image": normalized_as(reference, image, preprocess), "text": part["text"]}
+            theirs = judge.forward(teacher["params"], teacher["batch_stats"], pair, train=False)
             return None, (ours.image, ours.text, theirs.image, theirs.text)
 
         _, embedded = jax.lax.scan(embed, None, inputs)
         embedded = jax.tree.map(lambda x: join_batch(x, mesh), embedded)
         scored = [
             (*embedded[start : start + 2], jnp.exp(tree["logit_scale"]), tree["logit_bias"])
-            for start, tree in ((0, params), (2, constants["params"]))
+            for start, tree in ((0, params), (2, teacher["params"]))
         ]
         return select(*scored, keys, ratio=ratio, chunks=settings["chunks"], mesh=mesh)
 
     def abstract_constants() -> Params:
-        return {
-            "params": jax.eval_shape(judge.init, jax.random.key(0)),
-            "batch_stats": jax.eval_shape(judge.init_batch_stats),
-        }
+        params = jax.eval_shape(judge.init, jax.random.key(0))
+        params = {name: params[name] for name in ("image", "text", "logit_scale", "logit_bias")}
+        return {"0": {"params": params, "batch_stats": jax.eval_shape(judge.init_batch_stats)}}
 
     def cost(*, batch_size: int, micro_batches: int, mesh: MeshLike, slices: int) -> Cost:
         return _cost(settings, model, judge, batch_size, micro_batches, mesh)

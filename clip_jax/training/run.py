@@ -139,6 +139,7 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
         if length != tokenizer.context_length:
             words = stored.open_tokenizer(folder.path, preset.tokenizer, length)
         learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=words)
+        check_stored(learner, train)
         batches = TrainingBatches(train, order, learner.views, faults, learner.ratio, start, before)
         before += (stop - start) * learner.ratio
         evaluations = make_evaluations(phase_config, learner, preset, words, opened, examples)
@@ -206,6 +207,16 @@ def check_labels(config: ConfigDict, train: Source) -> None:
             f"config.objectives.contrastive.positives=labels: the examples of {train.name} have no labels; "
             "captions makes those with equal captions positives of each other"
         )
+
+
+def check_stored(learner: Learner, train: Source) -> None:
+    """Raises UserError if what an objective has stored for examples is for those of other data."""
+    for name, objective in learner.objectives.items():
+        if objective.source_fingerprint not in ("", train.fingerprint):
+            raise UserError(
+                f"config.objectives.{name}.stored: written for other data than {train.name}, or before it changed; "
+                "repeat clip-jax reinforce with a new --output"
+            )
 
 
 def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Source:

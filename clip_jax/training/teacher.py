@@ -15,22 +15,24 @@ from clip_jax.objectives.objective import Objective
 
 
 def with_teacher(objective: Objective, where: str) -> Objective:
-    """The objective with the function that loads its teacher, where it has one; ``where``: its settings."""
-    if objective.teacher is None:
+    """The objective with the function that loads its teachers, where it has any; ``where``: its settings."""
+    if not objective.teachers:
         return objective
-    fingerprint = " ".join(objective.teacher)
+    fingerprint = "; ".join(" ".join(teacher) for teacher in objective.teachers)
     return objective._replace(load_constants=partial(_load, objective, where), constants_fingerprint=fingerprint)
 
 
 def _load(objective: Objective, where: str, shardings: Any) -> Params:
     """Raises UserError for weights of another architecture."""
-    name, weights = objective.teacher
-    loaded = load(name, weights=weights) if Path(weights).is_file() else load(weights)
-    wanted = jax.tree.map(lambda leaf: leaf.shape, nn.meta.unbox(objective.abstract_constants()))
-    found = constants(loaded.params, loaded.batch_stats, wanted["params"])
-    if jax.tree.map(lambda leaf: leaf.shape, found) != wanted:
-        raise UserError(f"{where}: {weights} has not the weights of a {name}")
-    return jax.device_put(found, shardings)
+    wanted, found = nn.meta.unbox(objective.abstract_constants()), {}
+    for number, (name, weights) in enumerate(objective.teachers):
+        loaded = load(name, weights=weights) if Path(weights).is_file() else load(weights)
+        own = constants(loaded.params, loaded.batch_stats, wanted[str(number)]["params"])
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (own, wanted[str(number)])]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{where}: {weights} has not the weights of a {name}")
+        found[str(number)] = jax.device_put(own, shardings[str(number)])
+    return found
 
 
 def constants(params: Params, batch_stats: Params, names: Iterable[str]) -> Params:

@@ -33,7 +33,7 @@ CASES = {
     "captioning": {"captioning": {"layers": 2}},
     "parallel captioning": {"captioning": {"layers": 2, "parallel": 0.5}},
     "grounding": {"captioning": {"layers": 2, "parallel": 0.5}, "grounding": {}},
-    "distillation": {"distillation": {}},
+    "distillation": {"distillation": {"features": 2.0}},
     "self-distillation": {"self_distillation": CROPS},
     "head-only teacher": {"self_distillation": CROPS | {"teacher": "head", "targets": "all", "local": 0.0}},
     "selection": {"contrastive": {"loss": "sigmoid"}, "selection": {"ratio": 2, "chunks": 4}},
@@ -70,13 +70,13 @@ def objective(name, settings, model):
     settings = {**OBJECTIVES[name].defaults, **settings}
     teacher = presets.Preset(TEACHER, presets.OPENAI, "clip")
     if name == "distillation":
-        made = distillation.from_teacher(teacher, model, presets.HALF)
+        made = distillation.from_teachers([teacher], settings, model, presets.HALF)
     elif name == "selection":
         made = selection.from_reference(settings, teacher, model, presets.HALF)
     else:
         return OBJECTIVES[name].make(settings, model, presets.HALF, None)
     params = jax.jit(lambda key: nn.meta.unbox(CLIP(TEACHER).init(key)))(jax.random.key(7))
-    found = constants(params, {}, made.abstract_constants()["params"])
+    found = {"0": constants(params, {}, made.abstract_constants()["0"]["params"])}
     return made._replace(load_constants=lambda shardings: jax.device_put(found, shardings))
 
 

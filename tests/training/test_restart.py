@@ -119,7 +119,7 @@ def test_a_cooldown_starts_from_a_finished_run_of_a_constant_rate(small_run, tmp
     constant = {"optimizer.schedule": "constant", "steps": "5", "eval.held_out.source": ""}
     assert loop.run(workdir=workdir, recipe=recipe, overrides=constant) == 0
     cooldown = {"optimizer.schedule": "wsd", "optimizer.cooldown_steps": "4", "optimizer.cooldown_form": "1-sqrt"}
-    with pytest.raises(UserError, match="other settings .*optimizer.cooldown_steps.*optimizer.schedule"):
+    with pytest.raises(UserError, match=r"other settings .*optimizer\.cooldown_steps.*optimizer\.schedule"):
         loop.run(workdir=workdir, recipe=None, overrides=cooldown)  # of the five steps, it would change the last three
     assert loop.run(workdir=workdir, recipe=None, overrides=cooldown | {"steps": "9"}) == 0
     rates = [line["train/learning_rate"] / 5e-4 for line in runs.metrics(tmp_path / "run")]
