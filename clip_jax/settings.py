@@ -148,8 +148,8 @@ def evaluation(**fields: Any) -> ConfigDict:
     """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
     known = {
         "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, or one below
-        # composition takes shapes:heldout, cues shapes:zero_shot; corruptions, typographic, adversarial need labels.
-        # The source is kind:where, like data.train; "": off
+        # composition takes shapes:heldout, cues shapes:zero_shot, grounding examples with boxes; corruptions,
+        # typographic and adversarial need labels. The source is kind:where, like data.train; "": off
         "source": "",
         "caption": "",  # like data.caption, of this source; empty: data.caption
         "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
@@ -221,7 +221,10 @@ SEVERAL = ("data.train",)
 """The settings that are a string or a tuple of entries."""
 
 EVALUATION_CHOICES = {
-    "protocol": ("retrieval", "zero_shot", "composition", "corruptions", "typographic", "adversarial", "cues")
+    "protocol": (
+        *("retrieval", "zero_shot", "composition", "corruptions"),
+        *("typographic", "adversarial", "cues", "grounding"),
+    )
 }
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}
 

@@ -3,6 +3,7 @@
 ``export`` returns lines for the user: what was written, and which part of the model the format cannot hold.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -46,6 +47,7 @@ def export(
     if missing := {"image", "text"} - params.keys():
         raise UserError(f"{name}: has no {missing.pop()} tower; a model of both is exported")
     to.mkdir(parents=True, exist_ok=True)
+    preset, params, left_out = _without_decoder(layout, preset, params)
     try:
         if layout == "stablehlo":
             lines = stablehlo.write(to, preset, params, batch_stats)
@@ -59,6 +61,7 @@ def export(
     except UserError:
         to.rmdir()  # Nothing was written: each format refuses a model before it writes.
         raise
+    lines += left_out
     if preset.preprocess.exif and layout != "stablehlo":
         lines.append(
             "exif_orientation: left out, no other library turns photos; turn them before (ImageOps.exif_transpose)"
@@ -68,6 +71,16 @@ def export(
     lines += export_tokenizer.write(to, layout, preset.tokenizer, tokenizer, source)
     (to / "README.md").write_text(model_card(name, layout, preset, params), encoding="utf-8")
     return lines
+
+
+def _without_decoder(layout: str, preset: Preset, params: Params) -> tuple[Preset, Params, list[str]]:
+    """The model without a decoder that the layout cannot hold, and a line that says so."""
+    architecture = preset.architecture
+    if architecture.decoder is None or (layout == "openclip" and open_clip_config.has_decoder(architecture)):
+        return preset, params, []
+    preset = preset._replace(architecture=dataclasses.replace(architecture, decoder=None))
+    params = {name: tree for name, tree in params.items() if name != "decoder"}
+    return preset, params, ["decoder: left out, only OpenCLIP has one, of CoCa's architecture"]
 
 
 def _open_clip(to: Path, preset: Preset, tensors: Tensors, tokenizer: Tokenizer | None) -> list[str]:
