@@ -97,6 +97,24 @@ def embeddings(folder: Path, kind: str) -> list[np.ndarray]:
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
+def rows_of_examples(folder: Path) -> np.ndarray:
+    """int64[examples]: the number of each example's embedding through all shards; -1 for an unusable one."""
+    from pyarrow import parquet
+
+    files = _numbered(folder / "metadata", "metadata_*.parquet")
+    examples = np.concatenate([parquet.read_table(path, columns=["index"])["index"].to_numpy() for path in files])
+    rows = np.full(int(examples.max(initial=-1)) + 1, -1, np.int64)
+    rows[examples] = np.arange(len(examples))
+    return rows
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The source and the model of a folder. Raises UserError."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: no {MANIFEST}; clip-jax embed --output={folder} writes it")
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
 def metadata(folder: Path, numbers: list[int]) -> Iterator[dict[str, Any]]:
     """The rows of these embeddings, which are numbered through all shards."""
     from pyarrow import parquet
