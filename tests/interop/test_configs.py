@@ -15,7 +15,9 @@ from clip_jax.presets import HALF, OPENAI, SIGLIP
 NOT_IN_TRANSFORMERS = {
     name
     for name in presets.PRESETS
-    if name.startswith(("RN", "EVA02", "coca")) or "CLIPA" in name or name in ("ViT-M/16-alt", "ViT-SO400M/16-SigLIP-i18n-256")
+    if name.startswith(("RN", "EVA02", "coca"))
+    or "CLIPA" in name
+    or name in ("ViT-M/16-alt", "ViT-SO400M/16-SigLIP-i18n-256")
 }
 
 
