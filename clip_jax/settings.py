@@ -53,6 +53,9 @@ def defaults() -> ConfigDict:
                 "links_to": "",  # a folder into which links of an image folder may lead; empty: only within itself
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
                 "exif_orientation": False,  # rotate photos by their EXIF orientation; OpenCLIP and Transformers do not
+                # A folder of clip-jax embed, made from data.train: embeddings of the frozen image tower, which then
+                # does not run and sees no image.
+                "image_embeddings": "",
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect ratio
                 # Of random crops; evaluation always has Pillow's. simd: the same filter, several times as fast, rounded

@@ -90,6 +90,11 @@ def _open_clip(to: Path, preset: Preset, tensors: Tensors, tokenizer: Tokenizer 
         config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": tokenizer.codec.clean}
     files.write_safetensors(to / "open_clip_model.safetensors", tensors)
     write_json(to / "open_clip_config.json", config)
+    if config["model_cfg"]["text_cfg"].get("correct_cls_mask"):
+        return [
+            "correct_cls_mask: OpenCLIP 3.3 has no such setting; remove it from open_clip_config.json, load the model, "
+            "and set model.text.correct_cls_mask = True"
+        ]
     return [f"open_clip.create_model_from_pretrained('local-dir:{to.resolve()}') loads it"]
 
 

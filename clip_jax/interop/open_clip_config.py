@@ -352,7 +352,9 @@ def _text_config(text: TextTower, tokenizer: str) -> dict[str, Any]:
     if not text.causal:
         config["no_causal_mask"] = True
     if text.pooling == "class":
-        config |= {"embed_cls": True, "correct_cls_mask": not text.shifted_mask}
+        config["embed_cls"] = True
+        if not text.shifted_mask:  # OpenCLIP 3.3 has it as an attribute only: it refuses the setting
+            config["correct_cls_mask"] = True
     elif text.pooling != "argmax":
         config["pool_type"] = text.pooling
     if text.pooling == "eos":

@@ -29,6 +29,7 @@ from clip_jax.models.clip import parameter_counts
 from clip_jax.objectives.contrastive import make_held_out_loss
 from clip_jax.presets import Preset
 from clip_jax.storage.run_folder import Folder
+from clip_jax.training import stored_images
 from clip_jax.training.learner import Learner
 from clip_jax.training.setup import check_attention, check_batch, make_learner
 from clip_jax.training.tokenizer import prepare_tokenizer
@@ -141,6 +142,7 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
             words = stored.open_tokenizer(folder.path, preset.tokenizer, length)
         learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=words)
         check_stored(learner, train)
+        stored_images.check_source(phase_config.data.image_embeddings, train)
         batches = TrainingBatches(train, order, learner.views, faults, learner.ratio, start, before)
         before += (stop - start) * learner.ratio
         evaluations = make_evaluations(phase_config, learner, preset, words, opened, examples)
@@ -283,6 +285,7 @@ def description(run: Run) -> dict[str, Any]:
         "tokenizer": {"kind": last.preset.tokenizer, "fingerprint": run.tokenizer.fingerprint},
         "data": {"train": {"name": run.train.name, "samples": len(run.train), "fingerprint": run.train.fingerprint}},
         "flops_per_pair": flops.training(first.learner.trained_architecture, first.learner.frozen_towers),
+        "flops_shares": last.learner.flops_shares(run.config.batch_size),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} on {jax.process_count()} process(es)",
