@@ -42,6 +42,7 @@ def _memory(plan: Plan) -> Rows:
     memory = {"state": memory.pop("parameters") + memory.pop("optimizer")} | memory
     estimate = ", ".join(f"{name} {value * per_chip / GIB:.2f}" for name, value in memory.items())
     rows += [
+        ("attention", str(chosen.attention)),
         ("computed as", f"remat {config.model.remat}, micro-batch {micro:,}, " + _mesh(shape)),
         ("parameters", ", ".join(f"{name} {formats.count(value)}" for name, value in counts.items())),
         ("memory", f"{estimate} GiB (estimate: {_gib(chosen.memory.total * per_chip)})"),

@@ -16,6 +16,7 @@ from clip_jax import config as configs
 from clip_jax.devices.hardware import Machines
 from clip_jax.devices.sharding import AXES, mesh_shape
 from clip_jax.errors import UserError
+from clip_jax.models.attention_choice import Choice, choose_attention
 from clip_jax.planning.compiling import Compiled
 from clip_jax.planning.memory import Memory, step_memory
 from clip_jax.planning.roofline import Roofline, roofline
@@ -47,6 +48,12 @@ class Candidate(NamedTuple):
     memory: Memory
     work: Work
     roofline: Roofline
+
+    @property
+    def attention(self) -> Choice:
+        """The implementation of attention and why it was selected."""
+        model = self.learner.model
+        return choose_attention(self.config.model.attention, model.compute.dtype, model.architecture, self.learner.mesh)
 
 
 Compile = Callable[[Candidate], Compiled]
