@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--estimate", action="store_true", help="do not compile, even where libtpu is installed")
     parser.add_argument(
-        "--compilations", type=int, default=4, help="maximum number of compilations if the run does not fit"
+        "--compilations",
+        type=int,
+        default=6,
+        help="maximum number of compilations if the run does not fit; at most three that fit are compared",
     )
 
 
@@ -37,9 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from clip_jax import config as configs
     from clip_jax.devices import hardware
-    from clip_jax.planning import compiling
+    from clip_jax.planning import compiling, profile_report, report
     from clip_jax.planning import plan as planning
-    from clip_jax.planning import profile_report, report
     from clip_jax.reports import terminal
 
     if bool(arguments.tpu) == bool(arguments.gpu):

@@ -160,7 +160,7 @@ def _forward(shape: _Shape, inputs, visible, outputs) -> None:
         mixed = []
         for head, lanes in _heads(shape, query.shape[1]):
             weights, total = _softmax(shape, key, _only(query[rows], lanes), visible, rows)
-            mixed.append(_dot(transposed[head], _extended(weights.astype(key.dtype), key), 1, 0) / total)
+            mixed.append(_dot(transposed[head], _extended(weights, key).astype(key.dtype), 1, 0) / total)
         outputs[0][rows] = jnp.concatenate(mixed).astype(outputs[0].dtype).T
 
 
@@ -177,10 +177,10 @@ def _backward(shape: _Shape, inputs, visible, outputs) -> None:
             weights, total = _softmax(shape, key, one, visible, rows)
             weights = weights * (1 / total)
             d_weights = weights * _dot(value[used], d_mixed, 1, 1)
-            d_scores = (d_weights - weights * jnp.sum(d_weights, axis=0, keepdims=True)).astype(key.dtype)
+            d_scores = d_weights - weights * jnp.sum(d_weights, axis=0, keepdims=True)
             d_value += _dot(weights.astype(value.dtype), d_mixed, 1, 0)
-            d_key += _dot(d_scores, one, 1, 0)
-            d_query.append(_dot(transposed[head], _extended(d_scores, key), 1, 0))
+            d_key += _dot(d_scores.astype(key.dtype), one, 1, 0)
+            d_query.append(_dot(transposed[head], _extended(d_scores, key).astype(key.dtype), 1, 0))
         outputs[0][rows] = (jnp.concatenate(d_query) * shape.scale).astype(outputs[0].dtype).T
     outputs[1][used] = (d_key * shape.scale).astype(outputs[1].dtype)
     outputs[2][used] = d_value.astype(outputs[2].dtype)
@@ -224,18 +224,29 @@ def _only(x: Array, lanes: tuple[int, int] | None) -> Array:
 
 
 def _defined(x: Array, tokens: int) -> Array:
-    """Zero after the last token, where a block holds anything, NaN included, which no weight of zero would hide."""
-    return _extended(_replaced(x[: _used(tokens)], tokens, 0.0), x)
+    """Zero after the last token, where a block holds anything, NaN included, which no weight of zero would hide.
+
+    Bits are cleared: conversions of bfloat16 to float32 and back end Mosaic on older chips.
+    """
+    if x.shape[0] == tokens:
+        return x
+    bits = pltpu.bitcast(x, jnp.int32)  # of bfloat16, two rows in one: the first in the lower half
+    packed = x.shape[0] // bits.shape[0]
+    row = jax.lax.broadcasted_iota(jnp.int32, bits.shape, 0) * packed
+    mask = jnp.where(row < tokens, -1, 0)
+    if packed == 2:
+        mask = jnp.where(row + 1 == tokens, 0xFFFF, mask)
+    return pltpu.bitcast(bits & mask, x.dtype)
 
 
 def _replaced(x: Array, tokens: int, value: float) -> Array:
-    """``x`` with all rows after the last token replaced; only the last tile of rows is touched."""
+    """Scores with all rows after the last token replaced; only the last tile of rows is touched."""
     if x.shape[0] == tokens:
         return x
     start = tokens // ROWS * ROWS
     last = x[start:]
     inside = jax.lax.broadcasted_iota(jnp.int32, (last.shape[0], 1), 0) < tokens - start
-    last = jnp.where(inside, last.astype(jnp.float32), value).astype(x.dtype)
+    last = jnp.where(inside, last, value)
     return last if start == 0 else jnp.concatenate([x[:start], last])
 
 

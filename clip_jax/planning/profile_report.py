@@ -48,7 +48,8 @@ def rows(plan: Plan) -> list[Row]:
     small = [row for row in found if row.share < WORTH_A_ROW]
     if small:
         found = [row for row in found if row.share >= WORTH_A_ROW]
-        found.append(Row("all parts", "less than 0.1% each", *(sum(column) for column in list(zip(*small))[2:])))
+        sums = (sum(getattr(row, name) for row in small) for name in Row._fields[2:])
+        found.append(Row("all parts", "less than 0.1% each", *sums))
     links = {"between chips": plan.roofline.ici, "between slices": plan.roofline.dcn}
     return found + [Row(where, COLLECTIVES, 1e3 * s, 1e3 * s, s / seconds) for where, s in links.items() if s]
 

@@ -65,7 +65,11 @@ def _what_fits(plan: Plan, per_chip: int) -> str:
         tried = len(plan.found.tried)
         return f"none of {tried} variants tried; use more chips, or try more with --compilations"
     flags = " ".join(f"--config.{key}={value}" for key, value in plan.chosen.changes.items())
-    return f"{flags} ({_gib(plan.chosen_compiled.hbm_bytes * per_chip)})"
+    found = f"{flags} ({_gib(plan.chosen_compiled.hbm_bytes * per_chip)})"
+    if not plan.is_compiled:
+        return found
+    tried = [compiled for _, compiled in plan.found.tried]
+    return f"{found}; the fastest of {sum(c.fits for c in tried)} that fit, {len(tried)} compiled (--compilations)"
 
 
 def _step(plan: Plan) -> Rows:
