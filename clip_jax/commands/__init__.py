@@ -13,6 +13,7 @@ from clip_jax.command_line import split_overrides
 from clip_jax.commands import (
     classify,
     compare,
+    doctor,
     embed,
     evaluate,
     export,
@@ -31,6 +32,7 @@ from clip_jax.errors import EXIT_USER_ERROR, NO_ACCESS, UserError
 COMMANDS = {
     "train": train,
     "plan": plan,
+    "doctor": doctor,
     "models": models,
     "classify": classify,
     "evaluate": evaluate,

@@ -43,6 +43,8 @@ class Compiled(NamedTuple):
     """The compiler's estimate of a step on one core, without transfers between devices; None: it made none."""
     profile: tuple[Share, ...] = ()
     """Where these cycles go, the slowest first."""
+    kernels: dict[str, int] = {}
+    """Cycles of one execution of each Pallas kernel, by shapes."""
 
 
 def is_installed() -> bool:
@@ -77,7 +79,7 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
             answer["cycles"], shares = None, []
         else:
             answer["cycles"] += sum(times * each[shapes] for shapes, times in kernels.items())
-            shares = with_kernels(shares, each)
+            shares, answer["kernels"] = with_kernels(shares, each), {shapes: each[shapes] for shapes in kernels}
     transfers = tuple(Transfer(**t) for t in answer["transfers"])
     return Compiled(**answer | {"transfers": transfers, "profile": tuple(shares)})
 
