@@ -83,7 +83,7 @@ def defaults() -> ConfigDict:
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
                 "remat": "none",  # recomputed in the backward pass: none, dots, named, offload, full
-                "attention": "auto",  # cudnn on NVIDIA GPUs in bfloat16, else xla; tpu: a Pallas kernel for TPUs
+                "attention": "auto",  # tpu, a Pallas kernel, on TPUs; cudnn on NVIDIA GPUs in bfloat16; else xla
                 "patch_dropout": 0.0,  # share of an image's patches that training drops (FLIP: 0.5 to 0.75)
                 "embed_dim": AUTO,
                 "frozen": (),  # patterns of parameters that are not trained: ("image/*",)

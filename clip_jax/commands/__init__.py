@@ -15,6 +15,7 @@ from clip_jax.commands import (
     caption,
     classify,
     compare,
+    doctor,
     embed,
     evaluate,
     export,
@@ -36,6 +37,7 @@ from clip_jax.errors import EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR, NO_ACCESS, User
 COMMANDS = {
     "train": train,
     "plan": plan,
+    "doctor": doctor,
     "models": models,
     "classify": classify,
     "caption": caption,

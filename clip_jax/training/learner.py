@@ -31,6 +31,8 @@ from clip_jax.training.schedule import Schedule
 from clip_jax.training.state import TrainState, check_frozen, join, matching, select
 
 TOWERS = ("image", "text")
+# Names of parts of the compiled step, by which a profile sorts its time.
+OPTIMIZER, OBJECTIVE = "optimizer", "objective."
 Step = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
@@ -182,8 +184,10 @@ class Learner:
             results = self._gradient(state, batch, constants, constrain)
             gradient = constrain(results.gradient)
             trained = select(state.params, self.frozen, trainable=True)
-            updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
-            params = join(optax.apply_updates(trained, updates), select(state.params, self.frozen, trainable=False))
+            with jax.named_scope(OPTIMIZER):
+                updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
+                params = optax.apply_updates(trained, updates)
+            params = join(params, select(state.params, self.frozen, trainable=False))
             for objective in self.objectives.values():
                 params = objective.constrain(params)
             metrics = (
@@ -291,7 +295,8 @@ class Learner:
             if embeddings := objective.embed(rows):
                 cached[name] = embeddings
             if objective.local is not None:
-                term, sums[name] = objective.local(rows)
+                with jax.named_scope(f"{OBJECTIVE}{name}"):
+                    term, sums[name] = objective.local(rows)
                 sums[name] = sums[name] | {"loss": jax.lax.stop_gradient(term)}
                 local = _weighted_sum(local, self.weights[name], term)
         return Encoded(cached, local, jax.lax.stop_gradient(sums), outputs.batch_stats)
@@ -302,7 +307,8 @@ class Learner:
         for name, objective in self.objectives.items():
             if objective.across is None:
                 continue
-            term, found = objective.across(params, cached.get(name, {}), batch, self.mesh)
+            with jax.named_scope(f"{OBJECTIVE}{name}"):
+                term, found = objective.across(params, cached.get(name, {}), batch, self.mesh)
             metrics |= found
             if len(self.objectives) > 1:
                 metrics[f"{name}/loss"] = term
