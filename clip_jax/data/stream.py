@@ -49,13 +49,19 @@ class TrainingBatches:
     order: Order | MixedOrder
     views: Mapping[str, View]
     faults: Faults
+    ratio: int = 1
+    """Batches of the order that a step takes at once."""
+    start: int = 0
+    """The step from which ``ratio`` holds, and the batches of the order before it."""
+    before: int = 0
 
     def __call__(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of the views; ``index`` int64[rows], the examples that were used; and ``faults``.
 
         ``faults`` int32[rows, len(faults.COLUMNS)]: how often an example was replaced for each kind of fault.
         """
-        positions = self.order.positions(step)[rows]
+        first = self.before + (step - self.start) * self.ratio
+        positions = np.concatenate([self.order.positions(first + n) for n in range(self.ratio)])[rows]
         indices = self.order.indices(positions)
         batch, used = empty_batch(self.views, len(rows)), np.empty(len(rows), np.int64)
         counts = np.zeros((len(rows), len(faults.COLUMNS)), np.int32)
@@ -70,7 +76,7 @@ class TrainingBatches:
         for attempt in range(REPLACEMENT_ATTEMPTS):
             key = str(index)
             try:
-                found = _read(self.source, index)
+                found = _read(self.source, index)._replace(index=index)
                 sample, key = faults.with_short_captions(found), found.key
                 for name in PAIR:
                     self.views[name].fill(sample, rng, arrays)

@@ -16,7 +16,7 @@ from clip_jax.training import weights_and_biases
 
 FILE = "metrics.jsonl"
 
-TIMINGS = ("train/pairs_per_second", "train/data_wait_share", "train/mfu")
+TIMINGS = ("train/pairs_per_second", "train/pairs_seen_per_second", "train/data_wait_share", "train/mfu")
 """Metrics that depend on the machine's speed, as do names that end in ``_seconds``. All others are the same in a run
 that was killed and resumed, but for counts of bad examples, which begin anew between two lines."""
 

@@ -43,6 +43,7 @@ class Recorder:
         self.progress = terminal.Progress(run.steps, first_step, enabled=first_process)
         self.meter = Meter(
             batch_size=run.config.batch_size,
+            seen=run.seen,
             flops=run.flops,
             peak_flops=run.peak_flops,
             first_step=first_step,

@@ -112,6 +112,21 @@ def test_a_finished_run_is_made_longer_and_says_what_becomes_of_its_schedule(sma
         loop.run(workdir=str(copy), recipe=None, overrides={"steps": "12"})
 
 
+def test_a_cooldown_starts_from_a_finished_run_of_a_constant_rate(small_run, tmp_path):
+    """Warm-up, stable, decay: as many short runs as wanted from one long one (Hägele et al. 2024, section 3)."""
+    recipe, workdir = str(small_run.parent / "recipe.py"), str(tmp_path / "run")
+    constant = {"optimizer.schedule": "constant", "steps": "5", "eval.held_out.source": ""}
+    assert loop.run(workdir=workdir, recipe=recipe, overrides=constant) == 0
+    cooldown = {"optimizer.schedule": "wsd", "optimizer.cooldown_steps": "4", "optimizer.cooldown_form": "1-sqrt"}
+    with pytest.raises(UserError, match=r"other settings .*optimizer\.cooldown_steps.*optimizer\.schedule"):
+        loop.run(workdir=workdir, recipe=None, overrides=cooldown)  # of the five steps, it would change the last three
+    assert loop.run(workdir=workdir, recipe=None, overrides=cooldown | {"steps": "9"}) == 0
+    rates = [line["train/learning_rate"] / 5e-4 for line in runs.metrics(tmp_path / "run")]
+    expected = [1 / 3, 2 / 3, 1, 1, 1, *(1 - math.sqrt(k / 4) for k in range(4))]
+    assert rates == pytest.approx(expected, rel=1e-5)
+    assert loop.run(workdir=workdir, recipe=None, overrides={}) == 0  # it is now the run's own schedule
+
+
 def copy_with_data(small_run, tmp_path) -> tuple[Path, Path]:
     """A finished run and its training shards, of which the copy knows only the copy."""
     data, workdir = tmp_path / "train", tmp_path / "run"
