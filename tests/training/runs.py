@@ -63,9 +63,9 @@ def main(tmp_path: Path, *arguments: object, timeout: float = 300) -> subprocess
 
 
 def start(tmp_path: Path, *arguments: object) -> subprocess.Popen:
-    """``main.py`` with its output and errors in one pipe."""
+    """One of several processes, its output and errors in one pipe; they do not share a cache of compiled programs."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(*arguments), env=environment(tmp_path), cwd=tmp_path, **pipes)
+    return subprocess.Popen(command(*arguments), cwd=tmp_path, **pipes)
 
 
 def metrics(workdir: Path) -> list[dict]:

@@ -64,9 +64,9 @@ def test_two_processes_stop_together_though_only_one_reads_bad_examples(tmp_path
     common += ["--config.mesh.cpu_devices=1", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
     started = [runs.start(tmp_path, *common, f"--process_id={i}") for i in range(2)]
     printed = [process.communicate(timeout=600)[0] for process in started]
-    assert [process.returncode for process in started] == [2, 2], printed
+    assert [process.returncode for process in started] == [2, 2], "\n----\n".join(printed)[-6000:]
     said = [re.search(r"(\d+) of the last (\d+) examples of all processes could not be used", text) for text in printed]
-    assert said[0][0] == said[1][0] and int(said[0][2]) == 63 * 16, printed
+    assert said[0][0] == said[1][0] and int(said[0][2]) == 63 * 16, "\n----\n".join(printed)[-6000:]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert sum(line.get("train/empty_captions", 0) for line in lines) == int(said[0][1])
     named = [(tmp_path / "run" / name).read_text().splitlines() for name in ("bad_samples.txt", "bad_samples.1.txt")]
