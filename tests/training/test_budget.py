@@ -54,19 +54,24 @@ def test_a_list_of_bad_examples_is_continued_after_a_restart(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_though_only_one_reads_bad_examples(tmp_path):
-    """Every fifth example is bad. At 16 pairs per step the share is judged from step 63 on."""
+    """Every fifth example is bad. At 64 pairs per step the share is judged from step 16 on."""
     recipe = runs.write_recipe(tmp_path)
     examples = [sample(i, " " if i % 5 == 0 else None) for i in range(50)]
     write_shard(tmp_path / "bad.tar", examples)
     port = portpicker.pick_unused_port()
     common = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}", f"--config.data.train=tar:{tmp_path}/bad.tar"]
-    common += ["--config.steps=200", "--config.checkpoint.every_steps=20", "--config.eval.held_out.source="]
+    common += [
+        "--config.steps=200",
+        "--config.batch_size=64",
+        "--config.checkpoint.every_steps=20",
+        "--config.eval.held_out.source=",
+    ]
     common += ["--config.mesh.cpu_devices=1", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
     started = [runs.start(tmp_path, *common, f"--process_id={i}") for i in range(2)]
     printed = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [2, 2], "\n----\n".join(printed)[-6000:]
     said = [re.search(r"(\d+) of the last (\d+) examples of all processes could not be used", text) for text in printed]
-    assert said[0][0] == said[1][0] and int(said[0][2]) == 63 * 16, "\n----\n".join(printed)[-6000:]
+    assert said[0][0] == said[1][0] and int(said[0][2]) == 16 * 64, "\n----\n".join(printed)[-6000:]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert sum(line.get("train/empty_captions", 0) for line in lines) == int(said[0][1])
     named = [(tmp_path / "run" / name).read_text().splitlines() for name in ("bad_samples.txt", "bad_samples.1.txt")]
