@@ -53,7 +53,8 @@ def test_a_word_is_painted_inside_the_picture_and_is_that_of_a_wrong_class():
         changed = (painted != pixels).any(axis=2)
         assert painted.shape == pixels.shape and painted.dtype == np.uint8
         assert changed.any() and not changed[0].any() and not changed[:, -1].any()
-        assert {0, 255} <= set(painted.ravel().tolist()) or size < 0.1
+    wide = typographic.paint(np.full((64, 200, 3), 120, np.uint8), "word", 0.2, "key")
+    assert {0, 255} <= set(wide.ravel().tolist())
     wrong = [typographic.wrong_class(3, 5, str(i)) for i in range(60)]
     assert set(wrong) == {0, 1, 2, 4} and typographic.wrong_class(3, 5, "a") == typographic.wrong_class(3, 5, "a")
     small, large = (
