@@ -43,8 +43,8 @@ class Compiled(NamedTuple):
     """The compiler's estimate of a step on one core, without transfers between devices; None: it made none."""
     profile: tuple[Share, ...] = ()
     """Where these cycles go, the slowest first."""
-    kernels: dict[str, int] = {}
-    """Cycles of one execution of each Pallas kernel, by shapes."""
+    kernels: dict[str, int] | None = None
+    """Cycles of one execution of each Pallas kernel, by shapes; None: the step has none."""
 
 
 def is_installed() -> bool:
