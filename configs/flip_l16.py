@@ -6,7 +6,8 @@ The vocabulary is BERT's: from the Hugging Face cache or hub, or --config.tokeni
 From the paper: the towers (table 9, section 3.1: averaged patches, texts of 32 word pieces, no causal mask), the rate
 of 4e-6 for 256 pairs, decay, beta2 and the warm-up of 51.2M pairs (table 10), the batch of 64k (section 4.2), 32 epochs
 of 400M pairs, and the unmasked stage of 0.32 epochs at 4e-8 for 256 pairs (section 4.1, appendix A.1). The crops of at
-least 0.5 and the mirrored images are those of the authors' code (github.com/facebookresearch/flip). What is different here:
+least 0.5 and the mirrored images are those of the authors' code (github.com/facebookresearch/flip). What is different
+here:
 - the unmasked stage decays linearly from its rate; the paper's warms up again for 25.6M pairs and decays as a cosine;
 - positions are learned and the logit scale begins at 1 / 0.07; the code's positions are fixed and its scale begins at
   100;

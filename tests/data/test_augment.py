@@ -153,8 +153,10 @@ def test_a_run_warns_once_about_mirrored_captions_that_name_a_side():
         ({"jitter": "(0.4, 0.4)"}, "brightness, contrast, saturation and hue"),
         ({"jitter": "(0.4, 0.4, 0.4, 0.6)"}, "the hue at most 0.5"),
         ({"jitter_probability": "0.5"}, "has no effect without data.augment.jitter"),
+        ({"flip": "0.5", "image_embeddings": "x"}, "data.augment has no effect with data.image_embeddings"),
     ],
 )
 def test_a_setting_out_of_range_is_one_line(settings, message):
+    names = {"image_embeddings": "data.image_embeddings"}
     with pytest.raises(UserError, match=message):
-        configs.load("configs/demo.py", {f"data.augment.{name}": value for name, value in settings.items()})
+        configs.load("configs/demo.py", {names.get(name, f"data.augment.{name}"): v for name, v in settings.items()})

@@ -22,6 +22,8 @@ class Sample(NamedTuple):
     an objective, as they lie in the image of the pair."""
     shares: tuple[float, ...] = ()
     """How often training takes each caption, summing to 1; empty if all are taken equally often."""
+    index: int = -1
+    """Its number in the source, where the stream has read it."""
 
 
 def notes(source: "Source") -> tuple[str, ...]:
