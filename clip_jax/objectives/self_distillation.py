@@ -126,7 +126,7 @@ def view(settings: Settings, model: CLIP, preprocess: Preprocess) -> View:
         for name, shape in shapes.items():
             for out in arrays[name].reshape(-1, *shape[-3:]):
                 options = dict(scale=scales[name], interpolation=preprocess.interpolation)
-                crop = images.random_resized_crop(image, shape[-2], rng, **options)
+                crop = images.random_resized_crop(image, shape[-2], rng, **options).pixels
                 out[:] = crop[:, ::-1] if rng.random() < 0.5 else crop
 
     return View({name: (shape, np.dtype(np.uint8)) for name, shape in shapes.items()}, fill)

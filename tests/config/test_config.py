@@ -73,7 +73,7 @@ def recipe(tmp_path, body: str) -> str:
             "    config.tokenizer.train_captions = 7\n",
             "tokenizer.train_captions has no effect with tokenizer.kind=clip",
         ),
-        ("    del config.data\n", "data.caption is missing"),
+        ("    del config.data\n", "data.augment.flip is missing"),
         ("    config.checkpoint.every_steps = 0\n", "must be positive"),
         ("    raise KeyError('x')\n", "KeyError"),
         ("    return None\n", "get_config() returns NoneType, not a config"),
