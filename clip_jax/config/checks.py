@@ -133,6 +133,12 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
             example = '({"image/*": 0.1},)'
             raise UserError(f"{where}: optimizer.rate_factors: {factors} is not patterns with factors, as in {example}")
     _check_mixture(given, where)
+    jitter = given["data.augment.jitter"]
+    if jitter and not (_are_numbers(jitter, 4, above=-1e-9) and jitter[3] <= 0.5):
+        meaning = "brightness, contrast, saturation and hue, at least 0 and the hue at most 0.5; or ()"
+        raise UserError(f"{where}: data.augment.jitter={jitter}: {meaning}")
+    if not jitter and given["data.augment.jitter_probability"] != 1:
+        raise UserError(f"{where}: data.augment.jitter_probability has no effect without data.augment.jitter")
     for name in evaluations:
         templates.check(f"{where}: eval.{name}.templates", given[f"eval.{name}.templates"])
     for key, highest, meaning in (

@@ -106,7 +106,7 @@ class TrainingBatches:
                 sample = read(self.source, index)._replace(index=index)
                 key = sample.key
                 for name in PAIR:
-                    self.views[name].fill(sample, rng, arrays)
+                    sample = self.views[name].fill(sample, rng, arrays) or sample
                 for name, view in self.views.items():
                     if name not in PAIR:
                         view.fill(sample, self._generator(position, name, attempt), arrays)

@@ -1,12 +1,12 @@
 """Grounded captions: texts of boxes and back, what counts in the loss, and the error of the boxes that are found."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clip_jax.data.boxes import Box
 
 from clip_jax import presets
 from clip_jax.data.sources.sample import Sample
@@ -21,11 +21,6 @@ from clip_jax.objectives.objective import Rows
 from tests.models.test_clip import SMALL, params_of
 
 LENGTH = 40
-
-
-class Box(NamedTuple):
-    sides: tuple[float, ...]
-    text: str
 
 
 class Letters:

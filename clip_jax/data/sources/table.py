@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip_jax.data.sources import boxes as box_files
 from clip_jax.data.sources import captions, identity, patterns
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
@@ -46,6 +47,8 @@ class Table:
     """Arrow record batches with the columns image, file and those of the captions."""
     starts: tuple[int, ...] = field(repr=False)
     """The first row of each batch, and the number of all."""
+    boxes: str = ""
+    """The column of the boxes, or a dotted path into one; empty: boxes are not read."""
     former_fingerprint: str = ""
     class_names: tuple[str, ...] = ()
 
@@ -76,20 +79,21 @@ class Table:
                 image = Path(key).read_bytes()
             except (FileNotFoundError, IsADirectoryError, ValueError) as error:  # ValueError: a zero byte in the path
                 raise BadSampleError("no such file", key) from error
-        return Sample(image, found.texts, key, shares=found.shares)
+        extras = {"boxes": box_files.parse(captions.at(values, self.boxes), key)} if self.boxes else {}
+        return Sample(image, found.texts, key, extras=extras, shares=found.shares)
 
 
-def open_parquet(where: str, *, image: str = "", caption: str = "txt") -> Source:
+def open_parquet(where: str, *, image: str = "", caption: str = "txt", boxes: str = "") -> Source:
     """Parquet files, by the names that ``patterns.py`` takes. Raises UserError."""
-    return _open("parquet", where, image, caption)
+    return _open("parquet", where, image, caption, boxes)
 
 
-def open_csv(where: str, *, image: str = "", caption: str = "txt") -> Source:
+def open_csv(where: str, *, image: str = "", caption: str = "txt", boxes: str = "") -> Source:
     """CSV or TSV files: a header line with a tab in it is separated by tabs, as OpenCLIP's are. Raises UserError."""
-    return _open("csv", where, image, caption)
+    return _open("csv", where, image, caption, boxes)
 
 
-def _open(kind: str, where: str, image: str, caption: str) -> Source:
+def _open(kind: str, where: str, image: str, caption: str, boxes: str) -> Source:
     import pyarrow as pa
 
     named = patterns.files(where, SUFFIXES[kind])
@@ -97,26 +101,28 @@ def _open(kind: str, where: str, image: str, caption: str) -> Source:
         raise UserError(f"{distant[0]}: a table is read from this machine only; copy it here, or use tar shards")
     files = [os.path.abspath(file) for file in named]
     wanted = captions.named(caption)
-    settings = [files, [ranges.stat(file) for file in files], image, caption, RULES]
+    more = [boxes] if boxes else []
+    settings = [files, [ranges.stat(file) for file in files], image, caption, RULES, *more]
     copy = identity.cache_folder() / "tables" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
     if not copy.is_dir():
-        columns = [_columns(kind, file, image, wanted) for file in files]
+        columns = [_columns(kind, file, image, wanted, boxes) for file in files]
         _copy(kind, files, columns, copy)
     mapped = pa.ipc.open_file(pa.memory_map(str(copy / "rows.arrow")))
     names = [name for name in mapped.schema.names if name not in ("image", "file")]
     batches = tuple(mapped.get_batch(i) for i in range(mapped.num_record_batches))
-    content = json.dumps([identity.of_files(files), [os.path.splitext(f)[1] for f in files], image, caption])
+    content = json.dumps([identity.of_files(files), [os.path.splitext(f)[1] for f in files], image, caption, *more])
     return Table(
         name=f"{kind}:{where}",
         fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
         folders=tuple(os.path.dirname(file) for file in files),
         captions=wanted or captions.fields(names[0]),
+        boxes=boxes,
         batches=batches,
         starts=tuple(itertools.accumulate((batch.num_rows for batch in batches), initial=0)),
     )
 
 
-def _columns(kind: str, file: str, image: str, wanted: tuple[captions.Field, ...]) -> dict[str, str]:
+def _columns(kind: str, file: str, image: str, wanted: tuple[captions.Field, ...], boxes: str) -> dict[str, str]:
     """Name in the copy -> column of the file."""
     import pyarrow.parquet as pq
 
@@ -138,11 +144,13 @@ def _columns(kind: str, file: str, image: str, wanted: tuple[captions.Field, ...
             )
         return found
 
-    texts = [name if name in names else name.partition(".")[0] for name, _ in wanted] or [
-        pick("", CAPTION_COLUMNS, "config.data.caption")
-    ]
+    def column(path: str) -> str:
+        return path if path in names else path.partition(".")[0]
+
+    texts = [column(name) for name, _ in wanted] or [pick("", CAPTION_COLUMNS, "config.data.caption")]
     texts = [pick(name, (), "config.data.caption") for name in texts]
-    return {"image": pick(image, IMAGE_COLUMNS, "config.data.image"), **{name: name for name in texts}}
+    more = [pick(column(boxes), (), "config.data.boxes")] if boxes else []
+    return {"image": pick(image, IMAGE_COLUMNS, "config.data.image"), **{name: name for name in (*texts, *more)}}
 
 
 def _copy(kind: str, files: list[str], columns: list[dict[str, str]], to: Path) -> None:
