@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from clip_jax.data import images
-from clip_jax.data.boxes import Sides
+from clip_jax.data.sources.boxes import Sides
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.stream import read
 from clip_jax.devices.sharding import process_rows, to_devices

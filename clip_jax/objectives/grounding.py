@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from clip_jax.data.boxes import Sides
+from clip_jax.data.sources.boxes import Sides
 from clip_jax.data.sources.sample import Sample
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.views import Arrays, View

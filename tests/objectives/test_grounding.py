@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clip_jax.data.boxes import Box
 
 from clip_jax import presets
+from clip_jax.data.sources.boxes import Box
 from clip_jax.data.sources.sample import Sample
 from clip_jax.data.tokenizers.tokenizer import Tokenizer
 from clip_jax.devices.sharding import make_mesh
