@@ -137,6 +137,9 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
     if jitter and not (_are_numbers(jitter, 4, above=-1e-9) and jitter[3] <= 0.5):
         meaning = "brightness, contrast, saturation and hue, at least 0 and the hue at most 0.5; or ()"
         raise UserError(f"{where}: data.augment.jitter={jitter}: {meaning}")
+    for key in ("data.image_embeddings", "objectives.distillation.stored"):
+        if given[key] and (jitter or given["data.augment.flip"] or given["data.augment.gray"]):
+            raise UserError(f"{where}: data.augment has no effect with {key}, which is for known images; leave it out")
     if not jitter and given["data.augment.jitter_probability"] != 1:
         raise UserError(f"{where}: data.augment.jitter_probability has no effect without data.augment.jitter")
     for name in evaluations:

@@ -74,6 +74,8 @@ class Embedder(NamedTuple):
     """Over all devices; a multiple of the devices that split a batch."""
     workers: int
     """Threads that decode."""
+    model: CLIP
+    """For what needs more than embeddings: the maps of patches."""
     width: int
     """Features of an embedding."""
 
@@ -115,6 +117,7 @@ def make_embedder(
         mesh=mesh,
         batch_size=-(-batch_size // shards) * shards,
         workers=workers,
+        model=model,
         width=model.architecture.embed_dim,
     )
 
@@ -137,10 +140,11 @@ def _take(embeddings: jax.Array, count: int) -> np.ndarray:
     return np.asarray(embeddings)[:count]
 
 
-def embed_images(
-    embedder: Embedder, weights: Variables, samples: Sequence[Sample], pool: ThreadPoolExecutor
-) -> tuple[Float[np.ndarray, "samples dim"], Bool[np.ndarray, " samples"], collections.Counter]:
-    """(unit embeddings of at most a batch, which of them are valid, why the others are not)."""
+def decode_batch(
+    embedder: Embedder, samples: Sequence[Sample], pool: ThreadPoolExecutor
+) -> tuple[dict[str, jax.Array], collections.Counter]:
+    """At most a batch of images on the devices, ``image`` uint8[B, H, W, 3] and ``valid`` bool[B]; and why some are not
+    valid, of those that this process decoded."""
     size, preprocess = embedder.image_size, embedder.preprocess
 
     def decode(sample: Sample) -> tuple[np.ndarray | None, str]:
@@ -164,13 +168,32 @@ def embed_images(
             faults[fault] += 1
         else:
             pixels[position], valid[position] = image, True
-    batch = to_devices({"image": pixels, "valid": valid}, embedder.mesh, embedder.batch_size)
+    return to_devices({"image": pixels, "valid": valid}, embedder.mesh, embedder.batch_size), faults
+
+
+def embed_images(
+    embedder: Embedder, weights: Variables, samples: Sequence[Sample], pool: ThreadPoolExecutor
+) -> tuple[Float[np.ndarray, "samples dim"], Bool[np.ndarray, " samples"], collections.Counter]:
+    """(unit embeddings of at most a batch, which of them are valid, why the others are not)."""
+    batch, faults = decode_batch(embedder, samples, pool)
     embeddings, valid = jax.tree.map(np.asarray, embedder.encoders.image(weights, batch["image"], batch["valid"]))
     valid = valid[: len(samples)]
     elsewhere = int(np.sum(~valid)) - faults.total()
     if elsewhere:
         faults[ELSEWHERE] += elsewhere
     return embeddings[: len(samples)], valid, faults
+
+
+def readable(source: Source, start: int, stop: int) -> tuple[list[Sample], list[int], list[BadSampleError]]:
+    """(the usable examples from ``start`` to ``stop``, their indices, the faults of the others)."""
+    samples, found, faults = [], [], []
+    for index in range(start, stop):
+        try:
+            samples.append(read(source, index))
+            found.append(index)
+        except BadSampleError as error:
+            faults.append(error)
+    return samples, found, faults
 
 
 def embed_source(
@@ -185,13 +208,8 @@ def embed_source(
     count, batch_size = min(len(source), limit or len(source)), embedder.batch_size
     with ThreadPoolExecutor(embedder.workers) as pool:
         for start in range(0, count, batch_size):
-            samples, found = [], []
-            for index in range(start, min(start + batch_size, count)):
-                try:
-                    samples.append(read(source, index))
-                    found.append(index)
-                except BadSampleError as error:
-                    skipped[error.reason] += 1
+            samples, found, faults = readable(source, start, min(start + batch_size, count))
+            skipped.update(error.reason for error in faults)
             if not samples:
                 continue
             arrays, valid, faults = embed_images(embedder, weights, samples, pool)

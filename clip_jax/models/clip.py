@@ -64,7 +64,7 @@ class Outputs(NamedTuple):
     image: Float[Array, "batch embed"]
     """Embeddings of unit length."""
     text: Float[Array, "batch embed"]
-    patches: Float[Array, "batch patches width"]
+    patches: Float[Array, "batch patches width"] | None
     """The image tower's tokens after its last block, the class token first; a ResNet's last feature map; with attention
     pooling by queries, the pooled tokens."""
     tokens: Float[Array, "batch length width"]
@@ -238,8 +238,12 @@ class CLIP:
         """Both towers over ``batch["image"]`` (normalized pixels) and ``batch["text"]`` (token ids).
 
         ``patch_dropout`` is the share of an image's patches that training drops (FLIP, Li et al. 2023); it needs
-        ``keys``, one per pair.
+        ``keys``, one per pair. With ``batch["image_embedding"]`` in place of ``batch["image"]``, the image tower does
+        not run and there are no patches.
         """
+        text, tokens = self.text_tower.apply({"params": params["text"]}, batch["text"])
+        if "image_embedding" in batch:
+            return Outputs(unit(batch["image_embedding"]), unit(text), None, tokens, batch_stats)
         variables = _variables(params, batch_stats)
         if train and self.architecture.image.has_batch_norm:
             (embedding, patches), new = self.image_tower.apply(
@@ -252,7 +256,6 @@ class CLIP:
             )
         else:
             embedding, patches = self.image_tower.apply(variables, batch["image"])
-        text, tokens = self.text_tower.apply({"params": params["text"]}, batch["text"])
         return Outputs(unit(embedding), unit(text), patches, tokens, batch_stats)
 
 

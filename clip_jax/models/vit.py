@@ -88,6 +88,10 @@ class ImageTower:
         """The tower as it trains without this share of the patches, for counting its work."""
         return _ShortenedTower(**{f.name: getattr(self, f.name) for f in fields(self)}, patch_dropout=patch_dropout)
 
+    def stored(self) -> "ImageTower":
+        """The tower as it trains where its embeddings are read from a disk, for counting its work."""
+        return _StoredTower(**{f.name: getattr(self, f.name) for f in fields(self)})
+
     def adjust_init(self, params: dict) -> dict:
         """What an initialization does to the whole tower after each layer's own."""
         return eva_init(params) if self.init == "eva" else params
@@ -127,6 +131,14 @@ class _ShortenedTower(ImageTower):
     @property
     def tokens(self) -> int:
         return remaining_patches(self.grid**2, self.patch_dropout) + self.class_token
+
+
+@dataclass(frozen=True)
+class _StoredTower(ImageTower):
+    tokens: ClassVar[int] = 0
+
+    def forward_flops(self, embed_dim: int) -> int:
+        return 0
 
 
 class ViT(nn.Module):

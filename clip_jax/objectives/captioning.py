@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.devices.sharding import batch_shards
+from clip_jax.errors import UserError
 from clip_jax.losses.vocabulary import chunk_size, cross_entropy
 from clip_jax.models.clip import CLIP, Architecture, Batch, Params
 from clip_jax.models.decoder import CaptionDecoder
@@ -66,6 +67,11 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
 def adapt(settings: Settings, architecture: Architecture) -> Architecture:
     """The architecture with a decoder of the text tower's sizes, with the layers that the settings give."""
     text, form = architecture.text, "coca" if architecture.text.causal else "cappa"
+    if settings["parallel"] > 0 and form == "coca":
+        raise UserError(
+            "config.objectives.captioning.parallel: this decoder continues from the tokens of a causal tower, which "
+            "cannot be masked; use a model whose text tower is not causal, such as one of SigLIP"
+        )
     decoder = CaptionDecoder(
         form=form,
         length=text.context_length - (form == "coca"),

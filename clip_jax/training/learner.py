@@ -19,7 +19,8 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Key
 
 from clip_jax.data.views import Spec, View, batch_spec
-from clip_jax.devices.sharding import batch_sharding, parameter_shardings, replicated, take_rows
+from clip_jax.devices.sharding import batch_sharding, batch_shards, parameter_shardings, replicated, take_rows
+from clip_jax.models import flops
 from clip_jax.models.clip import CLIP, Architecture, Batch, Params
 from clip_jax.objectives.objective import Ema, Metrics, Objective, Rows
 from clip_jax.presets import Preprocess
@@ -30,6 +31,8 @@ from clip_jax.training.schedule import Schedule
 from clip_jax.training.state import TrainState, check_frozen, join, matching, select
 
 TOWERS = ("image", "text")
+# Names of parts of the compiled step, by which a profile sorts its time.
+OPTIMIZER, OBJECTIVE = "optimizer", "objective."
 Step = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
@@ -74,8 +77,10 @@ class Learner:
 
     @functools.cached_property
     def trained_architecture(self) -> Architecture:
-        """The architecture with the image tokens that training keeps, for counting FLOPs."""
+        """The architecture with the image tokens that training keeps, if any, for counting FLOPs."""
         architecture = self.model.architecture
+        if "image_embedding" in self.views:
+            return replace(architecture, image=architecture.image.stored())
         if not self.patch_dropout:
             return architecture
         return replace(architecture, image=architecture.image.dropping(self.patch_dropout))
@@ -84,6 +89,14 @@ class Learner:
     def ratio(self) -> int:
         """How many times as large as the batch that is trained on is the one that the step takes."""
         return math.prod(objective.ratio for objective in self.objectives.values())
+
+    def flops_shares(self, batch_size: int) -> dict[str, float]:
+        """The shares of the towers and of each objective in the FLOPs of a step, without recomputation."""
+        pairs, tensor = batch_size // batch_shards(self.mesh), self.mesh.shape["tensor"]
+        counts = {"towers": pairs * flops.training(self.trained_architecture, self.frozen_towers) // tensor}
+        options = dict(batch_size=batch_size, micro_batches=self.micro_batches, mesh=self.mesh, slices=1)
+        counts |= {name: objective.cost(**options).flops for name, objective in self.objectives.items()}
+        return {name: count / sum(counts.values()) for name, count in counts.items()}
 
     def batch_spec(self, batch_size: int) -> Spec:
         """The global batch that the step takes to train on ``batch_size`` pairs: name -> shape, type and sharding."""
@@ -171,8 +184,10 @@ class Learner:
             results = self._gradient(state, batch, constants, constrain)
             gradient = constrain(results.gradient)
             trained = select(state.params, self.frozen, trainable=True)
-            updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
-            params = join(optax.apply_updates(trained, updates), select(state.params, self.frozen, trainable=False))
+            with jax.named_scope(OPTIMIZER):
+                updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
+                params = optax.apply_updates(trained, updates)
+            params = join(params, select(state.params, self.frozen, trainable=False))
             for objective in self.objectives.values():
                 params = objective.constrain(params)
             metrics = (
@@ -260,7 +275,8 @@ class Learner:
         # Keys depend only on seed, step and row, so that resumed runs and micro-batches draw the same numbers.
         rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["row"])
-        batch = batch | {"image": self.preprocess.normalize(batch["image"])}
+        if "image" in batch:
+            batch = batch | {"image": self.preprocess.normalize(batch["image"])}
         outputs = self.model.forward(
             params, batch_stats, batch, train=True, keys=keys, patch_dropout=self.patch_dropout
         )
@@ -279,7 +295,8 @@ class Learner:
             if embeddings := objective.embed(rows):
                 cached[name] = embeddings
             if objective.local is not None:
-                term, sums[name] = objective.local(rows)
+                with jax.named_scope(f"{OBJECTIVE}{name}"):
+                    term, sums[name] = objective.local(rows)
                 sums[name] = sums[name] | {"loss": jax.lax.stop_gradient(term)}
                 local = _weighted_sum(local, self.weights[name], term)
         return Encoded(cached, local, jax.lax.stop_gradient(sums), outputs.batch_stats)
@@ -290,7 +307,8 @@ class Learner:
         for name, objective in self.objectives.items():
             if objective.across is None:
                 continue
-            term, found = objective.across(params, cached.get(name, {}), batch, self.mesh)
+            with jax.named_scope(f"{OBJECTIVE}{name}"):
+                term, found = objective.across(params, cached.get(name, {}), batch, self.mesh)
             metrics |= found
             if len(self.objectives) > 1:
                 metrics[f"{name}/loss"] = term

@@ -138,6 +138,7 @@ def train(run: Run, heartbeat: Callable[[], None], should_stop: stop.Stop) -> Ga
     with open_checkpoints(run) as checkpoints:
         state, first_step = initialize.initial_state(run, checkpoints)
         phase = run.phases[run.phase_of(first_step)]
+        stored_images.check_weights(phase.learner, state, run.train)
         try_evaluations(phase, state)
         heartbeat()
         with Recorder(run, first_step, heartbeat) as recorder:
@@ -187,7 +188,7 @@ def batches(run: Run, phase: Phase, start: int, recorder: Recorder) -> Iterator[
     for step in range(start + 1, phase.stop + 1):
         with recorder.meter.waiting():
             batch = dict(next(host_batches))
-        recorder.examples(step, rows, batch.pop("index"))
+        recorder.examples(step, rows, batch.pop("index"), batch.pop("faults"))
         yield step, to_devices(batch, run.mesh, size)
 
 

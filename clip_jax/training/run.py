@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from clip_jax import __version__, presets, version
 from clip_jax import config as configs
+from clip_jax.data.faults import Faults
 from clip_jax.data.order import MixedOrder, Order, fold, mix
 from clip_jax.data.sources import has_boxes, open_source
 from clip_jax.data.sources.mixture import Mixture, open_mixture
 from clip_jax.data.sources.sample import Source
-from clip_jax.data.stream import Faults, TrainingBatches
+from clip_jax.data.stream import TrainingBatches
 from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices import hardware
 from clip_jax.devices.sharding import make_mesh
@@ -28,6 +29,7 @@ from clip_jax.models.clip import parameter_counts
 from clip_jax.objectives.contrastive import make_held_out_loss
 from clip_jax.presets import Preset
 from clip_jax.storage.run_folder import Folder
+from clip_jax.training import stored_images
 from clip_jax.training.learner import Learner
 from clip_jax.training.setup import check_attention, check_batch, make_learner
 from clip_jax.training.tokenizer import prepare_tokenizer
@@ -128,7 +130,7 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
         configs.check_lengths(phase.config, steps, examples)
 
     tokenizer = prepare_tokenizer(folder.path, config, train)
-    faults = Faults(config.data.max_bad_share)
+    faults = Faults()
     stops = [*(phase.start for phase in phase_configs[1:]), steps]
     if any(phase.start >= steps for phase in phase_configs):
         raise UserError(f"config.phases: a phase starts at step {phase_configs[-1].start} of a run of {steps}")
@@ -140,6 +142,7 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
             words = stored.open_tokenizer(folder.path, preset.tokenizer, length)
         learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=words)
         check_stored(learner, train)
+        stored_images.check_source(phase_config.data.image_embeddings, train)
         batches = TrainingBatches(train, order, learner.views, faults, learner.ratio, start, before)
         before += (stop - start) * learner.ratio
         evaluations = make_evaluations(phase_config, learner, preset, words, opened, examples)
@@ -291,6 +294,7 @@ def description(run: Run) -> dict[str, Any]:
         "tokenizer": {"kind": last.preset.tokenizer, "fingerprint": run.tokenizer.fingerprint},
         "data": {"train": {"name": run.train.name, "samples": len(run.train), "fingerprint": run.train.fingerprint}},
         "flops_per_pair": flops.training(first.learner.trained_architecture, first.learner.frozen_towers),
+        "flops_shares": last.learner.flops_shares(run.config.batch_size),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} on {jax.process_count()} process(es)",

@@ -23,7 +23,6 @@ from clip_jax.training.teacher import constants
 from tests.models.test_clip import SMALL
 from tests.training import runs
 from tests.training.steps import learner_of
-from tests.training.test_step import MESHES
 
 PAIRS = 32
 CROPS = {"local_size": 16, "local_crops": 2, "prototypes": 24, "hidden": 20, "bottleneck": 12}
@@ -106,7 +105,9 @@ def two_steps(case, shape, parts):
 
 
 FAST = ("parallel captioning", (2, 2, 2))
-RUNS = [*(("all", mesh) for mesh in MESHES), *((case, (2, 2, 2)) for case in CASES if case != "all")]
+AXES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (2, 1, 4), (1, 2, 4), (2, 2, 2)]
+"""The axes of a mesh that divide: each alone, each two, and all three."""
+RUNS = [*(("all", mesh) for mesh in AXES), *((case, (2, 2, 2)) for case in CASES if case != "all")]
 
 
 @pytest.mark.parametrize(

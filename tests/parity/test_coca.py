@@ -60,7 +60,11 @@ def weights(model):
 
 def build(name):
     torch.manual_seed(0)
-    model = CoCa(**{k: v for k, v in jobs[name].items() if k != "custom_text"})
+    settings = {k: v for k, v in jobs[name].items() if k != "custom_text"}
+    text = dict(settings["text_cfg"])
+    correct = text.pop("correct_cls_mask", False)  # an attribute, and no setting
+    model = CoCa(**settings | {"text_cfg": text})
+    model.text.correct_cls_mask = correct
     torch.manual_seed(1)
     with torch.no_grad():
         model.text_decoder.text_projection.normal_(std=model.text_decoder.text_projection.shape[0] ** -0.5)
@@ -104,8 +108,13 @@ READ = (
     COMMON
     + """
 for name in jobs:
+    config = folder / name / "open_clip_config.json"
+    values = json.loads(config.read_text())
+    correct = values["model_cfg"]["text_cfg"].pop("correct_cls_mask", False)  # as the export says
+    config.write_text(json.dumps(values))
     model = open_clip.create_model(f"local-dir:{folder / name}").eval()
     assert isinstance(model, CoCa)
+    model.text.correct_cls_mask = correct
     save_file(results(model), folder / f"{name}.results")
     save_file(weights(model), folder / f"{name}.weights")
 """
