@@ -1,6 +1,7 @@
 """Words, adversarial pixels and cues: attacks by hand, models that only read or only see textures, a constant model."""
 
 import collections
+import types
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,14 @@ def test_fgsm_and_pgd_of_a_linear_loss_end_in_the_corner_of_the_ball():
     inside = ((pixels > 4) & (pixels < 251))[3] & ((pixels > 4) & (pixels < 251))[4]
     np.testing.assert_allclose(moved[3][inside], moved[4][inside], atol=1e-4)
     assert not np.allclose(moved[0], moved[1], atol=0.1)
+
+
+def test_an_ensemble_whose_models_see_different_pixels_is_not_attacked():
+    models = [Fixed(lambda source, i: source[i].label) for _ in range(2)]
+    for model, size in zip(models, (32, 64), strict=True):
+        model.embedder = types.SimpleNamespace(image_size=size, preprocess=presets.HALF)
+    found = runner.run(TASK._replace(protocol="adversarial"), models)
+    assert found.metrics == {"mean": None, "clean": 1.0} and found.curves == {}
 
 
 def subject(batch_size, devices=2):
