@@ -54,7 +54,8 @@ def test_a_table_on_a_failing_server_is_the_local_one(server, table, monkeypatch
     server.every = 3
     distant = open_source(table.format(server.url))
     assert pairs(distant) == pairs(local) and len(distant) == 8
-    assert distant.fingerprint == local.fingerprint
+    # A fingerprint covers some of the images behind paths, but none behind URLs.
+    assert (distant.fingerprint == local.fingerprint) == ("bytes" in table)
     assert bool(distant.notes) == ("bytes" not in table) and not local.notes
     assert len(server.requests) > 4
 
@@ -65,7 +66,7 @@ def test_tables_in_a_bucket_are_the_local_ones(scheme, tmp_path, monkeypatch):
     with emulators.filled(scheme, tmp_path / "data", monkeypatch) as (_, folder):
         for table in TABLES:
             local, distant = open_source(table.format(tmp_path / "data")), open_source(table.format(folder))
-            assert pairs(distant) == pairs(local) and distant.fingerprint == local.fingerprint
+            assert pairs(distant) == pairs(local)
         urls = tmp_path / "urls.tsv"
         urls.write_text(f"filepath\ttitle\n{folder}/photos/3.jpg\tthree\n{folder}/photos/none.jpg\tnone\n")
         source = open_source(f"csv:{urls}")

@@ -53,7 +53,7 @@ def test_a_list_of_bad_examples_is_continued_after_a_restart(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_though_only_one_reads_bad_examples(tmp_path):
+def test_two_processes_stop_together_by_the_counts_of_both(tmp_path):
     """Every fifth example is bad. At 64 pairs per step the share is judged from step 16 on."""
     recipe = runs.write_recipe(tmp_path)
     examples = [sample(i, " " if i % 5 == 0 else None) for i in range(50)]
