@@ -115,5 +115,5 @@ setup(
     package_data={"clip_jax": ["evaluation/prompts/*.json", "evaluation/prompts/LICENSE.txt"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["clip-jax = clip_jax.commands:main"]},
+    entry_points={"console_scripts": ["clip-jax = clip_jax.__main__:main"]},
 )

@@ -49,18 +49,30 @@ def defaults() -> ConfigDict:
                 # caption or captions.de, or a column of a table. Several have shares: captions.en=3,captions.de=1.
                 "caption": "txt",
                 "image": "",  # tables: the column of the images' paths or bytes; empty: found by its usual names
+                # Boxes with texts: a dotted path into the example's JSON, or a column; empty: none are read.
+                "boxes": "",
                 "truncated": "stop",  # at a truncated tar shard; or keep the pairs before the cut
                 "links_to": "",  # a folder into which links of an image folder may lead; empty: only within itself
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
                 "exif_orientation": False,  # rotate photos by their EXIF orientation; OpenCLIP and Transformers do not
+                # A folder of clip-jax embed, made from data.train: embeddings of the frozen image tower, which then
+                # does not run and sees no image.
+                "image_embeddings": "",
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect ratio
+                # Of the crop, as torchvision's transforms; docs/data.md has the settings of published recipes.
+                "augment": {
+                    "flip": 0.0,  # probability of a mirrored image; captions with left and right become wrong
+                    "jitter": (),  # largest change of brightness, contrast, saturation, hue: (0.4, 0.4, 0.4, 0.1)
+                    "jitter_probability": 1.0,
+                    "gray": 0.0,  # probability of an image without colors
+                },
                 # Of random crops; evaluation always has Pillow's. simd: the same filter, several times as fast, rounded
                 # differently; pip install 'clip-jax-tpu[fast]'.
                 "resize": "pillow",
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
-                "max_bad_share": 0.01,  # share of unusable examples, and of incomplete pairs, at which the run stops
+                "max_bad_share": 0.01,  # of incomplete pairs, and of the last 10,000 examples; above it the run stops
                 "changed": "stop",  # if the data changed since the run began; or accept the same number of examples
                 "workers": 2,  # threads, each decoding a batch of its own
                 "prefetch": 4,  # batches ready before they are needed
@@ -80,7 +92,7 @@ def defaults() -> ConfigDict:
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
                 "remat": "none",  # recomputed in the backward pass: none, dots, named, offload, full
-                "attention": "auto",  # cudnn on NVIDIA GPUs in bfloat16, else xla; tpu: a Pallas kernel for TPUs
+                "attention": "auto",  # tpu, a Pallas kernel, on TPUs; cudnn on NVIDIA GPUs in bfloat16; else xla
                 "patch_dropout": 0.0,  # share of an image's patches that training drops (FLIP: 0.5 to 0.75)
                 "embed_dim": AUTO,
                 "frozen": (),  # patterns of parameters that are not trained: ("image/*",)
@@ -148,8 +160,8 @@ def evaluation(**fields: Any) -> ConfigDict:
     """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
     known = {
         "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, or one below
-        # composition takes shapes:heldout, cues shapes:zero_shot; corruptions, typographic, adversarial need labels.
-        # The source is kind:where, like data.train; "": off
+        # composition takes shapes:heldout, cues shapes:zero_shot, grounding examples with boxes; corruptions,
+        # typographic and adversarial need labels. The source is kind:where, like data.train; "": off
         "source": "",
         "caption": "",  # like data.caption, of this source; empty: data.caption
         "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
@@ -221,7 +233,10 @@ SEVERAL = ("data.train",)
 """The settings that are a string or a tuple of entries."""
 
 EVALUATION_CHOICES = {
-    "protocol": ("retrieval", "zero_shot", "composition", "corruptions", "typographic", "adversarial", "cues")
+    "protocol": (
+        *("retrieval", "zero_shot", "composition", "corruptions"),
+        *("typographic", "adversarial", "cues", "grounding"),
+    )
 }
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}
 
@@ -232,6 +247,9 @@ RANGES = {
     "micro_batch": SIZES,
     "ema_decay": Range(0, 1, below_high=True),
     "data.samples": SIZES,
+    "data.augment.flip": Range(0, 1),
+    "data.augment.jitter_probability": Range(0, 1, above_low=True),
+    "data.augment.gray": Range(0, 1),
     "data.shuffle_block": Range(1),
     "data.shuffle_window": Range(1),
     "data.max_bad_share": Range(0, 1),

@@ -22,6 +22,7 @@ from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.devices.sharding import batch_sharding, batch_shards, process_rows, replicated, to_devices
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, Params, unit
+from clip_jax.models.generate import complete
 from clip_jax.presets import Preprocess
 
 ELSEWHERE = "undecodable image (on another process)"
@@ -56,6 +57,9 @@ class Encoders(NamedTuple):
     """(weights, uint8[B, H, W, 3], valid bool[B]) -> (embeddings, valid)"""
     text: Callable[[Variables, jax.Array], jax.Array]
     """(weights, int32[B, L]) -> embeddings"""
+    complete: Callable[[Variables, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    """(weights, uint8[B, H, W, 3], first ids int32[B, L], their number int32[B]) -> int32[B, L], the ids of a text
+    about each image; None if the model has no decoder that reads a text."""
 
 
 class Embedder(NamedTuple):
@@ -72,6 +76,8 @@ class Embedder(NamedTuple):
     """Threads that decode."""
     model: CLIP
     """For what needs more than embeddings: the maps of patches."""
+    width: int
+    """Features of an embedding."""
 
 
 def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh) -> Encoders:
@@ -85,9 +91,16 @@ def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh
     def text(weights: Variables, tokens: jax.Array) -> jax.Array:
         return unit(model.encode_text(weights.params, tokens))
 
+    def completed(weights: Variables, pixels: jax.Array, given: jax.Array, count: jax.Array) -> jax.Array:
+        _, patches = model.image_tower.apply({"params": weights.params["image"]}, preprocess.normalize(pixels))
+        return complete(model, weights.params, patches, given, count, model.architecture.text.vocab_size)
+
+    decoder = model.architecture.decoder
+    reads = decoder is not None and decoder.form == "cappa"
     return Encoders(
         jax.jit(image, in_shardings=(None, rows, rows), out_shardings=whole),
         jax.jit(text, in_shardings=(None, rows), out_shardings=whole),
+        jax.jit(completed, in_shardings=(None, rows, rows, rows), out_shardings=whole) if reads else None,
     )
 
 
@@ -105,6 +118,7 @@ def make_embedder(
         batch_size=-(-batch_size // shards) * shards,
         workers=workers,
         model=model,
+        width=model.architecture.embed_dim,
     )
 
 

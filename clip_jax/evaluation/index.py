@@ -134,6 +134,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/{MANIFEST}: cannot be read ({error})") from error
 
 
+def rows_of_examples(folder: Path) -> Int[np.ndarray, " examples"]:
+    """The number of each example's embedding through all shards; -1 for an unusable one."""
+    examples = source_indices(folder)
+    if examples is None:
+        raise UserError(f"{folder}: does not say which example an embedding is of; clip-jax embed writes that")
+    rows = np.full(int(examples.max(initial=-1)) + 1, -1, np.int64)
+    rows[examples] = np.arange(len(examples))
+    return rows
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The source and the model of a folder. Raises UserError where they are not stored."""
+    found = read_manifest(folder)
+    if not found:
+        raise UserError(f"{folder}: no {MANIFEST}; clip-jax embed --output={folder} writes it")
+    return found
+
+
 def metadata(folder: Path, numbers: list[int]) -> Iterator[dict[str, Any]]:
     """The rows of these embeddings, which are numbered through all shards."""
     from pyarrow import parquet

@@ -12,6 +12,7 @@ import numpy as np
 from clip_jax.data.sources.sample import Source, notes
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
+from clip_jax.evaluation.grounding import boxes
 from clip_jax.evaluation.prompts import Prompts, for_model
 from clip_jax.evaluation.retrieval import retrieval as retrieval_metrics
 from clip_jax.evaluation.runner import run
@@ -77,7 +78,12 @@ def by_runner(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
     return metrics | _counts(embedded), embedded
 
 
-PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded]]] = {
+def grounding(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, None]:
+    """How far the boxes that the decoder finds for texts are from those of the examples; ``grounding.py``."""
+    return boxes(evaluation.embedder, weights, evaluation.source), None
+
+
+PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded | None]]] = {
     "retrieval": retrieval,
     "zero_shot": zero_shot,
     "composition": by_runner,
@@ -85,6 +91,7 @@ PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded]]
     "typographic": by_runner,
     "adversarial": by_runner,
     "cues": by_runner,
+    "grounding": grounding,
 }
 LABELED = ("zero_shot", "corruptions", "typographic", "adversarial")
 """Protocols that need labels."""
@@ -93,8 +100,8 @@ OF_SCENES = {"composition": "shapes:heldout", "cues": CUES}
 """Protocols on the bundled scenes alone."""
 
 
-def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
-    """Metrics named ``eval/<name>/<metric>``, and the embeddings from which they were computed."""
+def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded | None]:
+    """Metrics named ``eval/<name>/<metric>``, and the embeddings from which they were computed, if any."""
     metrics, embedded = PROTOCOLS[evaluation.protocol](evaluation, weights)
     return {f"eval/{evaluation.name}/{name}": value for name, value in metrics.items()}, embedded
 
@@ -108,6 +115,11 @@ def check(evaluation: Evaluation) -> None:
     scenes = OF_SCENES.get(evaluation.protocol, "")
     if scenes and not (hasattr(evaluation.source, "describe") and (evaluation.source.class_names or scenes != CUES)):
         raise UserError(f"{where}: {evaluation.protocol} is measured on the bundled scenes: {scenes}")
+    if evaluation.protocol == "grounding" and evaluation.embedder.encoders.complete is None:
+        raise UserError(
+            f"config.eval.{evaluation.name}.protocol=grounding: the model has no decoder that finds boxes; give "
+            "config.objectives.captioning and config.objectives.grounding a weight"
+        )
 
 
 def try_one_batch(evaluation: Evaluation, weights: Variables) -> None:

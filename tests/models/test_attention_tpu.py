@@ -1,5 +1,7 @@
 """The kernel for TPUs, interpreted: the definition's values and gradients, on any mesh, and where it is taken."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from clip_jax.models.attention import cudnn, xla
 from clip_jax.models.attention_choice import choose_attention
 from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.clip import CLIP
+from clip_jax.models.compute import Compute
+from clip_jax.models.transformer import add_bias
 from clip_jax.training.setup import make_model
 from tests.models.test_clip import SMALL, computed, value_and_gradients
 from tests.training import runs
@@ -103,13 +107,26 @@ def test_a_model_with_it_has_the_same_parameters_embeddings_and_gradients(remat,
         np.testing.assert_allclose(gradient, other, atol=1e-5 * max(1.0, float(np.abs(other).max())))
 
 
+def test_the_gradient_of_a_bias_on_a_tpu_is_the_sum_over_batch_and_tokens():
+    compute = Compute(mesh=described("tpu"))
+    x, bias, weights = (
+        jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(2, 5, 7), (7,), (2, 5, 7)])
+    )
+    found, backward = jax.vjp(lambda x, bias: add_bias(x, bias, compute), x, bias)
+    np.testing.assert_array_equal(found, x + bias)
+    for gradient, expected in zip(backward(weights), (weights, weights.sum((0, 1))), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
 def described(platform, tensor=1):
     device = AbstractDevice("", None, platform)
     return AbstractMesh((1, 1, tensor), AXES, abstract_device=device)
 
 
 CHOICES = [
-    ("tpu", "auto", jnp.bfloat16, 1, "xla", "auto, on tpu"),
+    ("tpu", "auto", jnp.bfloat16, 1, "tpu", "auto, on tpu"),
+    ("tpu", "auto", jnp.float32, 2, "tpu", "auto, on tpu"),
+    ("tpu", "auto", jnp.bfloat16, 64, "xla", "auto, mesh.tensor=64 does not divide 2 heads"),
     ("tpu", "tpu", jnp.float32, 1, "tpu", "as set"),
     ("tpu", "xla", jnp.bfloat16, 1, "xla", "as set"),
     ("gpu", "auto", jnp.bfloat16, 1, "cudnn", "auto, on gpu"),
@@ -126,15 +143,21 @@ def test_auto_takes_the_kernel_of_the_meshs_platform(platform, setting, dtype, t
 
 def test_auto_stays_auto_in_the_config_and_xla_stays_xla(tmp_path):
     recipe = str(runs.write_recipe(tmp_path))
-    config = load(recipe, {"model.attention": "tpu"})
+    config = load(recipe, {})
     mesh, preset = described("tpu"), resolve_preset(config)
     assert make_model(config, preset, mesh).compute.attend == TPUAttention(mesh)
-    assert load(recipe, {}).model.attention == "auto"
+    assert config.model.attention == "auto"
     config = load(recipe, {"model.attention": "xla"})
     assert make_model(config, preset, mesh).compute.attend is xla
     config = load(recipe, {"model.attention": "auto", "model.dtype": "bfloat16"})
     gpu = described("gpu")
     assert make_model(config, preset, gpu).compute.attend in (cudnn, xla)
+
+
+def test_a_tower_that_is_too_long_for_the_kernel_takes_xla_and_says_so():
+    long = replace(SMALL, text=replace(SMALL.text, context_length=2000))
+    choice = choose_attention("auto", jnp.bfloat16, long, described("tpu"))
+    assert str(choice) == "xla (auto, the TPU kernel takes at most 1,152 tokens, not 2,000)"
 
 
 def test_heads_that_the_mesh_does_not_divide_are_one_line():
