@@ -334,6 +334,8 @@ def load(
 
 def _not_there(source: str) -> str:
     """Why there is no folder of this name, and what was probably meant."""
+    if page := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", source):
+        return f"{source}: a web page; load its repository as {folders.HUB}{page[1]}"
     if source.replace("/", "-") in {name.replace("/", "-") for name in presets.list_models()}:
         return f"{source}: a name says the architecture alone; load({source!r}, weights=PATH_OR_HF)"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):

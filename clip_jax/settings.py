@@ -63,7 +63,7 @@ def defaults() -> ConfigDict:
                 "resize": "pillow",
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
-                "max_bad_share": 0.01,  # share of unusable examples, and of incomplete pairs, at which the run stops
+                "max_bad_share": 0.01,  # of incomplete pairs, and of the last 10,000 examples; above it the run stops
                 "changed": "stop",  # if the data changed since the run began; or accept the same number of examples
                 "workers": 2,  # threads, each decoding a batch of its own
                 "prefetch": 4,  # batches ready before they are needed
@@ -83,7 +83,7 @@ def defaults() -> ConfigDict:
                 "dtype": "float32",  # of matrix products; parameters stay float32
                 "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
                 "remat": "none",  # recomputed in the backward pass: none, dots, named, offload, full
-                "attention": "auto",  # cudnn on NVIDIA GPUs in bfloat16, else xla; tpu: a Pallas kernel for TPUs
+                "attention": "auto",  # tpu, a Pallas kernel, on TPUs; cudnn on NVIDIA GPUs in bfloat16; else xla
                 "patch_dropout": 0.0,  # share of an image's patches that training drops (FLIP: 0.5 to 0.75)
                 "embed_dim": AUTO,
                 "frozen": (),  # patterns of parameters that are not trained: ("image/*",)
@@ -150,8 +150,9 @@ def defaults() -> ConfigDict:
 def evaluation(**fields: Any) -> ConfigDict:
     """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
     known = {
-        "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, composition or corruptions
-        # kind:where, like data.train; zero_shot and corruptions need labels, composition takes shapes:heldout; "": off
+        "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, or one below
+        # composition takes shapes:heldout, cues shapes:zero_shot, grounding examples with boxes; corruptions,
+        # typographic and adversarial need labels. The source is kind:where, like data.train; "": off
         "source": "",
         "caption": "",  # like data.caption, of this source; empty: data.caption
         "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
@@ -222,7 +223,12 @@ CHOICES = {
 SEVERAL = ("data.train",)
 """The settings that are a string or a tuple of entries."""
 
-EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot", "composition", "corruptions")}
+EVALUATION_CHOICES = {
+    "protocol": (
+        *("retrieval", "zero_shot", "composition", "corruptions"),
+        *("typographic", "adversarial", "cues", "grounding"),
+    )
+}
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}
 
 SIZES = Range(1, auto=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from clip_jax.errors import UserError
 
@@ -16,10 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help="pairs in the dataset, for a run measured in epochs")
     parser.add_argument("--price", type=float, help="price of a chip-hour")
     parser.add_argument("--mfu", type=float, help="estimate times from this MFU, such as 0.4, instead of lower bounds")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="profile.html",
+        metavar="FILE",
+        help="print where the compiler expects the time to go, and write a page with a picture (profile.html)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--estimate", action="store_true", help="do not compile, even where libtpu is installed")
     parser.add_argument(
-        "--compilations", type=int, default=4, help="maximum number of compilations if the run does not fit"
+        "--compilations",
+        type=int,
+        default=6,
+        help="maximum number of compilations if the run does not fit; at most three that fit are compared",
     )
 
 
@@ -29,8 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from clip_jax import config as configs
     from clip_jax.devices import hardware
+    from clip_jax.planning import compiling, profile_report, report
     from clip_jax.planning import plan as planning
-    from clip_jax.planning import report
     from clip_jax.reports import terminal
 
     if bool(arguments.tpu) == bool(arguments.gpu):
@@ -46,6 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and (value < lowest or (highest is not None and value > highest)):
             raise UserError(f"--{name}={value:g} must be at least {lowest}" + f" and at most {highest}" * bool(highest))
+    if arguments.profile and (arguments.gpu or arguments.estimate or not compiling.is_installed()):
+        raise UserError(
+            f"--profile reads the TPU compiler's program: give --tpu, leave out --estimate, and {compiling.INSTALL}"
+        )
     machines = hardware.tpu(arguments.tpu, arguments.slices) if arguments.tpu else hardware.gpu(arguments.gpu)
     # A plan uses no device: another process may be using it, and libtpu without a TPU prints warnings.
     jax.config.update("jax_platforms", "cpu")
@@ -60,11 +75,15 @@ def run(arguments: argparse.Namespace) -> None:
             compilations=arguments.compilations,
         )
     )
+    if arguments.profile:
+        Path(arguments.profile).write_text(profile_report.page(plans))
     if arguments.json:
-        first, *later = [planning.to_json(plan) for plan in plans]
+        first, *later = [planning.to_json(plan) | {"profile": profile_report.to_json(plan)} for plan in plans]
         phases = {"later_phases": later} if later else {}
         print(json.dumps({"config": arguments.config} | first | phases, indent=2))
         return
     for plan in plans:
         for title, rows in report.sections(plan):
             terminal.results(title, rows)
+        if arguments.profile:
+            terminal.results("Where the time goes", profile_report.lines(plan))

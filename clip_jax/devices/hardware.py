@@ -208,6 +208,11 @@ GPUS = (
 _KINDS = {kind: chip for chip in (*TPUS, *GPUS) for kind in chip.device_kinds}
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a JAX device, or None if the table has no entry (a CPU, a new chip)."""
+    return _KINDS.get(device_kind)
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of one JAX device, or None if the table has no entry (a CPU, a new chip)."""
     chip = _KINDS.get(device_kind)

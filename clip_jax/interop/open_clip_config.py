@@ -221,13 +221,11 @@ def _tokenizer(text: dict[str, Any], origin: str) -> str:
         return "clip"
     if arguments.get("strip_sep_token"):
         return "clipa"
-    # SigLIP's tokenizers here clean a text themselves; with any other file the folder's own cleaning is used.
-    supported = ("canonicalize",) if "SigLIP" in name else cleaning.CLEANERS
-    if arguments.get("clean", "canonicalize") not in supported:
+    if arguments.get("clean", "whitespace") not in cleaning.CLEANERS:
         raise UserError(f"{origin}.tokenizer_kwargs.clean={arguments['clean']!r:.60} is not supported")
     if "SigLIP" not in name and name != "google/mt5-base":  # the vocabulary of the multilingual SigLIP
         return name
-    return "siglip2" if text["vocab_size"] == 256_000 else "siglip"
+    return "siglip2" if text["vocab_size"] == 256_000 or "SigLIP2" in name else "siglip"
 
 
 def cleaner(config: dict[str, Any]) -> str:

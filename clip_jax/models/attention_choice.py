@@ -12,10 +12,12 @@ from clip_jax.models.attention import Attend, cudnn, xla
 from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.clip import Architecture
 
-AUTO = {"gpu": "cudnn"}
-"""The kernel that ``auto`` selects, by platform. Not the TPU kernel, because XLA still copies arrays around it."""
+AUTO = {"gpu": "cudnn", "tpu": "tpu"}
+"""The kernel that ``auto`` selects, by platform."""
 LARGEST_HEAD = {"cudnn": 128, "tpu": 256}
 """The largest head, in features: cuDNN's limit before Hopper; two columns of lanes on a TPU."""
+MOST_TOKENS = 1152
+"""The longest tower for the TPU kernel: all keys of a head must fit in fast memory (compiled for 16 to 1,100)."""
 
 
 class Choice(NamedTuple):
@@ -27,6 +29,9 @@ class Choice(NamedTuple):
     def attend(self, mesh: Mesh | AbstractMesh | None) -> Attend:
         return {"xla": xla, "cudnn": cudnn, "tpu": TPUAttention(mesh)}[self.name]
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
 
 def choose_attention(
     setting: str, dtype: jnp.dtype, architecture: Architecture, mesh: Mesh | AbstractMesh | None
@@ -35,31 +40,36 @@ def choose_attention(
 
     Raises UserError if the setting is ``tpu`` and the TPU kernel cannot compute the model.
     """
-    if setting == "tpu":
-        _check_heads(architecture, 1 if mesh is None else mesh.shape["tensor"])
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    if setting == "tpu" and (reason := _obstacle_tpu(architecture, tensor)):
+        raise UserError(f"config.model.attention=tpu: {reason}; set model.attention=auto")
     if setting != "auto":
         return Choice(setting, "as set")
     platform = jax.default_backend() if mesh is None else platform_of(mesh)
     kernel = AUTO.get(platform)
     if kernel is None:
         return Choice("xla", f"auto, on {platform or 'an unknown platform'}")
-    dims = {tower.width // tower.heads for tower in architecture.transformers}
-    reason = None
-    if dtype != jnp.bfloat16:
-        reason = "cudnn needs model.dtype=bfloat16"
-    elif max(dims, default=0) > LARGEST_HEAD[kernel]:
-        reason = f"heads of {max(dims)} features are too large for {kernel}"
-    elif any(dim % 8 for dim in dims):
-        reason = "cudnn needs heads of a multiple of 8 features"
+    reason = _obstacle_tpu(architecture, tensor) if kernel == "tpu" else _obstacle_cudnn(architecture, dtype)
     return Choice(kernel, f"auto, on {platform}") if reason is None else Choice("xla", f"auto, {reason}")
 
 
-def _check_heads(architecture: Architecture, tensor: int) -> None:
+def _obstacle_cudnn(architecture: Architecture, dtype: jnp.dtype) -> str | None:
+    dims = {tower.width // tower.heads for tower in architecture.transformers}
+    if dtype != jnp.bfloat16:
+        return "cudnn needs model.dtype=bfloat16"
+    if max(dims, default=0) > LARGEST_HEAD["cudnn"]:
+        return f"heads of {max(dims)} features are too large for cudnn"
+    if any(dim % 8 for dim in dims):
+        return "cudnn needs heads of a multiple of 8 features"
+    return None
+
+
+def _obstacle_tpu(architecture: Architecture, tensor: int) -> str | None:
     for tower in architecture.transformers:
         if tower.heads % tensor:
-            raise UserError(f"config.model.attention=tpu: mesh.tensor={tensor} does not divide {tower.heads} heads")
-        if tower.width // tower.heads > LARGEST_HEAD["tpu"]:
-            raise UserError(
-                f"config.model.attention=tpu takes heads of at most {LARGEST_HEAD['tpu']} features, "
-                f"not {tower.width // tower.heads}: set model.attention=xla"
-            )
+            return f"mesh.tensor={tensor} does not divide {tower.heads} heads"
+        if (dim := tower.width // tower.heads) > LARGEST_HEAD["tpu"]:
+            return f"the TPU kernel takes heads of at most {LARGEST_HEAD['tpu']} features, not {dim}"
+        if tower.tokens > MOST_TOKENS:
+            return f"the TPU kernel takes at most {MOST_TOKENS:,} tokens, not {tower.tokens:,}"
+    return None

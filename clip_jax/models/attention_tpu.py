@@ -26,6 +26,8 @@ from clip_jax.devices.sharding import BATCH_AXES
 from clip_jax.models.attention import Keys, Mask, Queries
 
 LANES = 128
+ROWS = 16
+"""Rows of a tile of bfloat16 (two of float32): arrays are cut and joined at multiples of it at no cost."""
 HIDDEN = -1e30
 """A finite stand-in for the score of a key that a query does not see: a column of -inf alone would become NaN."""
 UNROLLED_SCORES = 12 * 256**2
@@ -58,7 +60,7 @@ class TPUAttention:
 
 
 def _attend(query: Queries, key: Keys, value: Keys, mask: Mask | None, *, causal: bool, interpret: bool) -> Queries:
-    """The local part: pads tokens to whole lanes and heads to a divisor of a column."""
+    """The local part: pads heads to a divisor of a column of 128 lanes."""
     batch, queries, heads, dim = query.shape
     keys, padded_dim = key.shape[1], next(size for size in (32, 64, LANES, 2 * LANES) if size >= dim)
     per_column = max(1, LANES // padded_dim)
@@ -66,24 +68,23 @@ def _attend(query: Queries, key: Keys, value: Keys, mask: Mask | None, *, causal
 
     def columns(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padded_heads - heads), (0, padded_dim - dim)))
-        # Tokens are padded in the kernel's shape: XLA would lay out and copy an array whose minor axis is one head.
-        return jnp.pad(x.reshape(*x.shape[:2], -1), ((0, 0), (0, -x.shape[1] % LANES), (0, 0)))
+        return x.reshape(*x.shape[:2], -1)
 
     seen = None
     if mask is not None:
         seen = jnp.broadcast_to(mask, (mask.shape[0], queries, keys)).swapaxes(1, 2).astype(jnp.float32)
-        seen = jnp.pad(seen, ((0, 0), (0, -keys % LANES), (0, -queries % LANES)))
-    shape = _Shape(padded_dim, dim**-0.5, keys, causal, interpret)
+    shape = _Shape(padded_dim, dim**-0.5, queries, keys, causal, interpret)
     mixed = _kernel(shape, columns(query), columns(key), columns(value), seen)
-    return mixed[:, :queries].reshape(batch, queries, padded_heads, padded_dim)[:, :, :heads, :dim]
+    return mixed.reshape(batch, queries, padded_heads, padded_dim)[:, :, :heads, :dim]
 
 
 @dataclass(frozen=True)
 class _Shape:
     dim: int
     scale: float
+    queries: int
     keys: int
-    """The number of keys without padding."""
+    """Tokens; the kernel's blocks are longer, and what lies in them after the last token is undefined."""
     causal: bool
     interpret: bool
 
@@ -114,14 +115,15 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
     """One program handles a few images and columns of 128 lanes, unrolled, so that their work overlaps."""
-    batch, queries, width = arrays[0].shape
-    keys, lanes = arrays[1].shape[1], max(LANES, shape.dim)
+    batch, width = arrays[0].shape[0], arrays[0].shape[2]
+    queries, keys, lanes = _whole(shape.queries), _whole(shape.keys), max(LANES, shape.dim)
     budget = max(1, UNROLLED_SCORES // (queries * keys * (lanes // shape.dim)))
     columns = _divisor(width // lanes, budget)
     images = _divisor(batch, budget // columns) if columns == width // lanes else 1
 
     def block(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((images, x.shape[1], columns * lanes), lambda i, j: (i, 0, j))
+        # Longer than the array: XLA pads nothing, the transfer to fast memory leaves out what is not there.
+        return pl.BlockSpec((images, _whole(x.shape[1]), columns * lanes), lambda i, j: (i, 0, j))
 
     specs, masks = [block(x) for x in arrays], ()
     if seen is not None:
@@ -151,20 +153,21 @@ def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
 
 
 def _forward(shape: _Shape, inputs, visible, outputs) -> None:
-    query, key, value = (ref[...] for ref in inputs)
-    transposed = value.T
+    query, key = inputs[0][...], inputs[1][...]
+    transposed = _defined(inputs[2][...], shape.keys).T
     for start in range(0, query.shape[0], QUERIES):
         rows = slice(start, min(start + QUERIES, query.shape[0]))
         mixed = []
         for head, lanes in _heads(shape, query.shape[1]):
             weights, total = _softmax(shape, key, _only(query[rows], lanes), visible, rows)
-            mixed.append(_dot(transposed[head], weights.astype(value.dtype), 1, 0) / total)
+            mixed.append(_dot(transposed[head], _extended(weights, key).astype(key.dtype), 1, 0) / total)
         outputs[0][rows] = jnp.concatenate(mixed).astype(outputs[0].dtype).T
 
 
 def _backward(shape: _Shape, inputs, visible, outputs) -> None:
-    query, key, value, gradient = (ref[...] for ref in inputs)
-    transposed = key.T
+    tokens = shape.queries, shape.keys, shape.keys, shape.queries
+    query, key, value, gradient = (_defined(ref[...], n) for ref, n in zip(inputs, tokens, strict=True))
+    transposed, used = key.T, slice(_used(shape.keys))
     d_key = d_value = 0.0
     for start in range(0, query.shape[0], QUERIES):
         rows = slice(start, min(start + QUERIES, query.shape[0]))
@@ -173,34 +176,34 @@ def _backward(shape: _Shape, inputs, visible, outputs) -> None:
             one, d_mixed = _only(query[rows], lanes), _only(gradient[rows], lanes)
             weights, total = _softmax(shape, key, one, visible, rows)
             weights = weights * (1 / total)
-            d_weights = weights * _dot(value, d_mixed, 1, 1)
-            d_scores = (d_weights - weights * jnp.sum(d_weights, axis=0, keepdims=True)).astype(key.dtype)
+            d_weights = weights * _dot(value[used], d_mixed, 1, 1)
+            d_scores = d_weights - weights * jnp.sum(d_weights, axis=0, keepdims=True)
             d_value += _dot(weights.astype(value.dtype), d_mixed, 1, 0)
-            d_key += _dot(d_scores, one, 1, 0)
-            d_query.append(_dot(transposed[head], d_scores, 1, 0))
+            d_key += _dot(d_scores.astype(key.dtype), one, 1, 0)
+            d_query.append(_dot(transposed[head], _extended(d_scores, key).astype(key.dtype), 1, 0))
         outputs[0][rows] = (jnp.concatenate(d_query) * shape.scale).astype(outputs[0].dtype).T
-    outputs[1][...] = (d_key * shape.scale).astype(outputs[1].dtype)
-    outputs[2][...] = d_value.astype(outputs[2].dtype)
+    outputs[1][used] = (d_key * shape.scale).astype(outputs[1].dtype)
+    outputs[2][used] = d_value.astype(outputs[2].dtype)
 
 
 def _softmax(shape: _Shape, key, query, visible, rows: slice) -> tuple[Array, Array]:
     """(weights before the division float32[keys, queries], their sums [1, queries], 1 for a query that sees no key)."""
-    scores = _dot(key, query, 1, 1) * shape.scale
+    used = _used(shape.keys)
+    scores = _dot(key[:used], query, 1, 1) * shape.scale
     conditions = []
-    if key.shape[0] != shape.keys:
-        conditions.append(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < shape.keys)
     if shape.causal:
         queries = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) + rows.start
         conditions.append(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= queries)
     if visible is not None:
-        conditions.append(visible[:, rows] > 0)
+        conditions.append(visible[:used, rows] > 0)
     seen = functools.reduce(jnp.logical_and, conditions) if conditions else None
     if seen is not None:
         scores = jnp.where(seen, scores, HIDDEN)
+    scores = _replaced(scores, shape.keys, HIDDEN)
     weights = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
     if visible is None:  # every query sees a key
         return weights, jnp.sum(weights, axis=0, keepdims=True)
-    weights = jnp.where(seen, weights, 0.0)
+    weights = _replaced(jnp.where(seen, weights, 0.0), shape.keys, 0.0)
     total = jnp.sum(weights, axis=0, keepdims=True)
     return weights, jnp.where(total > 0, total, 1.0)
 
@@ -218,6 +221,49 @@ def _only(x: Array, lanes: tuple[int, int] | None) -> Array:
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
     inside = (lane >= lanes[0]) & (lane < lanes[1])
     return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)
+
+
+def _defined(x: Array, tokens: int) -> Array:
+    """Zero after the last token, where a block holds anything, NaN included, which no weight of zero would hide.
+
+    Bits are cleared: conversions of bfloat16 to float32 and back end Mosaic on older chips.
+    """
+    if x.shape[0] == tokens:
+        return x
+    bits = pltpu.bitcast(x, jnp.int32)  # of bfloat16, two rows in one: the first in the lower half
+    packed = x.shape[0] // bits.shape[0]
+    row = jax.lax.broadcasted_iota(jnp.int32, bits.shape, 0) * packed
+    mask = jnp.where(row < tokens, -1, 0)
+    if packed == 2:
+        mask = jnp.where(row + 1 == tokens, 0xFFFF, mask)
+    return pltpu.bitcast(bits & mask, x.dtype)
+
+
+def _replaced(x: Array, tokens: int, value: float) -> Array:
+    """Scores with all rows after the last token replaced; only the last tile of rows is touched."""
+    if x.shape[0] == tokens:
+        return x
+    start = tokens // ROWS * ROWS
+    last = x[start:]
+    inside = jax.lax.broadcasted_iota(jnp.int32, (last.shape[0], 1), 0) < tokens - start
+    last = jnp.where(inside, last, value)
+    return last if start == 0 else jnp.concatenate([x[:start], last])
+
+
+def _extended(x: Array, like: Array) -> Array:
+    """``x`` with rows of zeros up to the number of rows of ``like``, for products that sum over whole lanes."""
+    missing = like.shape[0] - x.shape[0]
+    return x if missing == 0 else jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)])
+
+
+def _used(tokens: int) -> int:
+    """Tokens rounded up to whole tiles of rows: the scores of the other rows of a block are not computed."""
+    return -(-tokens // ROWS) * ROWS
+
+
+def _whole(tokens: int) -> int:
+    """Tokens rounded up to whole lanes: the rows of a block."""
+    return -(-tokens // LANES) * LANES
 
 
 def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:

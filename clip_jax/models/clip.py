@@ -21,6 +21,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.attention import xla
 from clip_jax.models.compute import DEFAULT, Compute
 from clip_jax.models.decoder import CaptionDecoder
+from clip_jax.models.resize import resize_grid
 from clip_jax.models.resnet import ModifiedResNet, ResNetTower
 from clip_jax.models.text import TextTower, TextTransformer
 from clip_jax.models.transformer import LayerNorm
@@ -150,6 +151,32 @@ class CLIP:
     ) -> Float[Array, "batch length width"]:
         """All tokens of a text after the given number of blocks; like ``image_tokens``."""
         return self._tokens(self.text_tower, params["text"], text, layer, "norm_final" if normalize else None)
+
+    def image_features(
+        self,
+        params: Params,
+        image: Float[Array, "batch side side 3"],
+        masked: Bool[Array, "batch patches"] | None = None,
+        mask_embedding: Float[Array, "width"] | None = None,
+    ) -> tuple[Float[Array, "batch embed"], Float[Array, "batch patches width"]]:
+        """A ViT's embedding, not of unit length, and its patches after the norm that precedes the pooling, if any.
+
+        Images of another size than the architecture's have resized position embeddings. ``masked`` patches are
+        replaced by ``mask_embedding``.
+        """
+        tower, params = self.architecture.image, params["image"]
+        if image.shape[1] != tower.image_size:
+            tower = replace(tower, image_size=image.shape[1])
+            positions = resize_grid(params["position_embedding"], tower.tokens)
+            params = params | {"position_embedding": positions}
+        module = tower.module(self.architecture.embed_dim, self.compute).clone(unpooled=True)
+        embedding, tokens = module.apply({"params": params}, image, masked=masked, mask_embedding=mask_embedding)
+        patches = tokens[:, int(tower.class_token) :]
+        if "norm_post" not in params:  # after pooling by queries there is none
+            return embedding, patches
+        return embedding, LayerNorm(self.compute.dtype, tower.norm_epsilon).apply(
+            {"params": params["norm_post"]}, patches
+        )
 
     def memory(
         self, image_params: Params, patches: Float[Array, "batch *tokens width"]

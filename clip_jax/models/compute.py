@@ -14,11 +14,22 @@ SAVED = ("qkv", "mixed")
 """What ``named`` and ``offload`` save per block: with queries, keys, values and the output of the attention, no weight
 product of the attention runs twice except the last; the larger activations of the MLP are recomputed."""
 
+KERNEL_SAVED = ("kernel_qkv", "kernel_mixed")
+"""The same arrays where one kernel computes the attention. ``dots`` saves these too: a kernel is no product to JAX, and
+its backward pass needs queries, keys and values with their biases."""
+
+_NAMES = (*SAVED, *KERNEL_SAVED)
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "named": jax.checkpoint_policies.save_only_these_names(*SAVED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(*KERNEL_SAVED),
+    ),
+    "named": jax.checkpoint_policies.save_only_these_names(*_NAMES),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=(), names_which_can_be_offloaded=SAVED, offload_src="device", offload_dst="pinned_host"
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=_NAMES,
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
     "full": None,
 }

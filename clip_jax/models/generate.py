@@ -95,6 +95,33 @@ def generate(
     return last.written[::beams]  # beams are sorted
 
 
+def complete(
+    model: CLIP,
+    params: Params,
+    patches: Float[Array, "batch *tokens width"],
+    given: Int[Array, "batch length"],
+    count: Int[Array, "batch"],
+    vocab_size: int,
+) -> Int[Array, "batch length"]:
+    """The ids of a text for each image that begins with the first ``count`` ids of ``given``, the others greedily.
+
+    What follows the end of a text means nothing. For decoders that read the caption themselves.
+    """
+    rows, length = given.shape
+    memory = model.memory(params["image"], patches)
+    caching = replace(model, compute=model.compute._replace(cache=length, attend=xla, remat="none"))
+
+    def advance(place: Int[Array, ""], state: tuple[Array, Any]) -> tuple[Array, Any]:
+        written, cache = state
+        logits, cache = next_logits(caching, params, memory, written, place, cache)
+        best = jnp.argmax(jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf), axis=1)
+        chosen = jnp.where(place < count, jnp.take(given, place, axis=1), best.astype(jnp.int32))
+        return jax.lax.dynamic_update_slice_in_dim(written, chosen[:, None], place + 1, axis=1), cache
+
+    state = advance(jnp.zeros((), jnp.int32), (jnp.zeros((rows, length + 1), jnp.int32), None))
+    return jax.lax.fori_loop(1, length, advance, state)[0][:, 1:]
+
+
 def next_logits(
     model: CLIP,
     params: Params,

@@ -186,15 +186,21 @@ class Attention(nn.Module):
         if self.compute.cache:
             key, value, filled = self._cached(key, value)
             mask, causal = filled if mask is None else filled & mask, False
-        mixed = checkpoint_name(self.compute.attend(query, key, value, causal=causal, mask=mask), "mixed")
+        mixed = self.compute.attend(query, key, value, causal=causal, mask=mask)
+        if self._fused:
+            mixed = checkpoint_name(mixed.reshape(x.shape), "kernel_mixed")
+        else:
+            mixed = checkpoint_name(mixed, "mixed")
         if self.shape.swiglu:
             norm = LayerNorm(dtype, self.shape.norm_epsilon, name="norm")
             mixed = norm(mixed.reshape(x.shape)).reshape(mixed.shape)
-        if isinstance(self.compute.attend, TPUAttention):
-            return product("...f,fw->...w", mixed.reshape(x.shape), out.reshape(width, width), self.compute) + (
-                out_bias.astype(dtype)
-            )
+        if self._fused:
+            return product("...f,fw->...w", mixed, out.reshape(width, width), self.compute) + out_bias.astype(dtype)
         return product("...hd,hdw->...w", mixed, out, self.compute) + out_bias.astype(dtype)
+
+    @property
+    def _fused(self) -> bool:
+        return isinstance(self.compute.attend, TPUAttention)
 
     def _project(
         self, x: Float[Array, "batch tokens width"], qkv: Float[Array, "width 3 heads dim"], bias: Array
@@ -205,14 +211,14 @@ class Attention(nn.Module):
         would be copied, and heads of 64 features as the minor axis would be laid out in another order and copied.
         """
         dtype = self.compute.dtype
-        if isinstance(self.compute.attend, TPUAttention):
+        if self._fused:
             width, _, heads, dim = qkv.shape
             parts = (
                 product("...w,wf->...f", x, qkv[:, part].reshape(width, heads * dim), self.compute)
                 + bias[part].reshape(-1).astype(dtype)
                 for part in range(3)
             )
-            return tuple(checkpoint_name(part, "qkv").reshape(*x.shape[:2], heads, dim) for part in parts)
+            return tuple(checkpoint_name(part, "kernel_qkv").reshape(*x.shape[:2], heads, dim) for part in parts)
         projected = product("...w,wshd->...shd", x, qkv, self.compute) + bias.astype(dtype)
         projected = checkpoint_name(projected, "qkv")
         return projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from clip_jax.devices.sharding import split_rows
 from clip_jax.models import flops
@@ -160,9 +160,11 @@ class ViT(nn.Module):
         train: bool = False,
         keys: Key[Array, "batch"] | None = None,
         patch_dropout: float = 0.0,
+        masked: Bool[Array, "batch patches"] | None = None,
+        mask_embedding: Float[Array, "width"] | None = None,
     ) -> tuple[Array, Array]:
         """Training with ``patch_dropout``, the share of patches that each image loses, needs one key per image (FLIP,
-        Li et al. 2023)."""
+        Li et al. 2023). ``mask_embedding`` replaces the embedding of each ``masked`` patch; its position stays."""
         tower, width, patch = self.tower, self.tower.width, self.tower.patch_size
         dtype, mesh = self.compute.dtype, self.compute.mesh
         batch = image.shape[0]
@@ -186,6 +188,8 @@ class ViT(nn.Module):
         if tower.patch_bias:
             bias_init = nn.with_logical_partitioning(uniform(fan_in**-0.5), ("embed",))
             tokens = tokens + self.param("patch_bias", bias_init, (width,)).astype(dtype)
+        if masked is not None:
+            tokens = jnp.where(masked[..., None], mask_embedding.astype(dtype), tokens)
         if tower.class_token:
             first = jnp.broadcast_to(class_embedding.astype(dtype), (batch, 1, width))
             tokens = jnp.concatenate([first, tokens], axis=1)

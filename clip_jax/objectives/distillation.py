@@ -61,17 +61,14 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
 def from_teachers(teachers: Sequence[Preset], settings: Settings, student: CLIP, preprocess: Preprocess) -> Objective:
     """The objective for architectures that run in the step."""
     for teacher in teachers:
-        _check(teacher, student)
+        check_inputs("config.objectives.distillation.teacher", teacher, student)
     models = [CLIP(teacher.architecture, student.compute) for teacher in teachers]
 
     def taught(rows: Rows) -> Taught:
-        # The student's pixels, normalized as the teacher's.
-        mean, std = (jnp.asarray(values, jnp.float32) for values in (preprocess.mean, preprocess.std))
         found = []
         for number, (teacher, model) in enumerate(zip(teachers, models, strict=True)):
             params, batch_stats = (rows.constants[str(number)][name] for name in ("params", "batch_stats"))
-            pixels = rows.batch["image"] * std + mean
-            pixels = (pixels - jnp.asarray(teacher.preprocess.mean)) / jnp.asarray(teacher.preprocess.std)
+            pixels = normalized_as(teacher, rows.batch["image"], preprocess)
             image = jnp.exp(params["logit_scale"]) * unit(model.encode_image(params, pixels, batch_stats))
             found.append((image, unit(model.encode_text(params, rows.batch["text"]))))
         return found
@@ -175,8 +172,8 @@ def feature_loss(name: str, ours: Float[Array, "batch dim"], theirs: Float[Array
     return jnp.mean(jnp.sum((ours - theirs) ** 2, axis=1))
 
 
-def _check(teacher: Preset, student: CLIP) -> None:
-    """The teacher sees the student's pixels and tokens."""
+def check_inputs(where: str, teacher: Preset, student: CLIP) -> None:
+    """Raises UserError where the teacher cannot see the student's pixels and tokens."""
     ours, theirs = student.architecture, teacher.architecture
     for what, mine, given in (
         ("image size", ours.image.image_size, theirs.image.image_size),
@@ -185,10 +182,16 @@ def _check(teacher: Preset, student: CLIP) -> None:
     ):
         if mine != given:
             raise UserError(
-                f"config.objectives.distillation.teacher: its {what} is {given}, and that of config.model {mine}; "
-                "a teacher in the step embeds the student's pixels and tokens: choose models that share them, or "
-                "store its embeddings (clip-jax reinforce)"
+                f"{where}: its {what} is {given}, and that of config.model {mine}; "
+                "a model in the step embeds the trained one's pixels and tokens: choose models that share them or, to "
+                "distill, store its embeddings (clip-jax reinforce)"
             )
+
+
+def normalized_as(teacher: Preset, image: Array, preprocess: Preprocess) -> Array:
+    """The student's pixels, which are normalized by its ``preprocess``, normalized as the teacher's."""
+    mean, std = (jnp.asarray(values, jnp.float32) for values in (preprocess.mean, preprocess.std))
+    return (image * std + mean - jnp.asarray(teacher.preprocess.mean)) / jnp.asarray(teacher.preprocess.std)
 
 
 def _cost(width: int, student: CLIP, batch_size: int, mesh: MeshLike, slices: int) -> Cost:
@@ -207,14 +210,6 @@ def _cost(width: int, student: CLIP, batch_size: int, mesh: MeshLike, slices: in
         across=8 * FLOAT32 * pairs * (dim + width) + gathered + LOGITS_BYTES,
         transfers=(Transfer("embeddings of student and teacher", images + texts * (rows - 1) // rows - dcn, dcn),),
     )
-
-
-def constants(params: Params, batch_stats: Params) -> Params:
-    """A loaded model's parameters as the objective takes them, one entry for each teacher."""
-    return {
-        "params": {name: nn.meta.unbox(params[name]) for name in (*SIDES, "logit_scale")},
-        "batch_stats": batch_stats,
-    }
 
 
 SPEC = ObjectiveSpec(

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from clip_jax.devices import xla_flags
 from clip_jax.devices.hardware import Machines
 from clip_jax.errors import UserError
 from clip_jax.objectives.cost import Transfer
+from clip_jax.planning.profile import Share, with_kernels
 
 PROFILE = "--xla_jf_dump_static_llo_profile_to"
 INSTALL = "pip install 'clip-jax-tpu[plan]'"
@@ -40,6 +42,10 @@ class Compiled(NamedTuple):
     """The same for the encoders of the evaluations, with the training state beside them; None: not compiled."""
     cycles: int | None = None
     """The compiler's estimate of a step on one core, without transfers between devices; None: it made none."""
+    profile: tuple[Share, ...] = ()
+    """Where these cycles go, the slowest first."""
+    kernels: Mapping[str, int] = {}
+    """Cycles of one execution of each Pallas kernel, by shapes."""
 
 
 def is_installed() -> bool:
@@ -67,25 +73,29 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(f"the TPU compiler failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
     answer = json.loads(done.stdout.splitlines()[-1])
-    kernels = answer.pop("kernels", {})
+    kernels, shares = answer.pop("kernels", {}), [Share(*share) for share in answer.pop("profile", ())]
     if kernels:
-        answer["cycles"] = _with_kernels(answer["cycles"], kernels, request, variables)
-    return Compiled(**answer | {"transfers": tuple(Transfer(**t) for t in answer["transfers"])})
+        each = _kernel_cycles(kernels, request, variables)
+        if each is None:
+            answer["cycles"], shares = None, []
+        else:
+            answer["cycles"] += sum(times * each[shapes] for shapes, times in kernels.items())
+            shares, answer["kernels"] = with_kernels(shares, each), {shapes: each[shapes] for shapes in kernels}
+    transfers = tuple(Transfer(**t) for t in answer["transfers"])
+    return Compiled(**answer | {"transfers": transfers, "profile": tuple(shares)})
 
 
-def _with_kernels(
-    cycles: int, kernels: dict[str, int], request: dict[str, object], variables: dict[str, str]
-) -> int | None:
-    """The cycles of a program with its Pallas kernels, which a second process estimates; None if it cannot."""
+def _kernel_cycles(
+    kernels: dict[str, int], request: dict[str, object], variables: dict[str, str]
+) -> dict[str, int] | None:
+    """The cycles of each Pallas kernel of a program, which a second process estimates; None if it cannot."""
     with tempfile.TemporaryDirectory() as profile:  # its files are not read: the compiler estimates kernels with it
         flags = f"{variables.get('LIBTPU_INIT_ARGS', '')} {PROFILE}={profile}".strip()
         done = _run_compiler(request | {"only_kernels": True}, variables | {"LIBTPU_INIT_ARGS": flags})
     if done.returncode:
         return None
     each = json.loads(done.stdout.splitlines()[-1])
-    if not kernels.keys() <= each.keys():
-        return None
-    return cycles + sum(times * each[shapes] for shapes, times in kernels.items())
+    return each if kernels.keys() <= each.keys() else None
 
 
 def _run_compiler(request: dict[str, object], variables: dict[str, str]) -> subprocess.CompletedProcess:

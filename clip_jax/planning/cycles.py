@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import SingleDeviceSharding
 
 from clip_jax.devices.hardware import Chip
+from clip_jax.planning.profile import Share, merge, share
 from clip_jax.planning.program import executed, is_program, parse
 
 KERNEL = 'custom_call_target="tpu_custom_call"'
@@ -44,22 +45,27 @@ class Estimate(NamedTuple):
     """Cycles without the Pallas kernels, which the compiler does not estimate as part of a program."""
     kernels: dict[str, int]
     """Executions of each Pallas kernel by shapes: ``bf16[8,256,768] bf16[8,256,768] -> bf16[8,256,768]``."""
+    profile: tuple[Share, ...] = ()
+    """The same by part of the model and kind of work."""
 
 
 def estimate(hlo: str) -> Estimate:
     """Reads the optimized HLO of a TPU program."""
     computations, entry = parse(hlo)
-    cycles, kernels = 0, Counter()
+    cycles, kernels, shares = 0, Counter(), []
     for instruction, computation, times, fused in executed(computations, entry):
         if fused:  # counted with its fusion
             continue
         # A line may repeat the figure for its parts; the largest is that of the whole.
         if found := [int(n) for n in _CYCLES.findall(instruction.rest)]:
             cycles += max(found) * times
+            shares.append(share(instruction, computation, computations, times, max(found), ""))
         elif instruction.opcode == "custom-call" and KERNEL in instruction.rest:
             operands = [computations[computation][name].shape for name in instruction.operands]
-            kernels[_signature(" ".join(operands), instruction.shape)] += times
-    return Estimate(cycles, dict(kernels))
+            shapes = _signature(" ".join(operands), instruction.shape)
+            kernels[shapes] += times
+            shares.append(share(instruction, computation, computations, times, 0, shapes))
+    return Estimate(cycles, dict(kernels), merge(shares))
 
 
 def kernel_cycles(program: ClosedJaxpr, device: jax.Device) -> dict[str, int]:

@@ -20,7 +20,7 @@ from clip_jax.planning.roofline import Roofline, roofline
 from clip_jax.planning.search import Candidate, SearchResult, estimate, search
 from clip_jax.training.setup import check_attention
 
-COMPILATIONS = 4
+COMPILATIONS = 6
 """Each takes one to two minutes for a large model."""
 WORTH_A_WARNING = 0.02
 """The share of a device's memory from which replicated parameters are reported."""
@@ -208,10 +208,17 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "batch_size": config.batch_size,
             "micro_batch": config.batch_size // chosen.learner.micro_batches,
             "model.remat": config.model.remat,
+            "model.attention": chosen.attention.name,
             **{f"mesh.{axis}": size for axis, size in shape.items()},
         },
         "tried": [
-            {"changes": changes, "fits": c.fits, "hbm_bytes_per_chip": c.hbm_bytes * per_chip, "seconds": c.seconds}
+            {
+                "changes": changes,
+                "fits": c.fits,
+                "hbm_bytes_per_chip": c.hbm_bytes * per_chip,
+                "seconds": c.seconds,
+                "cycles": c.cycles,
+            }
             for changes, c in plan.found.tried
         ],
         "machines": machines.name,

@@ -65,13 +65,22 @@ def _convolution(equation: JaxprEqn) -> int:
     multiply_adds = image[numbers.lhs_spec[0]] // parameters["batch_group_count"]
     multiply_adds *= kernel[numbers.rhs_spec[0]] * kernel[numbers.rhs_spec[1]]
     for number, axis in enumerate(numbers.out_spec[2:]):
-        taps = np.arange(kernel[numbers.rhs_spec[2 + number]]) * parameters["rhs_dilation"][number]
-        starts = np.arange(out[axis]) * parameters["window_strides"][number] - parameters["padding"][number][0]
-        position = starts[:, None] + taps
-        holes = parameters["lhs_dilation"][number]
-        size = (image[numbers.lhs_spec[2 + number]] - 1) * holes + 1
-        multiply_adds *= int(np.sum((position >= 0) & (position < size) & (position % holes == 0)))
+        multiply_adds *= taps(
+            out[axis],
+            kernel[numbers.rhs_spec[2 + number]],
+            image[numbers.lhs_spec[2 + number]],
+            stride=parameters["window_strides"][number],
+            padding=parameters["padding"][number][0],
+            dilation=parameters["rhs_dilation"][number],
+            holes=parameters["lhs_dilation"][number],
+        )
     return 2 * multiply_adds
+
+
+def taps(out: int, kernel: int, image: int, *, stride: int, padding: int, dilation: int, holes: int) -> int:
+    """Products of a pixel and a weight along one axis of a convolution, without padding and the holes of a dilation."""
+    position = np.arange(out)[:, None] * stride - padding + np.arange(kernel) * dilation
+    return int(np.sum((position >= 0) & (position < (image - 1) * holes + 1) & (position % holes == 0)))
 
 
 class Collective(NamedTuple):
@@ -131,7 +140,7 @@ def collectives(hlo: str) -> list[Collective]:
     partitions = re.search(r"num_partitions=(\d+)", hlo[: hlo.find("\n")])
     for instruction, computation, times, _ in executed(computations, entry):
         if instruction.opcode == "send" and "megascale_transfer_type" in instruction.rest:
-            size = _bytes(computations[computation][instruction.operands[0]].shape)
+            size = shape_bytes(computations[computation][instruction.operands[0]].shape)
             found.append(_between_slices(instruction.rest, size, int(partitions[1]) if partitions else 1, times))
         kind = instruction.opcode.removesuffix("-start")
         if kind not in _COLLECTIVES:
@@ -140,7 +149,7 @@ def collectives(hlo: str) -> list[Collective]:
             kind = "reduce-scatter"
         groups = _groups(instruction.rest, int(partitions[1]) if partitions else 1)
         defined = computations[computation]
-        size = sum(_bytes(defined[operand].shape) for operand in instruction.operands)
+        size = sum(shape_bytes(defined[operand].shape) for operand in instruction.operands)
         size *= len(groups[0]) if kind == "all-gather" else 1
         found.append(Collective(kind, size, groups, times))
     return found
@@ -168,7 +177,9 @@ def buffers(hlo: str) -> dict[str, int]:
     shapes: dict[str, int] = {}
     for instruction, _, _, fused in executed(computations, entry):
         if not fused:
-            shapes |= {match[0]: _bytes(match[0]) for match in _ARRAY.finditer(_without_layouts(instruction.shape))}
+            shapes |= {
+                match[0]: shape_bytes(match[0]) for match in _ARRAY.finditer(_without_layouts(instruction.shape))
+            }
     return dict(sorted(shapes.items(), key=lambda item: -item[1]))
 
 
@@ -285,7 +296,7 @@ def _without_layouts(shape: str) -> str:
     return re.sub(r"\{[^{}]*\}", "", shape)
 
 
-def _bytes(shape: str) -> int:
+def shape_bytes(shape: str) -> int:
     """The size of an array, or of all arrays of a tuple."""
     total = 0
     for kind, bits, dims in _ARRAY.findall(_without_layouts(shape)):

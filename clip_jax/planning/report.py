@@ -42,6 +42,7 @@ def _memory(plan: Plan) -> Rows:
     memory = {"state": memory.pop("parameters") + memory.pop("optimizer")} | memory
     estimate = ", ".join(f"{name} {value * per_chip / GIB:.2f}" for name, value in memory.items())
     rows += [
+        ("attention", str(chosen.attention)),
         ("computed as", f"remat {config.model.remat}, micro-batch {micro:,}, " + _mesh(shape)),
         ("parameters", ", ".join(f"{name} {formats.count(value)}" for name, value in counts.items())),
         ("memory", f"{estimate} GiB (estimate: {_gib(chosen.memory.total * per_chip)})"),
@@ -64,7 +65,11 @@ def _what_fits(plan: Plan, per_chip: int) -> str:
         tried = len(plan.found.tried)
         return f"none of {tried} variants tried; use more chips, or try more with --compilations"
     flags = " ".join(f"--config.{key}={value}" for key, value in plan.chosen.changes.items())
-    return f"{flags} ({_gib(plan.chosen_compiled.hbm_bytes * per_chip)})"
+    found = f"{flags} ({_gib(plan.chosen_compiled.hbm_bytes * per_chip)})"
+    if not plan.is_compiled:
+        return found
+    tried = [compiled for _, compiled in plan.found.tried]
+    return f"{found}; the fastest of {sum(c.fits for c in tried)} that fit, {len(tried)} compiled (--compilations)"
 
 
 def _step(plan: Plan) -> Rows:

@@ -1,8 +1,9 @@
 """When a run does not fit: the nearest settings that do, with as few compilations as possible.
 
 Only how the run is computed may change: micro-batch, rematerialization, and the number of devices that share the
-parameters. Candidates are ordered by the lower bound of their step time; the estimate of their memory rules out most
-without a compilation, and every compilation corrects the estimate for the next.
+parameters. Candidates are ordered by their corrected roofline; the estimate of their memory rules out most without a
+compilation, and every compilation corrects both estimates for the next. Those that fit are ranked by the compiler's
+cycles.
 """
 
 import itertools
@@ -16,7 +17,9 @@ from clip_jax import config as configs
 from clip_jax.devices.hardware import Machines
 from clip_jax.devices.sharding import AXES, mesh_shape
 from clip_jax.errors import UserError
+from clip_jax.models.attention_choice import Choice, choose_attention
 from clip_jax.planning.compiling import Compiled
+from clip_jax.planning.cycles import clock
 from clip_jax.planning.memory import Memory, step_memory
 from clip_jax.planning.roofline import Roofline, roofline
 from clip_jax.planning.work import Work, step_work
@@ -28,6 +31,13 @@ REMAT = ("none", "dots", "named", "full")
 """Policies that the search tries; not ``offload``: the chip table has no bandwidth between a chip and its host."""
 FSDP_SIZES = (8, 16, 32, 64, 128, 256)
 """Sizes of the fsdp axis that the search tries besides the config's own."""
+
+FITTING = 3
+"""Candidates that fit are compiled until there are this many, and the fastest is taken."""
+
+SLOWDOWN = {"compute": 1.35, "hbm": 3.0}
+"""The compiler's time for what is counted under a resource, relative to its peak rate: matrix products, and norms,
+copies and element-wise work (docs/planning.md has the profiles)."""
 
 STEPS = 1_000_000
 """A placeholder for the length of the run and the size of its dataset, neither of which changes any shape."""
@@ -47,6 +57,12 @@ class Candidate(NamedTuple):
     memory: Memory
     work: Work
     roofline: Roofline
+
+    @property
+    def attention(self) -> Choice:
+        """The implementation of attention and why it was selected."""
+        model = self.learner.model
+        return choose_attention(self.config.model.attention, model.compute.dtype, model.architecture, self.learner.mesh)
 
 
 Compile = Callable[[Candidate], Compiled]
@@ -122,29 +138,53 @@ def candidates(config: ConfigDict, machines: Machines) -> list[Candidate]:
             candidate = estimate(config, machines, changes, states.get(shared))
             states[shared] = candidate.state
             found.append(candidate)
-    return sorted(found, key=lambda c: (c.roofline.serial, len(c.changes)))
+    return sorted(found, key=lambda c: (corrected(c.roofline), len(c.changes)))
 
 
-def search(given: Candidate, machines: Machines, compile: Compile, *, compilations: int) -> SearchResult:
-    """The config as it is, if it fits, or the nearest that does; after at most ``compilations`` compilations."""
+def corrected(bound: Roofline) -> float:
+    """Seconds of a step by its roofline and by how far the compiler's own times lie above it."""
+    return sum(SLOWDOWN.get(name, 1.0) * getattr(bound, name) for name in bound._fields)
+
+
+def compiled_seconds(candidate: Candidate, compiled: Compiled, machines: Machines) -> float | None:
+    """Seconds of a step by the compiler's cycles, transfers overlapping as far as they can; None without cycles."""
+    if compiled.cycles is None:
+        return None
+    return max(compiled.cycles / clock(machines.chip), candidate.roofline.ici, candidate.roofline.dcn)
+
+
+def search(
+    given: Candidate, machines: Machines, compile: Compile, *, compilations: int, fitting: int = FITTING
+) -> SearchResult:
+    """The config as it is, if it fits, or the fastest that does; after at most ``compilations`` compilations.
+
+    Up to ``fitting`` candidates that fit are compared by the compiler's cycles; without cycles the first is taken.
+    """
     free = machines.chip.free_hbm_per_device
     compiled = compile(given)
     tried = [({}, compiled)]
     if compiled.fits:
         return SearchResult(given, compiled, tried)
     # The compiler's figure relative to the estimate, by policy: what XLA saves under one policy says little about
-    # another. The estimate of a policy that was never compiled is taken as it is.
-    factors = {given.config.model.remat: compiled.hbm_bytes / given.memory.total}
-    left = candidates(given.config, machines)
-    while len(tried) < compilations:
-        likely = (c for c in left if c.memory.total * factors.get(c.config.model.remat, 1.0) <= free)
-        candidate = next(likely, None)
-        if candidate is None:
+    # another. The estimate of a policy that was never compiled is taken as it is. The same for the time.
+    factors, slower = {given.config.model.remat: compiled.hbm_bytes / given.memory.total}, {}
+    left, found = candidates(given.config, machines), []
+    while len(tried) < compilations and len(found) < fitting:
+        likely = [c for c in left if c.memory.total * factors.get(c.config.model.remat, 1.0) <= free]
+        if not likely:
             break
+        candidate = min(likely, key=lambda c: corrected(c.roofline) * slower.get(c.config.model.remat, 1.0))
         left.remove(candidate)
         compiled = compile(candidate)
         tried.append((candidate.changes, compiled))
-        if compiled.fits:
-            return SearchResult(candidate, compiled, tried)
-        factors[candidate.config.model.remat] = compiled.hbm_bytes / candidate.memory.total
-    return SearchResult(None, None, tried)
+        policy, seconds = candidate.config.model.remat, compiled_seconds(candidate, compiled, machines)
+        factors[policy] = compiled.hbm_bytes / candidate.memory.total
+        if not compiled.fits:
+            continue
+        found.append((seconds, candidate, compiled))
+        if seconds is None:
+            break
+        slower[policy] = seconds / corrected(candidate.roofline)
+    if not found:
+        return SearchResult(None, None, tried)
+    return SearchResult(*min(found, key=lambda item: item[0] or 0.0)[1:], tried)

@@ -35,7 +35,7 @@ def header(run: Run) -> list[tuple[str, str]]:
         ("model", f"{run.config.model.name}, {counts['total'] / 1e6:.1f}M parameters"),
         ("towers", f"image {counts['image'] / 1e6:.1f}M, text {counts['text'] / 1e6:.1f}M, {run.config.model.dtype}"),
         ("mesh", f"{axes} on {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
-        ("attention", f"{attention.name} ({attention.reason})"),
+        ("attention", str(attention)),
         ("XLA flags", xla_flags.describe(jax.default_backend())),
         ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} per device"),
         *(("", note) for note in repeated_pairs(run)),

@@ -12,7 +12,7 @@ from clip_jax.training.schedule import Schedule
 
 KERNELS = (
     *("qkv", "out", "up", "down", "gate", "query", "key", "value", "key_value", "kernel"),
-    *("patch_embedding", "projection"),
+    *("patch_embedding", "projection", "prototypes"),
 )
 EMBEDDINGS = ("token_embedding", "spatial_embedding")
 POSITIONS = ("position_embedding", "queries")

@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from clip_jax import __version__, presets, version
 from clip_jax import config as configs
+from clip_jax.data.faults import Faults
 from clip_jax.data.order import MixedOrder, Order, fold, mix
 from clip_jax.data.sources import open_source
 from clip_jax.data.sources.mixture import Mixture, open_mixture
 from clip_jax.data.sources.sample import Source
-from clip_jax.data.stream import Faults, TrainingBatches
+from clip_jax.data.stream import TrainingBatches
 from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices import hardware
 from clip_jax.devices.sharding import make_mesh
@@ -96,6 +97,12 @@ class Run(NamedTuple):
             if phase.start < step
         )
 
+    def seen(self, step: int) -> int:
+        """The pairs of all steps up to this one, with those that a selection left out."""
+        return self.config.batch_size * sum(
+            (min(step, phase.stop) - phase.start) * phase.learner.ratio for phase in self.phases if phase.start < step
+        )
+
     def phase_of(self, step: int) -> int:
         """The phase that a checkpoint of a step belongs to: the one that trained that step."""
         return max((i for i, phase in enumerate(self.phases) if phase.start < step), default=0)
@@ -123,11 +130,11 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
         configs.check_lengths(phase.config, steps, examples)
 
     tokenizer = prepare_tokenizer(folder.path, config, train)
-    faults = Faults(config.data.max_bad_share)
+    faults = Faults()
     stops = [*(phase.start for phase in phase_configs[1:]), steps]
     if any(phase.start >= steps for phase in phase_configs):
         raise UserError(f"config.phases: a phase starts at step {phase_configs[-1].start} of a run of {steps}")
-    phases = []
+    phases, before = [], 0
     for (start, phase_config), stop in zip(phase_configs, stops, strict=True):
         preset = resolve_preset(phase_config, tokenizer)
         length, words = preset.architecture.text.context_length, tokenizer
@@ -136,7 +143,8 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
         learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=words)
         check_stored(learner, train)
         stored_images.check_source(phase_config.data.image_embeddings, train)
-        batches = TrainingBatches(train, order, learner.views, faults)
+        batches = TrainingBatches(train, order, learner.views, faults, learner.ratio, start, before)
+        before += (stop - start) * learner.ratio
         evaluations = make_evaluations(phase_config, learner, preset, words, opened, examples)
         phases.append(Phase(start, stop, preset, learner, batches, evaluations))
     return Run(

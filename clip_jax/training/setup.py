@@ -14,6 +14,7 @@ from clip_jax.models.attention_choice import choose_attention
 from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.compute import Compute
 from clip_jax.objectives import OBJECTIVES
+from clip_jax.objectives.objective import Ema
 from clip_jax.presets import Preset
 from clip_jax.training import muon, rates, stored_images
 from clip_jax.training import optimizer as optimizers
@@ -48,7 +49,9 @@ def make_learner(
     preset = configs.resolve_preset(config, None if tokenizer is None else tokenizer.vocab_size)
     model, rate = make_model(config, preset, mesh), make_schedule(config, steps, examples)
     objectives = {
-        name: with_teacher(kind.make(config.objectives[name], model, preset.preprocess, tokenizer))
+        name: with_teacher(
+            kind.make(config.objectives[name], model, preset.preprocess, tokenizer), f"config.objectives.{name}"
+        )
         for name, kind in OBJECTIVES.items()
         if config.objectives[name].weight > 0
     }
@@ -79,7 +82,7 @@ def make_learner(
         rate=rate,
         mesh=mesh,
         micro_batches=micro_batches(config),
-        decays={AVERAGE: config.ema_decay} if config.ema_decay > 0 else {},
+        averages={AVERAGE: Ema(config.ema_decay)} if config.ema_decay > 0 else {},
         frozen=frozen,
         rate_factors=tuple(config.optimizer.rate_factors),
         patch_dropout=config.model.patch_dropout,

@@ -1,5 +1,7 @@
 """The kernel for TPUs, interpreted: the definition's values and gradients, on any mesh, and where it is taken."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +111,9 @@ def described(platform, tensor=1):
 
 
 CHOICES = [
-    ("tpu", "auto", jnp.bfloat16, 1, "xla", "auto, on tpu"),
+    ("tpu", "auto", jnp.bfloat16, 1, "tpu", "auto, on tpu"),
+    ("tpu", "auto", jnp.float32, 2, "tpu", "auto, on tpu"),
+    ("tpu", "auto", jnp.bfloat16, 64, "xla", "auto, mesh.tensor=64 does not divide 2 heads"),
     ("tpu", "tpu", jnp.float32, 1, "tpu", "as set"),
     ("tpu", "xla", jnp.bfloat16, 1, "xla", "as set"),
     ("gpu", "auto", jnp.bfloat16, 1, "cudnn", "auto, on gpu"),
@@ -126,15 +130,21 @@ def test_auto_takes_the_kernel_of_the_meshs_platform(platform, setting, dtype, t
 
 def test_auto_stays_auto_in_the_config_and_xla_stays_xla(tmp_path):
     recipe = str(runs.write_recipe(tmp_path))
-    config = load(recipe, {"model.attention": "tpu"})
+    config = load(recipe, {})
     mesh, preset = described("tpu"), resolve_preset(config)
     assert make_model(config, preset, mesh).compute.attend == TPUAttention(mesh)
-    assert load(recipe, {}).model.attention == "auto"
+    assert config.model.attention == "auto"
     config = load(recipe, {"model.attention": "xla"})
     assert make_model(config, preset, mesh).compute.attend is xla
     config = load(recipe, {"model.attention": "auto", "model.dtype": "bfloat16"})
     gpu = described("gpu")
     assert make_model(config, preset, gpu).compute.attend in (cudnn, xla)
+
+
+def test_a_tower_that_is_too_long_for_the_kernel_takes_xla_and_says_so():
+    long = replace(SMALL, text=replace(SMALL.text, context_length=2000))
+    choice = choose_attention("auto", jnp.bfloat16, long, described("tpu"))
+    assert str(choice) == "xla (auto, the TPU kernel takes at most 1,152 tokens, not 2,000)"
 
 
 def test_heads_that_the_mesh_does_not_divide_are_one_line():

@@ -59,15 +59,15 @@ def program(backend):
 
 
 def test_loops_count_by_trips_fusions_once_and_kernels_apart():
-    assert estimate(program("")) == (5 + 12 * 100 + 20, {"f32[8] -> f32[8]": 1})
-    assert estimate(program(',"estimated_cycles":"1000"')) == (5 + 12 * 100 + 20 + 1000, {})
+    assert estimate(program(""))[:2] == (5 + 12 * 100 + 20, {"f32[8] -> f32[8]": 1})
+    assert estimate(program(',"estimated_cycles":"1000"'))[:2] == (5 + 12 * 100 + 20 + 1000, {})
 
 
 def test_a_kernel_of_a_step_is_found_by_its_shapes():
     query = jax.ShapeDtypeStruct((8, 100, 4, 64), jnp.bfloat16)
     step = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: TPUAttention()(x, x, x), x))
     (call,) = pallas_calls(jax.make_jaxpr(step)(query))
-    assert signature(call) == " ".join(["bf16[8,128,256]"] * 3) + " -> bf16[8,128,256]"
+    assert signature(call) == " ".join(["bf16[8,100,256]"] * 3) + " -> bf16[8,100,256]"
 
 
 def test_clocks_are_those_that_are_published():

@@ -34,6 +34,7 @@ def test_json_has_what_a_program_needs(capsys):
         "batch_size": 32768,
         "micro_batch": 32768,
         "model.remat": "full",
+        "model.attention": "tpu",
         "mesh.data": 256,
         "mesh.fsdp": 1,
         "mesh.tensor": 1,

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.data import stream
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.errors import UserError
 from clip_jax.storage import lock, run_folder
 from clip_jax.storage.checkpoints import latest_step
-from clip_jax.training import loop, restart
+from clip_jax.training import budget, loop, restart
 from tests.data.shards import jpeg, sample, write_shard
 from tests.training import runs
 
@@ -57,7 +56,7 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
 
 def test_both_ways_out_of_bad_data_work(tmp_path, monkeypatch):
     """Every fifth image is a web page: the run keeps what it saved, and a higher bound or mended data continue it."""
-    monkeypatch.setattr(stream, "JUDGED_AFTER", 3 * 16)
+    monkeypatch.setattr(budget, "JUDGED_AFTER", 3 * 16)
     recipe, photos = str(runs.write_recipe(tmp_path)), tmp_path / "photos"
     photos.mkdir()
     for i in range(40):
