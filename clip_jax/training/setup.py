@@ -96,8 +96,8 @@ def check_stored_images(config: ConfigDict, frozen: tuple[str, ...]) -> None:
     """Stored embeddings need a frozen tower, and objectives that see no image."""
     if "image/*" not in frozen:
         raise UserError('config.data.image_embeddings: only of a frozen image tower: config.model.frozen=("image/*",)')
-    for name in ("captioning", "distillation"):
-        if config.objectives[name].weight > 0:
+    for name in OBJECTIVES:
+        if name != "contrastive" and config.objectives[name].weight > 0:
             raise UserError(f"config.data.image_embeddings: objectives.{name} needs the images themselves")
 
 

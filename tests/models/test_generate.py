@@ -82,7 +82,7 @@ def until_end(ids):
     [
         ("coca", "greedy"),
         ("coca_shifted_mask", "beam"),
-        ("cappa", "beam"),
+        pytest.param("cappa", "beam", marks=pytest.mark.slow),
         pytest.param("clip", "greedy", marks=pytest.mark.slow),
     ],
 )

@@ -112,6 +112,7 @@ def test_a_finished_run_is_made_longer_and_says_what_becomes_of_its_schedule(sma
         loop.run(workdir=str(copy), recipe=None, overrides={"steps": "12"})
 
 
+@pytest.mark.slow
 def test_a_cooldown_starts_from_a_finished_run_of_a_constant_rate(small_run, tmp_path):
     """Warm-up, stable, decay: as many short runs as wanted from one long one (Hägele et al. 2024, section 3)."""
     recipe, workdir = str(small_run.parent / "recipe.py"), str(tmp_path / "run")
