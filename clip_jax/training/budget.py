@@ -79,6 +79,7 @@ def sum_over_processes(values: np.ndarray) -> jax.Array | np.ndarray:
 
 @functools.cache
 def _sum(processes: int) -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    mesh = Mesh(np.array(jax.devices()).reshape(processes, -1), ("process", "device"))
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices).reshape(processes, -1), ("process", "device"))
     add = jax.jit(lambda rows: rows.sum(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
     return NamedSharding(mesh, PartitionSpec("process")), add
