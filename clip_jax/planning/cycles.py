@@ -5,6 +5,7 @@ The compiler schedules every fusion, product, copy and Pallas kernel and writes 
 ``collectives`` counts, transfers to the host, the input pipeline, and stalls that depend on data.
 """
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -20,6 +21,8 @@ from clip_jax.planning.profile import Share, merge, share
 from clip_jax.planning.program import executed, is_program, parse
 
 KERNEL = 'custom_call_target="tpu_custom_call"'
+LONG_GRID = 8
+"""Steps along the first axis of a kernel's grid that are compiled to estimate longer ones."""
 _SHAPE = re.compile(r"\b[a-z]+\d+\[[\d,]*\]")
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -75,14 +78,32 @@ def kernel_cycles(program: ClosedJaxpr, device: jax.Device) -> dict[str, int]:
     the process at some of XLA's own fusions, so that whole programs cannot be compiled with it. Of kernels with equal
     shapes the slowest counts.
     """
-    sharding, found = SingleDeviceSharding(device), {}
+    found: dict[str, int] = {}
     for shapes, call in {(signature(call), str(call.params["jaxpr"])): call for call in pallas_calls(program)}.items():
-        arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in call.invars]
-        compiled = jax.jit(functools.partial(call.primitive.bind, **call.params)).lower(*arguments).compile()
-        kernel = re.search(rf"^.*{KERNEL}.*$", compiled.as_text(), re.MULTILINE)
-        cycles = max(int(n) for n in _CYCLES.findall(kernel[0]))
-        found[shapes[0]] = max(cycles, found.get(shapes[0], 0))
+        found[shapes[0]] = max(_cycles_alone(call, device), found.get(shapes[0], 0))
     return found
+
+
+def _cycles_alone(call: JaxprEqn, device: jax.Device) -> int:
+    """The cycles of one execution; of a kernel with a long grid, extrapolated from two short ones.
+
+    With the flag the compiler walks through all steps of the grid, which takes minutes for a hundred.
+    """
+    mapping = call.params["grid_mapping"]
+    steps = mapping.grid[0] if mapping.grid else 1
+
+    def cycles(steps: int) -> int:
+        grid = {"grid_mapping": dataclasses.replace(mapping, grid=(steps, *mapping.grid[1:]))} if mapping.grid else {}
+        run = functools.partial(call.primitive.bind, **call.params | grid)
+        sharding = SingleDeviceSharding(device)
+        arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in call.invars]
+        kernel = re.search(rf"^.*{KERNEL}.*$", jax.jit(run).lower(*arguments).compile().as_text(), re.MULTILINE)
+        return max(int(n) for n in _CYCLES.findall(kernel[0]))
+
+    if steps <= LONG_GRID:
+        return cycles(steps)
+    few, many = cycles(LONG_GRID // 2), cycles(LONG_GRID)
+    return few + (many - few) * (steps - LONG_GRID // 2) // (LONG_GRID - LONG_GRID // 2)
 
 
 def signature(call: JaxprEqn) -> str:
