@@ -5,7 +5,10 @@
 
 import sys
 
-from clip_jax.commands import train
+from clip_jax import interrupts
 
 if __name__ == "__main__":
+    interrupts.install()  # before the other imports, which take half a second
+    from clip_jax.commands import train
+
     sys.exit(train.main(sys.argv[1:]))

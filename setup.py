@@ -49,17 +49,26 @@ HTTP = ["aiohttp>=3.14"]
 # --config.data.resize=simd.
 FAST = ["cykooz-resizer>=4.0.1"]  # 2 MB
 
+# clip-jax serve.
+SERVE = ["python-multipart>=0.0.34", "starlette>=1.10", "uvicorn>=0.54"]
+# clip-jax search --approximate.
+APPROXIMATE = ["faiss-cpu>=1.15"]
+
 EXTRAS = {
     "gcs": GCS,
     "s3": S3,
     "stablehlo": STABLEHLO,
     "http": HTTP,
     "fast": FAST,
+    "serve": SERVE,
+    "approximate": APPROXIMATE,
     "test": [
+        *APPROXIMATE,
         *FAST,
         *GCS,
         *HTTP,
         *S3,
+        *SERVE,
         *STABLEHLO,
         "flask>=3.1",  # moto's server and flask-cors: without the rest of moto[server], a hundred megabytes
         "flask-cors>=6.0",
@@ -106,5 +115,5 @@ setup(
     package_data={"clip_jax": ["evaluation/prompts/*.json", "evaluation/prompts/LICENSE.txt"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["clip-jax = clip_jax.commands:main"]},
+    entry_points={"console_scripts": ["clip-jax = clip_jax.__main__:main"]},
 )

@@ -29,10 +29,11 @@ import peer
 from PIL import Image
 
 from clip_jax.data import fast_crops, images, tokenizers
+from clip_jax.data.faults import Faults
 from clip_jax.data.order import Order
 from clip_jax.data.sources import open_source
 from clip_jax.data.sources.sample import Source
-from clip_jax.data.stream import Faults, TrainingBatches, stream
+from clip_jax.data.stream import TrainingBatches, stream
 from clip_jax.data.views import pair_views
 
 DATA = peer.ROOT.parent / "shared" / "data"
@@ -100,7 +101,7 @@ def our_seconds(source: Source, resize: str, batch: int) -> float:
         interpolation="bicubic",
         resize=resize,
     )
-    make = TrainingBatches(source, Order(len(source), batch, 0), views, Faults(0.0))
+    make = TrainingBatches(source, Order(len(source), batch, 0), views, Faults())
     steps = len(source) // batch
     batches = stream(make, np.arange(batch), 0, steps, workers=WORKERS, prefetch=PREFETCH)
     next(batches)

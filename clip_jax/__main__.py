@@ -2,6 +2,15 @@
 
 import sys
 
-from clip_jax.commands import main
+from clip_jax import interrupts
 
-sys.exit(main())
+
+def main() -> int:
+    interrupts.install("clip-jax: interrupted")  # before the other imports, which take half a second
+    from clip_jax import commands
+
+    return commands.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -70,6 +70,14 @@ class NoDeviceError(StoppedError):
     exit_code = EXIT_UNEXPECTED
 
 
+def out_of_memory(error: Exception) -> str:
+    """The library's first line if the error is a lack of memory of the host or of a device, else an empty string."""
+    lines = str(error).strip().splitlines() or ["MemoryError"]
+    # By its name: this file does not import JAX.
+    of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+    return lines[0] if of_jax or isinstance(error, MemoryError) else ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``" (nearest: ...)"`` for a mistyped name, or ``""`` when nothing known resembles it."""
     known = list(known)

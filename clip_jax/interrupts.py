@@ -22,22 +22,27 @@ SECOND = "interrupted again; the same command resumes from the last complete che
 _requested = threading.Event()
 _after_step: list[Callable[[], None]] = []
 """The argument of ``after_step``, once it was called."""
+_early: list[str] = []
+"""The line of ``install``, once it was called."""
 
 
 def install(early: str = "") -> None:
     """From now on Ctrl-C ends the process with one line and ``EXIT_INTERRUPTED``. Main thread only.
 
-    ``early`` is that line for a program other than the trainer. If SIGINT is ignored, as for the background jobs of a
-    script, it stays ignored.
+    ``early`` is that line for a program other than the trainer; a second call only changes it. If SIGINT is ignored, as
+    for the background jobs of a script, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return
+    installed = bool(_early)
+    _early[:] = [early or f"{program()}: {EARLY}"]
+    if installed:
         return
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, lambda *_: None)
-    early = early or f"{program()}: {EARLY}"
-    threading.Thread(target=_watch, args=(read, early), name="interrupts", daemon=True).start()
+    threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True).start()
 
 
 def after_step(notify: Callable[[], None]) -> None:
@@ -50,7 +55,7 @@ def requested() -> bool:
     return _requested.is_set()
 
 
-def _watch(signals: int, early: str) -> None:
+def _watch(signals: int) -> None:
     while number := os.read(signals, 1):
         if number[0] != signal.SIGINT:  # every signal that Python handles comes through here
             continue
@@ -59,7 +64,7 @@ def _watch(signals: int, early: str) -> None:
             _say(f"{program()}: {FIRST}")
             _after_step[0]()
         else:
-            _say(f"{program()}: {SECOND}" if _requested.is_set() else early)
+            _say(f"{program()}: {SECOND}" if _requested.is_set() else _early[0])
             os._exit(EXIT_INTERRUPTED)
 
 

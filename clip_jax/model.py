@@ -26,6 +26,7 @@ from clip_jax.inputs import Images, OneImage
 from clip_jax.interop import folders, foreign, tokenizer_files
 from clip_jax.models.clip import CLIP, unit
 from clip_jax.models.compute import Compute
+from clip_jax.models.generate import Decoding, generate
 from clip_jax.presets import Preset
 from clip_jax.storage import buckets, checkpoints, run_folder
 
@@ -188,6 +189,79 @@ class Model:
         classes = zero_shot.classifier(wanted.class_names, wanted.templates, self.encode_text)
         return np.asarray(jax.nn.softmax(self.scale * self.encode_image(images) @ classes.T, axis=-1))
 
+    def generate(
+        self,
+        images: Images,
+        *,
+        method: str = "beam",
+        max_tokens: int = 30,
+        min_tokens: int = 0,
+        beams: int = 6,
+        length_penalty: float = 1.0,
+        top_p: float = 0.9,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int = BATCH,
+        workers: int | None = None,
+        progress: bool | None = None,
+    ) -> list[str]:
+        """A caption for each image, from a model with a decoder; ``models.generate.Decoding`` describes the arguments.
+
+        ``method`` is ``greedy``, ``top_p`` (random, from ``seed``) or ``beam``. Other arguments as in ``encode_image``.
+        Raises UserError.
+        """
+        decoding = self._decoding(method, max_tokens, min_tokens, beams, length_penalty, top_p, temperature)
+        key = jax.random.key(seed)
+        rows = encode_in_batches(
+            inputs.images(images),
+            self._pixels,
+            lambda pixels: self._generate(self.params, self._rows(self._normalize(pixels)), decoding, key)[
+                : len(pixels)
+            ],
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
+        first = 0 if self.preset.architecture.decoder.form == "coca" else 1
+        return [self.tokenizer.decode(row[first:]) for row in rows]
+
+    def _decoding(self, method: str, max_tokens: int, min_tokens: int, beams: int, *more: float) -> Decoding:
+        """Checks the arguments of ``generate``."""
+        self._need("image", "text")
+        decoder = self.preset.architecture.decoder
+        if decoder is None:
+            raise UserError(f"{self.name}: has no decoder; models trained with objectives.captioning and CoCa have one")
+        decoding = Decoding(method, min(max_tokens, decoder.length), min_tokens, beams, *more)
+        if method not in ("greedy", "top_p", "beam"):
+            raise UserError(f"method={method!r}: greedy, top_p or beam")
+        for name in ("max_tokens", "beams"):
+            if getattr(decoding, name) < 1:
+                raise UserError(f"{name}={getattr(decoding, name)} must be at least 1")
+        if not 0 < decoding.top_p <= 1 or decoding.temperature <= 0:
+            raise UserError(f"top_p={decoding.top_p}, temperature={decoding.temperature}: above 0, and top_p at most 1")
+        if decoder.form == "coca" and self.tokenizer.start_id is None:
+            raise UserError(f"{self.name}: its tokenizer has no start token, with which a caption begins")
+        return decoding
+
+    @cached_property
+    def _generate(self):
+        tokenizer, coca = self.tokenizer, self.preset.architecture.decoder.form == "coca"
+
+        def caption(params: Any, pixels: Array, decoding: Decoding, key: Array) -> Array:
+            patches = self.clip.patches(params, pixels, self.batch_stats)
+            return generate(
+                self.clip,
+                params,
+                patches,
+                decoding,
+                start_id=tokenizer.start_id if coca else 0,
+                end_id=tokenizer.end_id,
+                vocab_size=tokenizer.vocab_size,
+                key=key,
+            )
+
+        return jax.jit(caption, static_argnums=2)
+
     @cached_property
     def _normalize(self):
         return jax.jit(self.preset.preprocess.normalize)
@@ -260,6 +334,8 @@ def load(
 
 def _not_there(source: str) -> str:
     """Why there is no folder of this name, and what was probably meant."""
+    if page := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", source):
+        return f"{source}: a web page; load its repository as {folders.HUB}{page[1]}"
     if source.replace("/", "-") in {name.replace("/", "-") for name in presets.list_models()}:
         return f"{source}: a name says the architecture alone; load({source!r}, weights=PATH_OR_HF)"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, UInt8
 
 from clip_jax.errors import UserError, nearest
 from clip_jax.models.clip import Architecture
+from clip_jax.models.decoder import CaptionDecoder
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
@@ -270,6 +271,34 @@ _EVA = {
     "EVA02-E/14-plus": _eva(_EVA_E, _TEXT_G, 1024),
 }
 
+
+def _coca(image: ImageTower, text: TextTower, embed_dim: int) -> Preset:
+    """A model with a decoder of the text tower's sizes, and with the mask of OpenCLIP's published weights."""
+    text = dataclasses.replace(text, pooling="class", shifted_mask=True)
+    decoder = CaptionDecoder(
+        form="coca",
+        length=text.context_length - 1,
+        vocab_size=text.vocab_size,
+        width=text.width,
+        layers=text.layers,
+        heads=text.heads,
+        mlp_width=text.mlp_width,
+        activation=text.activation,
+    )
+    return Preset(Architecture(image, text, embed_dim, decoder=decoder), OPENAI, "clip")
+
+
+# Yu et al. 2022, as OpenCLIP configures it.
+_COCA = {
+    "coca_ViT-B/32": _coca(
+        dataclasses.replace(_image(224, 32, 768, 12), pooling="queries"), _text(512, 12, context=76), 512
+    ),
+    "coca_ViT-L/14": _coca(
+        dataclasses.replace(_image(224, 14, 1024, 24), pooling="queries"), _text(768, 12, context=76), 768
+    ),
+    "coca_base": _coca(_image(288, 18, 768, 12), _text(768, 12, context=76, vocab=64_000), 512),
+}
+
 # Small models that train in minutes on a CPU.
 _SMALL = {
     "ViT-Emoji/16": Preset(Architecture(_image(128, 16, 256, 6), _text(256, 4, context=32), 256), HALF, "clip"),
@@ -289,6 +318,7 @@ PRESETS = {
     **_CLIPA,
     **_SIGLIP,
     **_EVA,
+    **_COCA,
     **_SMALL,
 }
 
@@ -324,6 +354,8 @@ def from_json(values: dict[str, Any]) -> Preset:
         image = ResNetTower(**image | {"stages": tuple(image["stages"])})
     else:
         image = ImageTower(**{"init": _unsaved_init(image)} | image)
+    if architecture.get("decoder") is not None:
+        architecture["decoder"] = CaptionDecoder(**architecture["decoder"])
     preprocess = {k: tuple(v) if isinstance(v, list) else v for k, v in values["preprocess"].items()}
     return Preset(Architecture(image, text, **architecture), Preprocess(**preprocess), values["tokenizer"])
 

@@ -66,6 +66,12 @@ EVA = {
     "EVA02-E/14-plus": "timm/eva02_enormous_patch14_plus_clip_224.laion2b_s9b_b144k",
 }
 
+COCA = {
+    "coca_ViT-B/32": "laion/CoCa-ViT-B-32-laion2B-s13B-b90k",
+    "coca_ViT-L/14": "laion/CoCa-ViT-L-14-laion2B-s13B-b90k",
+}
+"""With a decoder; those of mscoco_finetuned_CoCa-... write captions as COCO's."""
+
 _REPOSITORIES = {
     **LAION,
     **{f"{name}-quickgelu": repository for name, repository in QUICKGELU.items()},
@@ -73,6 +79,7 @@ _REPOSITORIES = {
     **SIGLIP,
     "ViT-SO400M/14-SigLIP-378": "timm/ViT-SO400M-14-SigLIP-384",  # the weights of 384, at the size that 14 divides
     **EVA,
+    **COCA,
 }
 
 WEIGHTS = {name: f"hf://{repository}" for name, repository in _REPOSITORIES.items()}

@@ -53,6 +53,9 @@ def defaults() -> ConfigDict:
                 "links_to": "",  # a folder into which links of an image folder may lead; empty: only within itself
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
                 "exif_orientation": False,  # rotate photos by their EXIF orientation; OpenCLIP and Transformers do not
+                # A folder of clip-jax embed, made from data.train: embeddings of the frozen image tower, which then
+                # does not run and sees no image.
+                "image_embeddings": "",
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect ratio
                 # Of random crops; evaluation always has Pillow's. simd: the same filter, several times as fast, rounded
@@ -60,7 +63,7 @@ def defaults() -> ConfigDict:
                 "resize": "pillow",
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
-                "max_bad_share": 0.01,  # share of unusable examples, and of incomplete pairs, at which the run stops
+                "max_bad_share": 0.01,  # of incomplete pairs, and of the last 10,000 examples; above it the run stops
                 "changed": "stop",  # if the data changed since the run began; or accept the same number of examples
                 "workers": 2,  # threads, each decoding a batch of its own
                 "prefetch": 4,  # batches ready before they are needed
@@ -147,8 +150,9 @@ def defaults() -> ConfigDict:
 def evaluation(**fields: Any) -> ConfigDict:
     """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
     known = {
-        "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, composition or corruptions
-        # kind:where, like data.train; zero_shot and corruptions need labels, composition takes shapes:heldout; "": off
+        "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, or one below
+        # composition takes shapes:heldout, cues shapes:zero_shot, grounding examples with boxes; corruptions,
+        # typographic and adversarial need labels. The source is kind:where, like data.train; "": off
         "source": "",
         "caption": "",  # like data.caption, of this source; empty: data.caption
         "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
@@ -219,7 +223,12 @@ CHOICES = {
 SEVERAL = ("data.train",)
 """The settings that are a string or a tuple of entries."""
 
-EVALUATION_CHOICES = {"protocol": ("retrieval", "zero_shot", "composition", "corruptions")}
+EVALUATION_CHOICES = {
+    "protocol": (
+        *("retrieval", "zero_shot", "composition", "corruptions"),
+        *("typographic", "adversarial", "cues", "grounding"),
+    )
+}
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}
 
 SIZES = Range(1, auto=True)

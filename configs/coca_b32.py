@@ -1,8 +1,8 @@
-"""CLIP ViT-B/32 with a captioning decoder after CoCa (Yu et al. 2022), as OpenCLIP's coca_ViT-B-32 was trained.
+"""CoCa ViT-B/32 (Yu et al. 2022), as OpenCLIP's coca_ViT-B-32 was trained.
 
 python main.py --config='configs/coca_b32.py:tar:/data/train-*.tar' --workdir=runs/coca_b32
-The decoder continues from the text tower's tokens and has its sizes: 12 layers, width 512. It sees the image through
-255 learned queries. The embeddings are CLIP's own: the class token, not a query of the pooler.
+256 learned queries pool the image: the first is the embedding, the decoder sees the others. It continues from the text
+tower's tokens and has its sizes: 12 layers, width 512.
 
 The weights of the losses, 1 and 2, the batch and the number of pairs are those of OpenCLIP's model; the learning rate
 and the rest are those of configs/clip_vit_b32.py. Planned for v5e-256 (docs/plans.md); not trained here.
@@ -20,7 +20,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.data.train = data
     config.data.workers = 16
 
-    config.model.name = "ViT-B/32"
+    config.model.name = "coca_ViT-B/32"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.objectives.captioning.weight = 2.0

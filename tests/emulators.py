@@ -5,8 +5,14 @@ The libraries under test do not know: they get the address by the environment va
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import fsspec
 import portpicker
+import pytest
+
+from clip_jax.storage import remote
 
 BUCKET = "a-bucket"
 
@@ -54,3 +60,18 @@ def s3() -> Iterator[dict[str, str]]:
 
 
 STORES = {"gs": gcs, "s3": s3}
+
+
+@contextlib.contextmanager
+def filled(scheme: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
+    """fsspec's file system of a bucket, and the URL of a copy of ``folder`` in it."""
+    remote._of_scheme.cache_clear()
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()  # that of another test has the address of its server
+    with STORES[scheme]() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        files, url = remote._of_scheme(scheme), f"{scheme}://{BUCKET}/{folder.name}"
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            files.put_file(str(path), f"{url}/{path.relative_to(folder).as_posix()}")
+        yield files, url
+    remote._of_scheme.cache_clear()

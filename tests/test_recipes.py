@@ -116,14 +116,36 @@ def test_a_recipe_in_two_stages_has_the_papers_numbers(recipe, pairs, later, per
     assert (optimizer.weight_decay, optimizer.beta1, optimizer.beta2) == (0.2, 0.9, 0.95)
 
 
+@pytest.mark.parametrize(("recipe", "layers", "weight", "decoder"), [("b16", 12, 0.25, 6), ("so400m14", 27, 1.0, 13)])
+def test_siglip_2_has_the_papers_numbers(recipe, layers, weight, decoder):
+    """Tschannen et al. 2025, sections 2.1 to 2.3: 40B pairs, and two further losses from 80 % of the run."""
+    config = configs.load(f"configs/siglip2_{recipe}.py")
+    second, optimizer = configs.phases(config)[1], config.optimizer
+    assert config.steps * config.batch_size == pytest.approx(40e9, rel=1e-6)
+    assert second.start / config.steps == pytest.approx(0.8, rel=1e-6)
+    assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.clip_norm) == (1e-3, 20_000, 1.0)
+    preset = configs.resolve_preset(config)
+    assert (preset.architecture.image.layers, preset.tokenizer) == (layers, "siglip2")
+    assert preset.architecture.image.grid**2 == 256 and preset.architecture.text.context_length == 64
+    first, later = config.objectives, second.config.objectives
+    assert (first.captioning.weight, first.captioning.layers, first.captioning.parallel) == (1.0, decoder, 0.5)
+    assert (first.self_distillation.weight, later.self_distillation.weight) == (0.0, weight)
+    ours = later.self_distillation
+    assert (ours.local, ours.masked, ours.mask_share, ours.local_crops) == (1.0, 0.25, 0.5, 8)
+
+
 SHRINK = 4
 """Pixels and patches are this many times smaller: the grids of patches are the recipe's own."""
 SWITCH, STEPS, VOCABULARY = 2, 4, 300
 SMALL_PHASE = {
     "start": lambda step: SWITCH,
     "model.image.image_size": lambda size: size // SHRINK,
+    "objectives.self_distillation.local_size": lambda size: LOCAL_SIZE[size],
     "optimizer.cooldown_steps": lambda steps: STEPS - SWITCH,
+    "micro_batch": lambda size: 8,
 }
+LOCAL_SIZE = {96: 24, 98: 21}  # whole patches, of 4 and of 3 pixels
+SMALL_HEADS = {"prototypes": "50", "hidden": "32", "bottleneck": "16", "local_size": str(LOCAL_SIZE[96])}
 
 
 def shrunk(recipe: str) -> dict[str, str]:
@@ -133,7 +155,7 @@ def shrunk(recipe: str) -> dict[str, str]:
     phases = tuple({key: SMALL_PHASE.get(key, lambda v: v)(v) for key, v in p.items()} for p in config.phases)
     return {
         **{key: value for key, value in SMALL_RUN.items() if key.startswith("model.")},
-        "model.image.image_size": str(image.image_size // SHRINK),
+        "model.image.image_size": str(image.grid * (image.patch_size // SHRINK)),
         "model.image.patch_size": str(image.patch_size // SHRINK),
         "model.text.vocab_size": str(VOCABULARY),
         "model.dtype": "float32",
@@ -146,9 +168,11 @@ def shrunk(recipe: str) -> dict[str, str]:
         "batch_size": "16",
         "steps": str(STEPS),
         "phases": repr(phases),
+        **{f"objectives.self_distillation.{key}": value for key, value in SMALL_HEADS.items()},
         "optimizer.warmup_steps": "1",
         "log.every_steps": "1",
         "log.tensorboard": "False",
+        **({"mesh.fsdp": "2"} if config.mesh.fsdp > 1 else {}),
     }
 
 
@@ -173,7 +197,10 @@ def class_folders(folder: Path) -> str:
     return f"folder:{folder}"
 
 
-SLOW = ("clipa_l16", "lit_l16", "coca_b32", "distill_b32_from_l14", "unicl_b16")
+SLOW = (
+    *("clipa_l16", "lit_l16", "coca_b32", "coca_l14", "distill_b32_from_l14", "unicl_b16"),
+    *("siglip2_b16", "siglip2_so400m14"),
+)
 
 
 @pytest.mark.parametrize("recipe", ["flip_l16", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
@@ -189,12 +216,14 @@ def test_a_small_copy_of_a_recipe_trains_through_its_phases(tmp_path, monkeypatc
     steps = runs.metrics(workdir)
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert all(np.isfinite(line["train/loss"]) for line in steps)
-    objectives = [name for name, settings in config.objectives.items() if settings.weight > 0]
-    if len(objectives) > 1:
-        parts = sum(config.objectives[name].weight * steps[-1][f"train/{name}/loss"] for name in objectives)
+    weights = {name: settings.weight for name, settings in configs.phases(config)[-1].config.objectives.items()}
+    if sum(weight > 0 for weight in weights.values()) > 1:
+        parts = sum(weight * steps[-1][f"train/{name}/loss"] for name, weight in weights.items() if weight > 0)
         assert steps[-1]["train/loss"] == pytest.approx(parts, rel=1e-5)
-    if config.phases:
-        phase = config.phases[0]
+    phase = config.phases[0] if config.phases else {}
+    if "objectives.self_distillation.weight" in phase:
+        assert [line["step"] for line in steps if "train/self_distillation/local" in line] == [3, 4]
+    if "optimizer.learning_rate" in phase:
         rates = [line["train/learning_rate"] / phase["optimizer.learning_rate"] for line in steps[SWITCH:]]
         assert rates == pytest.approx([1, 0.5])  # a constant whose cooldown is the whole phase
         flops = np.diff([0, *(line["train/flops"] for line in steps)])

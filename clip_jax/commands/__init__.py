@@ -11,6 +11,8 @@ import sys
 from clip_jax import __version__, interrupts
 from clip_jax.command_line import split_overrides
 from clip_jax.commands import (
+    bias,
+    caption,
     classify,
     compare,
     doctor,
@@ -24,10 +26,13 @@ from clip_jax.commands import (
     pack,
     plan,
     push,
+    reinforce,
     search,
+    segment,
+    serve,
     train,
 )
-from clip_jax.errors import EXIT_USER_ERROR, NO_ACCESS, UserError
+from clip_jax.errors import EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR, NO_ACCESS, UserError, out_of_memory
 
 COMMANDS = {
     "train": train,
@@ -35,11 +40,16 @@ COMMANDS = {
     "doctor": doctor,
     "models": models,
     "classify": classify,
+    "caption": caption,
     "evaluate": evaluate,
     "compare": compare,
+    "bias": bias,
     "fewshot": fewshot,
     "embed": embed,
+    "reinforce": reinforce,
     "search": search,
+    "serve": serve,
+    "segment": segment,
     "inspect": inspect,
     "pack": pack,
     "import": import_,
@@ -88,4 +98,14 @@ def main(argv: list[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"clip-jax {arguments.command}: {place}{error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Exception as error:
+        if not (reason := out_of_memory(error)):
+            raise
+        smaller = "lower --batch-size, or " if "batch_size" in arguments else ""
+        print(
+            f"clip-jax {arguments.command}: out of memory ({reason}): {smaller}end other programs on this device or "
+            "machine, or take a larger one",
+            file=sys.stderr,
+        )
+        return EXIT_OUT_OF_MEMORY
     return 0

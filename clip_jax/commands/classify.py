@@ -1,6 +1,7 @@
 """``clip-jax classify --model=runs/demo --image=PATH --labels="a red circle,a blue square"``."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--labels", default="", help="texts separated by commas")
     parser.add_argument("--labels-file", help="a file with one label per line, for labels with commas or many labels")
+    parser.add_argument("--head", help="a classifier that clip-jax fewshot wrote, in place of labels")
     parser.add_argument(
         "--template", action="append", help='a prompt with {} for the label, default "{}"; may be repeated'
     )
@@ -29,15 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    labels, images = read_labels(arguments.labels, arguments.labels_file), find_images(arguments.image)
+    given = arguments.labels or arguments.labels_file or arguments.template
+    if arguments.head and given:
+        raise UserError("--head: has its own labels; give no others and no --template")
+    labels = [] if arguments.head else read_labels(arguments.labels, arguments.labels_file)
+    images = find_images(arguments.image)
     if arguments.top is not None and arguments.top < 1:
         raise UserError(f"--top={arguments.top} must be at least 1")
     prompts = arguments.template or ("{}",)
     templates.check("--template", prompts)
-    from clip_jax.model import load  # after parsing: JAX takes a second to import
+    from clip_jax.evaluation import probe  # after parsing: JAX takes a second to import
+    from clip_jax.evaluation.embed import Variables
+    from clip_jax.evaluation.subject import fingerprint
+    from clip_jax.model import load
 
     model = load(arguments.model)
-    probabilities = model.classify(images, labels, prompts)
+    if arguments.head:
+        head = probe.read_head(Path(arguments.head).expanduser(), model.embed_dim)
+        variables = Variables(model.params, model.batch_stats)
+        if head.model != fingerprint(variables, model.preset.tokenizer, model.image_size, model.preset.preprocess):
+            print(f"{arguments.head}: was fitted on the features of other weights", file=sys.stderr)
+        labels, probabilities = head.class_names, head.probabilities(model.encode_image(images))
+    else:
+        probabilities = model.classify(images, labels, prompts)
     for image, row in zip(images, probabilities, strict=True):
         print(image)
         for label in np.argsort(-row, kind="stable")[: arguments.top]:

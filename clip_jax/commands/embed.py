@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
         "shard_size": size,
         "dtype": arguments.dtype,
     }
-    index.prepare(output, manifest | {"data": arguments.data, "model_name": arguments.model})
+    names = {"data": arguments.data, "caption": arguments.caption, "image": arguments.image}
+    index.prepare(output, manifest | names | {"model_name": arguments.model})
     for shard in shards:
         if index.is_complete(output, shard):
             print(f"shard {shard}: done before")

@@ -6,7 +6,7 @@ from pathlib import Path
 from clip_jax.errors import UserError
 
 HELP = "Evaluate one or several models: zero-shot, retrieval, probes, composition, robustness; with a report."
-SUITES = ("quick", "imagenet", "paper27", "datacomp38", "full", "data")
+SUITES = ("quick", "robustness", "dense", "imagenet", "paper27", "datacomp38", "full", "data")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="a folder; results that are already there are not recomputed")
     parser.add_argument("--templates", help="prompts: a published set such as imagenet1k, or a file with one per line")
     parser.add_argument("--class-names", help="class names, in the order of the labels: a published set or a file")
+    parser.add_argument("--labels", help="right classes by example or by class, as JSON: ReaL's, or ObjectNet's map")
+    parser.add_argument("--only", help="a file with the classes, one per line, among which the nearest is chosen")
     parser.add_argument("--weights", help="weights of the models in the ensemble, as in 2,1; default: equal")
     parser.add_argument("--batch-size", type=int, default=64)
 
@@ -55,6 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
                 size,
                 arguments.templates,
                 arguments.class_names,
+                labels=arguments.labels,
+                only=arguments.only,
                 caption=arguments.caption,
                 image=arguments.image,
             )
@@ -84,7 +88,7 @@ def open_subject(name: str, batch_size: int):
     """A model on all devices, with its embeddings (``runner.Subject``)."""
     from clip_jax.devices.sharding import make_mesh
     from clip_jax.evaluation.embed import Variables, make_embedder
-    from clip_jax.evaluation.runner import Subject
+    from clip_jax.evaluation.subject import Subject
     from clip_jax.model import load
 
     mesh = make_mesh()

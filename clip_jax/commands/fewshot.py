@@ -33,7 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     from clip_jax.evaluation import probe, zero_shot
     from clip_jax.evaluation.datasets import DEFAULT_TEMPLATES
     from clip_jax.evaluation.prompts import Prompts
-    from clip_jax.storage import atomic
 
     shots = _numbers(arguments.shots)
     if arguments.seeds < 1 or arguments.batch_size < 1:
@@ -67,10 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     print("zero-shot accuracy is " + ("not reached" if equal is None else f"reached with {equal:.1f} shots"))
     if arguments.head:
         head_file = Path(arguments.head).expanduser().with_suffix(".npz")
-        with atomic.replacing(head_file) as temporary:
-            weights, bias = head.weights.astype(np.float32), head.bias.astype(np.float32)
-            np.savez(temporary, weights=weights, bias=bias, class_names=np.array(names), model=subject.fingerprint)
-        print(f"{head_file}: logits = model.encode_image(images) @ weights + bias")
+        probe.write_head(head_file, probe.Head(head, names, subject.fingerprint))
+        print(f"{head_file}: for clip-jax classify --head; logits = model.encode_image(images) @ weights + bias")
 
 
 def _held_out(labels):

@@ -7,7 +7,7 @@ starts, and every mistake is one line.
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,17 @@ def override(config: ConfigDict, overrides: Mapping[str, str], where: str) -> Co
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys that differ and that a restart may not change; lengths are checked later (``training/restart.py``)."""
-    old, new = flatten(old), flatten(new)
+    old, new = (flatten(dict(values) | {"phases": _without_computation(values["phases"])}) for values in (old, new))
     changed = [k for k in sorted(old.keys() | new.keys()) if _plain(old.get(k)) != _plain(new.get(k))]
     free = {*COMPUTE_ONLY, *UNITS, *(f"data.{name}" for name in SAME_BATCHES)}
     return [key for key in changed if key.split(".")[0] not in MAY_CHANGE_ON_RESTART and key not in free]
+
+
+def _without_computation(phases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The phases without how they are computed, and only those that change something else."""
+    free = (*MAY_CHANGE_ON_RESTART, *COMPUTE_ONLY)
+    left = [{key: value for key, value in phase.items() if key not in free} for phase in phases]
+    return [phase for phase in left if phase.keys() > {"start"}]
 
 
 def from_json(values: Mapping[str, Any], where: str) -> ConfigDict:

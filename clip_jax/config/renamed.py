@@ -20,6 +20,10 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
         values["objectives"] = {"contrastive": {"weight": 1.0, **contrastive}}
     if "heldout" in values.get("eval", {}) and not isinstance(values["eval"]["heldout"], Mapping):
         values["eval"] = _named_evaluations(values["eval"])
+    objectives = dict(values.get("objectives", {}))
+    if "captioning" in objectives:  # the pooling became a part of the image tower
+        objectives["captioning"] = {k: v for k, v in objectives["captioning"].items() if k != "queries"}
+        values["objectives"] = objectives
     values["eval"] = {name: dict(fields) for name, fields in values.get("eval", {}).items()}
     return values
 

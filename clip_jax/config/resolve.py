@@ -45,6 +45,7 @@ def resolve_preset(config: ConfigDict, vocab_size: int | None = None) -> presets
         )
     architecture = dataclasses.replace(
         architecture,
+        decoder=None,  # captioning gives it one: without a loss it would only decay
         image=tower("image", architecture.image, config.model.image),
         text=text,
         embed_dim=architecture.embed_dim if config.model.embed_dim == AUTO else config.model.embed_dim,

@@ -159,6 +159,34 @@ def join_batch(x: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x.reshape(-1, *x.shape[3:]), batch_sharding(mesh))
 
 
+def take_rows(x: jax.Array, rows: jax.Array, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """``x[rows]`` of an array whose rows are split over the mesh, as an array whose rows are.
+
+    Each device sends every other one a row at a time. The partitioner would gather all of ``x`` on every device: of the
+    pixels of 65,536 images, 10 GB.
+    """
+    shards, count = batch_shards(mesh), len(rows)
+    split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+
+    def device(own: jax.Array, rows: jax.Array) -> jax.Array:
+        # A sum over the devices of what one of them has; on booleans there is no sum.
+        numbers = own.astype(jnp.uint8) if own.dtype == bool else own
+        first = jax.lax.axis_index(BATCH_AXES) * len(own)
+
+        def send(_: None, wanted: jax.Array) -> tuple[None, jax.Array]:
+            """``wanted``: the row that each device is to have next."""
+            index = wanted - first
+            is_own = (index >= 0) & (index < len(own))
+            found = numbers[jnp.clip(index, 0, len(own) - 1)]
+            found = jnp.where(is_own.reshape(-1, *(1,) * (own.ndim - 1)), found, 0)
+            return None, jax.lax.psum_scatter(found, BATCH_AXES, scatter_dimension=0)
+
+        _, taken = jax.lax.scan(send, None, rows.reshape(shards, count // shards).T)
+        return taken.astype(own.dtype)
+
+    return jax.shard_map(device, mesh=mesh, in_specs=(split, whole), out_specs=split)(x, rows)
+
+
 def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf of a tree whose arrays are boxed with logical axes.
 

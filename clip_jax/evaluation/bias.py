@@ -5,10 +5,12 @@ gap of 0 does not say that a use is fair, and small groups have wide intervals: 
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from clip_jax.evaluation.ranking import TIE
 
 
 def group_accuracy(correct: Float[np.ndarray, " n"], groups: Sequence[Hashable]) -> dict[str, Any]:
@@ -55,6 +57,44 @@ def ndkl(ranked: Int[np.ndarray, " n"], desired: Float[np.ndarray, " groups"]) -
     divergence = np.sum(share * np.log(ratio), axis=1)
     weight = 1 / np.log2(np.arange(2, len(ranked) + 2))
     return float(np.sum(weight * divergence) / np.sum(weight))
+
+
+class Association(NamedTuple):
+    """How much nearer one group of images is to one set of texts than another group is."""
+
+    effect: float
+    """In standard deviations of all these images; 0: no difference."""
+    low: float
+    high: float
+    """A 95 % bootstrap interval over the images."""
+
+
+def association(
+    a: Float[np.ndarray, "a dim"],
+    b: Float[np.ndarray, "b dim"],
+    texts_x: Float[np.ndarray, "x dim"],
+    texts_y: Float[np.ndarray, "y dim"],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Association:
+    """WEAT's effect size (Caliskan et al. 2017; for images Steed and Caliskan 2021) of unit embeddings.
+
+    ``(mean_a s - mean_b s) / std s`` with ``s(image) = mean cos(image, x) - mean cos(image, y)``. The interval covers
+    the choice of images, not that of texts. A constant model has 0. Raises ValueError for an empty group.
+    """
+    if not len(a) or not len(b):
+        raise ValueError("association: a group without images")
+    scores = [images.astype(np.float64) @ (texts_x.mean(axis=0) - texts_y.mean(axis=0)) for images in (a, b)]
+    rng = np.random.default_rng(seed)
+    drawn = [_effect(*(each[rng.integers(len(each), size=len(each))] for each in scores)) for _ in range(draws)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Association(_effect(*scores), float(low), float(high))
+
+
+def _effect(a: np.ndarray, b: np.ndarray) -> float:
+    spread = np.concatenate([a, b]).std()
+    return float((a.mean() - b.mean()) / spread) if spread > TIE else 0.0
 
 
 def _distribution(desired: np.ndarray) -> np.ndarray:

@@ -20,7 +20,9 @@ from jaxtyping import Float
 
 from clip_jax.data.sources.shapes.rendering import COLORS, SHAPES, Scene
 from clip_jax.data.sources.shapes.scenes import POSITIONS, generator
+from clip_jax.errors import UserError
 from clip_jax.evaluation.ranking import TIE
+from clip_jax.evaluation.subject import Ensemble, Result, Task, mean_cosines
 
 NUMBERS = ("one", "two", "three", "four")
 
@@ -90,6 +92,61 @@ def swaps(scene: Scene, seed: int) -> Iterator[Swap]:
         shuffled = sorted(sentence, key=lambda _: rng.random())
         if shuffled != sentence:
             yield Swap("order", " ".join(sentence), " ".join(shuffled))
+
+
+def protocol(task: Task, models: Ensemble) -> Result:
+    """Swaps of the bundled scenes of a ``shapes`` source."""
+    embedded = models[0][0].embed(task.source, texts=True)
+    rows, made = [], []
+    for row, index in enumerate(embedded.indices.tolist()):
+        for swap in swaps(task.source.describe(index)[0], index):
+            rows.append(row)
+            made.append(swap)
+    captions = sorted({caption for swap in made for caption in (swap.true, swap.false)})
+    number = {caption: i for i, caption in enumerate(captions)}
+    true, false = np.zeros(len(made)), np.zeros(len(made))
+    for model, share in models:
+        images, texts = model.embed(task.source, texts=True).images[rows].astype(np.float64), model.texts(captions)
+        true += share * np.sum(images * texts[[number[swap.true] for swap in made]], axis=1)
+        false += share * np.sum(images * texts[[number[swap.false] for swap in made]], axis=1)
+    wins, kinds = true_caption_wins(true, false), np.array([swap.kind for swap in made])
+    metrics = {kind: float(wins[kinds == kind].mean()) for kind in sorted(set(kinds))}
+    metrics["mean"] = float(np.mean(list(metrics.values())))
+    details = {"all_equal": all_equal(true, false), "pairs": len(made)}
+    return Result(metrics, "mean", len(embedded.images), embedded.skipped.total(), None, {"pairs": wins}, {}, details)
+
+
+def winoground_protocol(task: Task, models: Ensemble) -> Result:
+    """Winoground's scores over the examples of which both images can be used (``layouts.open_winoground``)."""
+    embedded = models[0][0].embed(task.source, texts=True)
+    row = {index: i for i, index in enumerate(embedded.indices.tolist())}
+    examples = [e for e in range(len(task.source) // 2) if 2 * e in row and 2 * e + 1 in row]
+    if not examples:
+        raise UserError(f"{task.name}: no example of which both images can be used")
+    pairs = [(row[2 * e + image], row[2 * e + text]) for e in examples for text in (0, 1) for image in (0, 1)]
+    images, texts = np.array(pairs).T  # every image has one caption: rows of images are rows of texts
+    similarity = mean_cosines(task, models, images, texts).reshape(-1, 2, 2)
+    metrics, hits = winoground(similarity), {}
+    for name in metrics:
+        hits[name] = np.array([winoground(each[None])[name] for each in similarity])
+    parts = np.array([task.source.groups[2 * e] for e in examples])
+    for part in sorted(set(parts.tolist()) - {""}):
+        metrics[f"group {part}"] = float(hits["group"][parts == part].mean())
+    details = {"all_equal": all_equal(similarity.ravel(), np.full(similarity.size, similarity.flat[0]))}
+    skipped = embedded.skipped.total()
+    return Result(metrics, "group", len(examples), skipped, None, {"group": hits["group"]}, {}, details)
+
+
+def sugar_crepe_protocol(task: Task, models: Ensemble) -> Result:
+    """The share of images nearer to the true caption than to the false one, by task, and the mean over the tasks."""
+    embedded = models[0][0].embed(task.source, texts=True)
+    rows = np.arange(len(embedded.images))  # every image has two captions
+    true, false = (mean_cosines(task, models, rows, 2 * rows + k) for k in (0, 1))
+    wins, parts = true_caption_wins(true, false), np.array([task.source.groups[i] for i in embedded.indices.tolist()])
+    metrics = {part: float(wins[parts == part].mean()) for part in sorted(set(parts.tolist()))}
+    metrics["mean"] = float(np.mean(list(metrics.values())))
+    details = {"all_equal": all_equal(true, false), "pairs": len(wins)}
+    return Result(metrics, "mean", len(rows), embedded.skipped.total(), None, {"pairs": wins}, {}, details)
 
 
 def _other(rng, options: Sequence[str], taken: set[str]) -> str:

@@ -16,7 +16,8 @@ from clip_jax.data.sources import captions, open_source
 from clip_jax.data.sources.sample import Source
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.errors import UserError
-from clip_jax.evaluation import prompts
+from clip_jax.evaluation import label_maps, layouts, masks, prompts
+from clip_jax.evaluation.label_maps import LabelMap
 from clip_jax.evaluation.prompts import Prompts
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -27,10 +28,12 @@ class Dataset(NamedTuple):
 
     name: str
     protocol: str
-    """``zero_shot`` or ``retrieval``."""
+    """A key of ``runner.PROTOCOLS``."""
     source: Source
     prompts: Prompts | None
     """The prompts for zero-shot classification; None for retrieval."""
+    labels: LabelMap | None = None
+    """Right classes other than the data's own."""
 
 
 def is_benchmark(folder: Path) -> bool:
@@ -42,8 +45,10 @@ def open_benchmark(folder: Path) -> Dataset:
     """The test split of a folder in CLIP_benchmark's layout. Raises UserError for what is missing."""
     name = folder.name.removeprefix("wds_")
     kind = _read(folder / "dataset_type.txt").strip().lower() or "classification"
-    if kind not in ("classification", "retrieval"):
-        raise UserError(f"{folder}/dataset_type.txt: {kind} sets are not read; classification and retrieval are")
+    if kind not in ("classification", "retrieval", "multilabel"):
+        raise UserError(
+            f"{folder}/dataset_type.txt: {kind} sets are not read; classification, retrieval, multilabel are"
+        )
     text = _read(folder / "test" / "nshards.txt").strip()
     count = int(text) if text.isdigit() else 0
     missing = [number for number in range(count) if not (folder / "test" / f"{number}.tar").is_file()]
@@ -59,42 +64,79 @@ def open_benchmark(folder: Path) -> Dataset:
     file = folder / "zeroshot_classification_templates.txt"
     lines = _lines(file) or prompts.published("templates").get(_base(name), DEFAULT_TEMPLATES)
     templates = prompts.read_templates(lines, str(file))
+    if kind == "multilabel":
+        files = [folder / "test" / f"{number}.tar" for number in range(count)]
+        return Dataset(name, "multi_label", layouts.open_multi_label(name, files, names), Prompts(names, templates))
     source = dataclasses.replace(open_tar(shards, class_names=names), name=f"benchmark:{name}")
     return Dataset(name, "zero_shot", source, Prompts(names, templates))
 
 
 def open_dataset(
-    where: str, templates: str | None = None, class_names: str | None = None, **columns: str
+    where: str,
+    templates: str | None = None,
+    class_names: str | None = None,
+    labels: str | None = None,
+    only: str | None = None,
+    **columns: str,
 ) -> list[Dataset]:
-    """The sets that ``--data`` names: a folder in CLIP_benchmark's layout, one of such folders, or a source.
+    """The sets that ``--data`` names: a folder in a published layout, one of such folders, or a source.
 
-    A source with labels is classified, any other is searched. ``templates`` and ``class_names`` are names of published
-    sets or files, and win over what the data itself says. ``columns`` are options of ``open_source``.
+    A source with labels is classified, any other is searched, by each of several fields of captions on its own: they
+    are languages of one picture. ``templates`` and ``class_names`` are names of published sets or files, and win over
+    what the data itself says; ``labels`` and ``only`` are files of ``label_maps``. ``columns`` are options of
+    ``open_source``. Raises UserError.
     """
     folder = Path(where).expanduser()
     if folder.is_dir():
-        found = [open_benchmark(f) for f in (folder, *sorted(folder.iterdir())) if is_benchmark(f)]
+        found = [opened for f in (folder, *sorted(folder.iterdir())) if (opened := open_folder(f)) is not None]
         if not found:
             raise UserError(
                 f"{where}: neither it nor a folder in it has test/nshards.txt; name a source as in folder:{where}"
             )
     else:
         source = open_source(where, **columns)
-        own = Prompts(tuple(source.class_names), DEFAULT_TEMPLATES) if source.class_names else None
-        found = [Dataset(source.name, "zero_shot" if own else "retrieval", source, own)]
-    return [_with_prompts(dataset, templates, class_names) for dataset in found]
+        fields = captions.fields(columns.get("caption", captions.TXT))
+        if source.class_names:
+            found = [Dataset(source.name, "zero_shot", source, Prompts(tuple(source.class_names), DEFAULT_TEMPLATES))]
+        elif len(fields) == 1:
+            found = [Dataset(source.name, "retrieval", source, None)]
+        else:
+            by_field = {field.name: open_source(where, **columns | {"caption": field.name}) for field in fields}
+            found = [Dataset(f"{s.name} {name}", "retrieval", s, None) for name, s in by_field.items()]
+    return [_with_prompts(dataset, templates, class_names, labels, only) for dataset in found]
 
 
-def _with_prompts(dataset: Dataset, templates: str | None, class_names: str | None) -> Dataset:
+def open_folder(folder: Path) -> Dataset | None:
+    """A folder in a published layout; None for any other. Raises UserError for what is missing in it."""
+    if is_benchmark(folder):
+        return open_benchmark(folder)
+    if layouts.is_winoground(folder):
+        return Dataset(folder.name, "winoground", layouts.open_winoground(folder), None)
+    if layouts.is_sugar_crepe(folder):
+        return Dataset(folder.name, "sugar_crepe", layouts.open_sugar_crepe(folder), None)
+    if masks.is_masked(folder):
+        source = masks.open_masked(folder)
+        return Dataset(folder.name, "dense", source, Prompts(source.class_names, DEFAULT_TEMPLATES))
+    return None
+
+
+def _with_prompts(
+    dataset: Dataset, templates: str | None, class_names: str | None, labels: str | None, only: str | None
+) -> Dataset:
     if dataset.prompts is None:
         return dataset
-    names = prompts.class_names(class_names) if class_names else dataset.prompts.class_names
-    if len(names) != len(dataset.prompts.class_names):
-        raise UserError(
-            f"{class_names}: {len(names)} class names for {len(dataset.prompts.class_names)} classes of {dataset.name}"
-        )
+    names, mapped = dataset.prompts.class_names, labels or only
+    if class_names:
+        names = prompts.class_names(class_names)
+        if len(names) != len(dataset.prompts.class_names) and not labels:
+            count = len(dataset.prompts.class_names)
+            raise UserError(f"{class_names}: {len(names)} class names for {count} classes of {dataset.name}")
     chosen = prompts.templates(templates) if templates else dataset.prompts.templates
-    return dataset._replace(prompts=Prompts(names, chosen))
+    dataset = dataset._replace(prompts=Prompts(names, chosen))
+    if not mapped or dataset.protocol != "zero_shot":
+        return dataset
+    found = label_maps.read(labels, only, dataset.source.class_names, names, len(dataset.source))
+    return dataset._replace(protocol="labels", labels=found)
 
 
 def _base(name: str) -> str:

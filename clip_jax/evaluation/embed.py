@@ -22,6 +22,7 @@ from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.devices.sharding import batch_sharding, batch_shards, process_rows, replicated, to_devices
 from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP, Params, unit
+from clip_jax.models.generate import complete
 from clip_jax.presets import Preprocess
 
 ELSEWHERE = "undecodable image (on another process)"
@@ -56,6 +57,9 @@ class Encoders(NamedTuple):
     """(weights, uint8[B, H, W, 3], valid bool[B]) -> (embeddings, valid)"""
     text: Callable[[Variables, jax.Array], jax.Array]
     """(weights, int32[B, L]) -> embeddings"""
+    complete: Callable[[Variables, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    """(weights, uint8[B, H, W, 3], first ids int32[B, L], their number int32[B]) -> int32[B, L], the ids of a text
+    about each image; None if the model has no decoder that reads a text."""
 
 
 class Embedder(NamedTuple):
@@ -70,6 +74,10 @@ class Embedder(NamedTuple):
     """Over all devices; a multiple of the devices that split a batch."""
     workers: int
     """Threads that decode."""
+    model: CLIP
+    """For what needs more than embeddings: the maps of patches."""
+    width: int
+    """Features of an embedding."""
 
 
 def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh) -> Encoders:
@@ -83,9 +91,16 @@ def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh
     def text(weights: Variables, tokens: jax.Array) -> jax.Array:
         return unit(model.encode_text(weights.params, tokens))
 
+    def completed(weights: Variables, pixels: jax.Array, given: jax.Array, count: jax.Array) -> jax.Array:
+        _, patches = model.image_tower.apply({"params": weights.params["image"]}, preprocess.normalize(pixels))
+        return complete(model, weights.params, patches, given, count, model.architecture.text.vocab_size)
+
+    decoder = model.architecture.decoder
+    reads = decoder is not None and decoder.form == "cappa"
     return Encoders(
         jax.jit(image, in_shardings=(None, rows, rows), out_shardings=whole),
         jax.jit(text, in_shardings=(None, rows), out_shardings=whole),
+        jax.jit(completed, in_shardings=(None, rows, rows, rows), out_shardings=whole) if reads else None,
     )
 
 
@@ -102,6 +117,8 @@ def make_embedder(
         mesh=mesh,
         batch_size=-(-batch_size // shards) * shards,
         workers=workers,
+        model=model,
+        width=model.architecture.embed_dim,
     )
 
 
@@ -123,10 +140,11 @@ def _take(embeddings: jax.Array, count: int) -> np.ndarray:
     return np.asarray(embeddings)[:count]
 
 
-def embed_images(
-    embedder: Embedder, weights: Variables, samples: Sequence[Sample], pool: ThreadPoolExecutor
-) -> tuple[Float[np.ndarray, "samples dim"], Bool[np.ndarray, " samples"], collections.Counter]:
-    """(unit embeddings of at most a batch, which of them are valid, why the others are not)."""
+def decode_batch(
+    embedder: Embedder, samples: Sequence[Sample], pool: ThreadPoolExecutor
+) -> tuple[dict[str, jax.Array], collections.Counter]:
+    """At most a batch of images on the devices, ``image`` uint8[B, H, W, 3] and ``valid`` bool[B]; and why some are not
+    valid, of those that this process decoded."""
     size, preprocess = embedder.image_size, embedder.preprocess
 
     def decode(sample: Sample) -> tuple[np.ndarray | None, str]:
@@ -150,13 +168,32 @@ def embed_images(
             faults[fault] += 1
         else:
             pixels[position], valid[position] = image, True
-    batch = to_devices({"image": pixels, "valid": valid}, embedder.mesh, embedder.batch_size)
+    return to_devices({"image": pixels, "valid": valid}, embedder.mesh, embedder.batch_size), faults
+
+
+def embed_images(
+    embedder: Embedder, weights: Variables, samples: Sequence[Sample], pool: ThreadPoolExecutor
+) -> tuple[Float[np.ndarray, "samples dim"], Bool[np.ndarray, " samples"], collections.Counter]:
+    """(unit embeddings of at most a batch, which of them are valid, why the others are not)."""
+    batch, faults = decode_batch(embedder, samples, pool)
     embeddings, valid = jax.tree.map(np.asarray, embedder.encoders.image(weights, batch["image"], batch["valid"]))
     valid = valid[: len(samples)]
     elsewhere = int(np.sum(~valid)) - faults.total()
     if elsewhere:
         faults[ELSEWHERE] += elsewhere
     return embeddings[: len(samples)], valid, faults
+
+
+def readable(source: Source, start: int, stop: int) -> tuple[list[Sample], list[int], list[BadSampleError]]:
+    """(the usable examples from ``start`` to ``stop``, their indices, the faults of the others)."""
+    samples, found, faults = [], [], []
+    for index in range(start, stop):
+        try:
+            samples.append(read(source, index))
+            found.append(index)
+        except BadSampleError as error:
+            faults.append(error)
+    return samples, found, faults
 
 
 def embed_source(
@@ -171,13 +208,8 @@ def embed_source(
     count, batch_size = min(len(source), limit or len(source)), embedder.batch_size
     with ThreadPoolExecutor(embedder.workers) as pool:
         for start in range(0, count, batch_size):
-            samples, found = [], []
-            for index in range(start, min(start + batch_size, count)):
-                try:
-                    samples.append(read(source, index))
-                    found.append(index)
-                except BadSampleError as error:
-                    skipped[error.reason] += 1
+            samples, found, faults = readable(source, start, min(start + batch_size, count))
+            skipped.update(error.reason for error in faults)
             if not samples:
                 continue
             arrays, valid, faults = embed_images(embedder, weights, samples, pool)

@@ -9,12 +9,14 @@ A shard is a pure function of (source, model, its number): existing shards are s
 order, and the Parquet file, written last, shows that its shard is complete. Unusable examples are skipped and counted.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.stream import read
@@ -46,7 +48,7 @@ def prepare(output: Path, manifest: dict[str, Any]) -> None:
     path = output / MANIFEST
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in manifest if stored.get(key) != manifest[key]]
+        changed = [key for key in manifest if stored.get(key, manifest[key]) != manifest[key]]
         if changed:
             raise UserError(f"{output}: begun with another {', '.join(changed)}; use a new folder")
         return
@@ -90,18 +92,71 @@ def write_shard(
 
 
 def embeddings(folder: Path, kind: str) -> list[np.ndarray]:
-    """The memory-mapped shards of ``image`` or ``text`` embeddings in the order of their numbers. Raises UserError."""
-    paths = _numbered(folder / KINDS[kind], f"{KINDS[kind]}_*.npy")
+    """The memory-mapped ``image`` or ``text`` embeddings of the complete shards, in the order of their numbers.
+
+    Raises UserError if there are none.
+    """
+    complete = {_number(path) for path in metadata_files(folder)}
+    found = _numbered(folder / KINDS[kind], f"{KINDS[kind]}_*.npy")
+    paths = [path for path in found if _number(path) in complete]
     if not paths:
         raise UserError(f"{folder}/{KINDS[kind]}: no embeddings; write them with clip-jax embed --output={folder}")
     return [np.load(path, mmap_mode="r") for path in paths]
+
+
+def metadata_files(folder: Path) -> list[Path]:
+    """The Parquet files of the complete shards, in the order of their numbers."""
+    return _numbered(folder / "metadata", "metadata_*.parquet")
+
+
+def source_indices(folder: Path) -> Int[np.ndarray, " n"] | None:
+    """The index in the source of every embedding; None for an index of clip-retrieval, which does not store it."""
+    found = [_indices(path) for path in metadata_files(folder)]
+    return None if any(each is None for each in found) else np.concatenate([np.zeros(0, np.int64), *found])
+
+
+@functools.lru_cache(maxsize=1024)
+def _indices(path: Path) -> Int[np.ndarray, " n"] | None:
+    from pyarrow import parquet
+
+    if "index" not in parquet.read_schema(path).names:
+        return None
+    return parquet.read_table(path, columns=["index"])["index"].to_numpy()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``prepare`` stored; empty for an index of clip-retrieval. Raises UserError for a broken file."""
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}/{MANIFEST}: cannot be read ({error})") from error
+
+
+def rows_of_examples(folder: Path) -> Int[np.ndarray, " examples"]:
+    """The number of each example's embedding through all shards; -1 for an unusable one."""
+    examples = source_indices(folder)
+    if examples is None:
+        raise UserError(f"{folder}: does not say which example an embedding is of; clip-jax embed writes that")
+    rows = np.full(int(examples.max(initial=-1)) + 1, -1, np.int64)
+    rows[examples] = np.arange(len(examples))
+    return rows
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The source and the model of a folder. Raises UserError where they are not stored."""
+    found = read_manifest(folder)
+    if not found:
+        raise UserError(f"{folder}: no {MANIFEST}; clip-jax embed --output={folder} writes it")
+    return found
 
 
 def metadata(folder: Path, numbers: list[int]) -> Iterator[dict[str, Any]]:
     """The rows of these embeddings, which are numbered through all shards."""
     from pyarrow import parquet
 
-    files = [parquet.ParquetFile(path) for path in _numbered(folder / "metadata", "metadata_*.parquet")]
+    files = [parquet.ParquetFile(path) for path in metadata_files(folder)]
     starts = np.cumsum([0, *(file.metadata.num_rows for file in files)])
     tables: dict[int, Any] = {}
     for number in numbers:
@@ -114,7 +169,11 @@ def metadata(folder: Path, numbers: list[int]) -> Iterator[dict[str, Any]]:
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:
     """clip-retrieval numbers shards with or without leading zeros."""
-    return sorted(folder.glob(pattern), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+    return sorted(folder.glob(pattern), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rsplit("_", 1)[1])
 
 
 def _key(source: Source, index: int) -> str:

@@ -14,6 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 
+from clip_jax.evaluation import prompts
+from clip_jax.evaluation.ranking import TIE
+from clip_jax.evaluation.subject import Ensemble, Result, Task
+
 
 def class_scores(
     images: Float[np.ndarray, "images dim"], classes: Float[np.ndarray, "classes dim"]
@@ -55,6 +59,26 @@ def multi_label(
     precisions = [average_precision(s, p, points) for s, p in zip(scores.T, positive.T, strict=True)]
     areas = [roc_auc(s, p) for s, p in zip(scores.T, positive.T, strict=True)]
     return {"mAP": _mean(precisions), "roc_auc": _mean(areas), "classes_left_out": areas.count(None)}
+
+
+def protocol(task: Task, models: Ensemble) -> Result:
+    """On a source with ``positive`` labels; scores are cosines, averaged over the models of an ensemble.
+
+    ``mAP_11`` is VOC 2007's interpolated variant, which the CLIP paper reports.
+    """
+    found = models[0][0].embed(task.source, texts=False)
+    positive = task.source.positive[found.indices]
+    scores = sum(
+        share * class_scores(model.embed(task.source, texts=False).images, model.classifier(task.prompts))
+        for model, share in models
+    )
+    metrics = multi_label(scores, positive)
+    metrics |= {"mAP_11": multi_label(scores, positive, points=11)["mAP"]}
+    wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
+    # Per image, for paired comparisons: the average precision of its own classes among all.
+    own = np.array([average_precision(s, p) or 0.0 for s, p in zip(scores, positive, strict=True)])
+    details = {"all_equal": bool(np.ptp(scores) <= TIE)}
+    return Result(metrics, "mAP", len(scores), found.skipped.total(), wanted, {"by_image": own}, {}, details)
 
 
 def _mean(values: list[float | None]) -> float | None:

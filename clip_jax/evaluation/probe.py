@@ -14,16 +14,18 @@ vary by points: report the mean and the spread.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.ranking import check_finite
+from clip_jax.storage import atomic
 
 SWEEP = np.logspace(-6, 6, 97)
 """Eight values of C per decade (the paper: 96 between 1e-6 and 1e6)."""
@@ -198,3 +200,38 @@ def shots_that_equal(curve: dict[int, list[float]], zero_shot: float) -> float |
             share = (zero_shot - low) / (mean - low)
             return float(np.exp(np.log(before) + share * (np.log(count) - np.log(before))))
     return None
+
+
+class Head(NamedTuple):
+    """A linear classifier with the names of its classes, as ``clip-jax fewshot --head`` writes it."""
+
+    linear: Linear
+    class_names: tuple[str, ...]
+    model: str
+    """The fingerprint of the model whose unit embeddings it was fitted on."""
+
+    def probabilities(self, features: Float[np.ndarray, "n features"]) -> Float[np.ndarray, "n classes"]:
+        check_finite(features=features)
+        return softmax(self.linear.logits(features), axis=1)
+
+
+def write_head(path: Path, head: Head) -> None:
+    with atomic.replacing(path) as temporary:
+        weights, bias = head.linear.weights.astype(np.float32), head.linear.bias.astype(np.float32)
+        np.savez(temporary, weights=weights, bias=bias, class_names=np.array(head.class_names), model=head.model)
+
+
+def read_head(path: Path, features: int) -> Head:
+    """A head for embeddings of this many features. Raises UserError for a file that is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            weights, bias = file["weights"], file["bias"]
+            names, model = tuple(map(str, file["class_names"])), str(file["model"])
+    except (OSError, ValueError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or "not a head"
+        raise UserError(f"{path}: {reason}; clip-jax fewshot --head={path} writes one") from error
+    if weights.shape != (features, len(names)) or bias.shape != (len(names),):
+        raise UserError(
+            f"{path}: of {weights.shape[0]} features, but this model has {features}; fit it again with this model"
+        )
+    return Head(Linear(weights, bias, 0.0), names, model)

@@ -12,9 +12,11 @@ import numpy as np
 from clip_jax.data.sources.sample import Source, notes
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
+from clip_jax.evaluation.grounding import boxes
 from clip_jax.evaluation.prompts import Prompts, for_model
 from clip_jax.evaluation.retrieval import retrieval as retrieval_metrics
-from clip_jax.evaluation.runner import Subject, Task, run
+from clip_jax.evaluation.runner import run
+from clip_jax.evaluation.subject import Subject, Task
 from clip_jax.evaluation.zero_shot import accuracy, classifier
 from clip_jax.models.clip import Params
 
@@ -66,7 +68,7 @@ def zero_shot(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
 
 
 def by_runner(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
-    """A protocol that is shared with ``clip-jax evaluate``: composition of the bundled scenes, corruptions."""
+    """A protocol that is shared with ``clip-jax evaluate``: composition and cues of the bundled scenes, attacks."""
     scale = float(np.exp(np.asarray(weights.params["logit_scale"])))
     subject = Subject(evaluation.name, evaluation.embedder, weights, scale, evaluation.tokenizer)
     task = Task(evaluation.name, evaluation.protocol, evaluation.source, _prompts(evaluation))
@@ -76,16 +78,30 @@ def by_runner(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
     return metrics | _counts(embedded), embedded
 
 
-PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded]]] = {
+def grounding(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, None]:
+    """How far the boxes that the decoder finds for texts are from those of the examples; ``grounding.py``."""
+    return boxes(evaluation.embedder, weights, evaluation.source), None
+
+
+PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded | None]]] = {
     "retrieval": retrieval,
     "zero_shot": zero_shot,
     "composition": by_runner,
     "corruptions": by_runner,
+    "typographic": by_runner,
+    "adversarial": by_runner,
+    "cues": by_runner,
+    "grounding": grounding,
 }
+LABELED = ("zero_shot", "corruptions", "typographic", "adversarial")
+"""Protocols that need labels."""
+CUES = "shapes:zero_shot"
+OF_SCENES = {"composition": "shapes:heldout", "cues": CUES}
+"""Protocols on the bundled scenes alone."""
 
 
-def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
-    """Metrics named ``eval/<name>/<metric>``, and the embeddings from which they were computed."""
+def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded | None]:
+    """Metrics named ``eval/<name>/<metric>``, and the embeddings from which they were computed, if any."""
     metrics, embedded = PROTOCOLS[evaluation.protocol](evaluation, weights)
     return {f"eval/{evaluation.name}/{name}": value for name, value in metrics.items()}, embedded
 
@@ -93,18 +109,24 @@ def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embed
 def check(evaluation: Evaluation) -> None:
     """Raises UserError for a source that the protocol cannot use."""
     where = f"config.eval.{evaluation.name}.source={evaluation.source.name}"
-    if evaluation.protocol in ("zero_shot", "corruptions") and not evaluation.source.class_names:
+    if evaluation.protocol in LABELED and not evaluation.source.class_names:
         reasons = "".join(f"; {note}" for note in notes(evaluation.source))
         raise UserError(f"{where}: its examples have no labels to classify{reasons}")
-    if evaluation.protocol == "composition" and not hasattr(evaluation.source, "describe"):
-        raise UserError(f"{where}: composition is measured on the bundled scenes: shapes:heldout")
+    scenes = OF_SCENES.get(evaluation.protocol, "")
+    if scenes and not (hasattr(evaluation.source, "describe") and (evaluation.source.class_names or scenes != CUES)):
+        raise UserError(f"{where}: {evaluation.protocol} is measured on the bundled scenes: {scenes}")
+    if evaluation.protocol == "grounding" and evaluation.embedder.encoders.complete is None:
+        raise UserError(
+            f"config.eval.{evaluation.name}.protocol=grounding: the model has no decoder that finds boxes; give "
+            "config.objectives.captioning and config.objectives.grounding a weight"
+        )
 
 
 def try_one_batch(evaluation: Evaluation, weights: Variables) -> None:
     """Embeds one batch, so that a source without usable examples is reported before training and not after it."""
     try:
         embedded = embed_source(evaluation.embedder, weights, evaluation.source, limit=evaluation.embedder.batch_size)
-        if evaluation.source.class_names and evaluation.protocol in ("zero_shot", "corruptions"):
+        if evaluation.source.class_names and evaluation.protocol in LABELED:
             _check_labels(evaluation, embedded)
     except UserError as error:
         raise UserError(f"config.eval.{evaluation.name}: {error}") from error

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax import __version__
-from clip_jax.evaluation.runner import Result, Task
+from clip_jax.evaluation.subject import Result, Task
 from clip_jax.storage import atomic
 
 PROTOCOL_VERSION = 1
@@ -47,7 +47,7 @@ def identity(task: Task, model_fingerprint: str) -> dict[str, Any]:
         "train": None if task.train is None else task.train.fingerprint,
         "prompts": None if task.prompts is None else task.prompts.fingerprint,
         "protocol": f"{task.protocol} {PROTOCOL_VERSION} {task.metric}".rstrip(),
-    }
+    } | ({} if task.labels is None else {"labels": task.labels.fingerprint})
 
 
 def load(output: Path, model: str, task: Task, model_fingerprint: str) -> dict[str, Any] | None:

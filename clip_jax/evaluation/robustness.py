@@ -86,20 +86,21 @@ def corrupt(pixels: Pixels, kind: str, severity: int, key: str) -> Pixels:
 
 
 @dataclass(frozen=True)
-class Corrupted:
-    """A source with corrupted images."""
+class Changed:
+    """A source with changed images."""
 
     source: Source
-    kind: str
-    severity: int
+    what: str
+    """Names the change with everything that it depends on."""
+    change: Callable[[Pixels, Sample], Pixels]
 
     @property
     def name(self) -> str:
-        return f"{self.source.name} {self.kind} {self.severity}"
+        return f"{self.source.name} {self.what}"
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.source.fingerprint}-{self.kind}-{self.severity}"
+        return f"{self.source.fingerprint}-{self.what.replace(' ', '-')}"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -114,7 +115,12 @@ class Corrupted:
             pixels = np.asarray(images.decode(sample.image))
         except images.BadImageError as error:
             raise BadSampleError(str(error), sample.key) from error
-        return sample._replace(image=corrupt(pixels, self.kind, self.severity, sample.key))
+        return sample._replace(image=self.change(pixels, sample))
+
+
+def corrupted(source: Source, kind: str, severity: int) -> Changed:
+    """The source with every image under a corruption."""
+    return Changed(source, f"{kind} {severity}", lambda pixels, sample: corrupt(pixels, kind, severity, sample.key))
 
 
 def effective_robustness(accuracy: float, shifted: float, baseline: Float[np.ndarray, "models 2"]) -> float:

@@ -5,107 +5,44 @@ a result are plain numbers or None; ``curves`` and ``details`` are for the repor
 example, for paired comparisons.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from clip_jax.data.sources import shapes
 from clip_jax.data.sources.sample import Source
-from clip_jax.errors import UserError
-from clip_jax.evaluation import calibration, composition, probe, prompts, ranking, retrieval, zero_shot
+from clip_jax.evaluation import (
+    adversarial,
+    calibration,
+    composition,
+    cues,
+    dense,
+    label_maps,
+    multi_label,
+    probe,
+    prompts,
+    ranking,
+    retrieval,
+    typographic,
+    zero_shot,
+)
 from clip_jax.evaluation.datasets import Dataset
-from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
+from clip_jax.evaluation.embed import Embedded
+from clip_jax.evaluation.masks import MaskedScenes
 from clip_jax.evaluation.prompts import Prompts
-from clip_jax.evaluation.robustness import CORRUPTIONS, SEVERITIES, Corrupted
-
-EMBEDDED_SOURCES = 4
-"""Sources whose embeddings are kept: as many as a suite uses for several tasks."""
-
-
-class Task(NamedTuple):
-    """One line of a suite: its name, its protocol (a key of ``PROTOCOLS``) and what is measured."""
-
-    name: str
-    protocol: str
-    source: Source
-    prompts: Prompts | None = None
-    train: Source | None = None
-    """The source on which a probe is fitted."""
-    metric: str = ""
-    """The main metric, where a suite has another than the protocol's."""
-
-
-class Result(NamedTuple):
-    """The result of a task."""
-
-    metrics: dict[str, float | None]
-    main_metric: str
-    examples: int
-    skipped: int
-    prompts: str | None
-    """The fingerprint of the prompts."""
-    hits: dict[str, Float[np.ndarray, " queries"]]
-    """One value per example, by the metric that is their mean."""
-    curves: dict[str, list[list[float]]]
-    """title -> [[x, y], ...]"""
-    details: dict[str, Any]
-
-
-class Subject:
-    """A model with its embeddings: each source is embedded once, each set of prompts becomes a classifier once."""
-
-    def __init__(self, name: str, embedder: Embedder, weights: Variables, scale: float, tokenizer: str):
-        self.name, self.embedder, self.weights, self.scale, self.tokenizer = name, embedder, weights, scale, tokenizer
-        self._embedded: dict[tuple[str, bool], Embedded] = {}
-        self._classifiers: dict[str, np.ndarray] = {}
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash that changes with the model and with its training step."""
-        digest = hashlib.sha256(f"{self.tokenizer} {self.embedder.image_size} {self.embedder.preprocess}".encode())
-        for path, leaf in jax.tree_util.tree_flatten_with_path(self.weights)[0]:
-            flat = jnp.asarray(leaf, jnp.float32).ravel()
-            # The first numbers and two sums of all: reading back every number would take longer than some evaluations.
-            start = np.asarray(jnp.concatenate([flat[:64], jnp.array([flat.sum(), jnp.abs(flat).sum()])]))
-            digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + start.tobytes())
-        return digest.hexdigest()[:16]
-
-    def embed(self, source: Source, *, texts: bool) -> Embedded:
-        """The embeddings of a source. Raises UserError if they are not finite."""
-        key = source.fingerprint, texts
-        if key not in self._embedded:
-            while len(self._embedded) >= EMBEDDED_SOURCES:
-                self._embedded.pop(next(iter(self._embedded)))
-            embedded = embed_source(self.embedder, self.weights, source, texts=texts)
-            self._check(source.name, images=embedded.images, texts=embedded.texts)
-            self._embedded[key] = embedded
-        return self._embedded[key]
-
-    def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-        """The embeddings of texts. Raises UserError if they are not finite."""
-        found = embed_texts(self.embedder, self.weights, texts)
-        self._check("prompts", texts=found)
-        return found
-
-    def _check(self, of: str, **embeddings: np.ndarray) -> None:
-        try:
-            ranking.check_finite(**embeddings)
-        except ValueError as error:
-            raise UserError(f"{self.name} on {of}: {error}; the model is broken") from error
-
-    def classifier(self, wanted: Prompts) -> Float[np.ndarray, "classes dim"]:
-        """The class vectors of prompts, which are brought into the form that this model expects."""
-        wanted = prompts.for_model(wanted, self.tokenizer)
-        if wanted.fingerprint not in self._classifiers:
-            found = zero_shot.classifier(wanted.class_names, wanted.templates, self.texts)
-            self._classifiers[wanted.fingerprint] = found
-        return self._classifiers[wanted.fingerprint]
+from clip_jax.evaluation.robustness import CORRUPTIONS, SEVERITIES, corrupted
+from clip_jax.evaluation.subject import (
+    Ensemble,
+    Result,
+    Subject,
+    Task,
+    class_probabilities,
+    judge_probabilities,
+    labelled,
+    top1_hits,
+)
 
 
 def run(task: Task, subjects: Sequence[Subject], weights: Sequence[float] | None = None) -> Result:
@@ -118,29 +55,15 @@ def run(task: Task, subjects: Sequence[Subject], weights: Sequence[float] | None
     return found._replace(main_metric=task.metric or found.main_metric)
 
 
-Ensemble = Sequence[tuple[Subject, float]]
-
-
 def _zero_shot(task: Task, models: Ensemble) -> Result:
-    embedded = _labelled(task.source, models)
-    probabilities = _probabilities(task, models)
+    embedded = labelled(task.source, models)
+    probabilities = class_probabilities(task, models)
     return _classification(task, models, embedded, probabilities)
-
-
-def _probabilities(task: Task, models: Ensemble) -> Float[np.ndarray, "images classes"]:
-    mixed = 0.0
-    for model, share in models:
-        cosines = model.embed(task.source, texts=False).images @ model.classifier(task.prompts).T
-        logits = model.scale * cosines.astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        exponent = np.exp(logits)
-        mixed = mixed + share * exponent / exponent.sum(axis=1, keepdims=True)
-    return mixed
 
 
 def _classification(task: Task, models: Ensemble, embedded: Embedded, probabilities: np.ndarray) -> Result:
     labels, count = embedded.labels, probabilities.shape[1]
-    judged = _judge(probabilities, labels, models)
+    judged = judge_probabilities(probabilities, labels, models)
     metrics = zero_shot.scores(judged, labels, count)
     hits, confidence = judged.hits(), probabilities.max(axis=1)
     metrics["calibration_error"] = calibration.expected_calibration_error(confidence, hits)
@@ -225,33 +148,11 @@ def _gallery(embedded: Embedded, images: np.ndarray, texts: np.ndarray, placed: 
     return found
 
 
-def _composition(task: Task, models: Ensemble) -> Result:
-    """Swaps of the bundled scenes of a ``shapes`` source."""
-    embedded = models[0][0].embed(task.source, texts=True)
-    rows, made = [], []
-    for row, index in enumerate(embedded.indices.tolist()):
-        for swap in composition.swaps(task.source.describe(index)[0], index):
-            rows.append(row)
-            made.append(swap)
-    captions = sorted({caption for swap in made for caption in (swap.true, swap.false)})
-    number = {caption: i for i, caption in enumerate(captions)}
-    true, false = np.zeros(len(made)), np.zeros(len(made))
-    for model, share in models:
-        images, texts = model.embed(task.source, texts=True).images[rows].astype(np.float64), model.texts(captions)
-        true += share * np.sum(images * texts[[number[swap.true] for swap in made]], axis=1)
-        false += share * np.sum(images * texts[[number[swap.false] for swap in made]], axis=1)
-    wins, kinds = composition.true_caption_wins(true, false), np.array([swap.kind for swap in made])
-    metrics = {kind: float(wins[kinds == kind].mean()) for kind in sorted(set(kinds))}
-    metrics["mean"] = float(np.mean(list(metrics.values())))
-    details = {"all_equal": composition.all_equal(true, false), "pairs": len(made)}
-    return Result(metrics, "mean", len(embedded.images), embedded.skipped.total(), None, {"pairs": wins}, {}, details)
-
-
 def _corruptions(task: Task, models: Ensemble) -> Result:
     metrics, curves, hits = {}, {}, []
-    clean = _top1(task, models)
+    clean = top1_hits(task, models)
     for kind in CORRUPTIONS:
-        values = [_top1(task._replace(source=Corrupted(task.source, kind, s)), models) for s in SEVERITIES]
+        values = [top1_hits(task._replace(source=corrupted(task.source, kind, s)), models) for s in SEVERITIES]
         curves[kind] = [
             [0, float(clean.mean())],
             *([s, float(v.mean())] for s, v in zip(SEVERITIES, values, strict=True)),
@@ -261,17 +162,6 @@ def _corruptions(task: Task, models: Ensemble) -> Result:
     metrics = {"mean": float(np.mean(list(metrics.values()))), "clean": float(clean.mean())} | metrics
     wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
     return Result(metrics, "mean", len(clean), 0, wanted, {"mean": np.concatenate(hits)}, curves, {})
-
-
-def _top1(task: Task, models: Ensemble) -> Float[np.ndarray, " images"]:
-    labels, probabilities = _labelled(task.source, models).labels, _probabilities(task, models)
-    return _judge(probabilities, labels, models).hits()
-
-
-def _judge(probabilities: np.ndarray, labels: np.ndarray, models: Ensemble) -> zero_shot.Judged:
-    """Log-probabilities divided by the scale differ as cosines do, so that ties mean the same for an ensemble."""
-    scale = sum(share * model.scale for model, share in models)
-    return zero_shot.judge(np.log(np.maximum(probabilities, 1e-300)) / scale, labels, np.eye(probabilities.shape[1]))
 
 
 def _probe(task: Task, models: Ensemble) -> Result:
@@ -299,21 +189,19 @@ def _probe(task: Task, models: Ensemble) -> Result:
     return Result(metrics, "lp_acc1", len(y_test), skipped, None, {"lp_acc1": correct}, {"few-shot": points}, {})
 
 
-def _labelled(source: Source, models: Ensemble) -> Embedded:
-    embedded = models[0][0].embed(source, texts=False)
-    outside = (embedded.labels < 0) | (embedded.labels >= len(source.class_names))
-    if outside.any():
-        raise UserError(
-            f"{source.name}: {int(outside.sum())} images have no label among {len(source.class_names)} classes"
-        )
-    return embedded
-
-
 PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
     "zero_shot": _zero_shot,
     "retrieval": _retrieval,
-    "composition": _composition,
+    "composition": composition.protocol,
+    "winoground": composition.winoground_protocol,
+    "sugar_crepe": composition.sugar_crepe_protocol,
+    "multi_label": multi_label.protocol,
+    "labels": label_maps.protocol,
+    "dense": dense.protocol,
     "corruptions": _corruptions,
+    "typographic": typographic.protocol,
+    "adversarial": adversarial.protocol,
+    "cues": cues.protocol,
     "probe": _probe,
 }
 
@@ -338,6 +226,24 @@ def quick(image_size: int, *, classification: int = 480, pairs: int = 512, corru
     )
 
 
+def robustness(image_size: int, given: Iterable[Task], *, classification: int = 96) -> tuple[Task, ...]:
+    """Corruptions, words and adversarial pixels on every given set with labels, or else on the bundled scenes; and the
+    cues of the bundled scenes."""
+    scenes = shapes.open_shapes("zero_shot", image_size=max(32, image_size), examples=classification)
+    own = Task("shapes", "zero_shot", scenes, Prompts(shapes.CLASS_NAMES, shapes.TEMPLATES))
+    sets = [task for task in given if task.protocol == "zero_shot"] or [own]
+    kinds = ("corruptions", "typographic", "adversarial")
+    attacked = [task._replace(name=f"{task.name}_{kind}", protocol=kind) for task in sets for kind in kinds]
+    return (*attacked, own._replace(name="shapes_cues", protocol="cues"))
+
+
+def dense_suite(image_size: int, given: Iterable[Task], *, pictures: int = 96) -> tuple[Task, ...]:
+    """Every given set with masks, or else the bundled scenes."""
+    scenes = MaskedScenes(shapes.open_shapes("heldout", image_size=max(32, image_size), examples=pictures))
+    own = Task("shapes_dense", "dense", scenes, Prompts(scenes.class_names, shapes.TEMPLATES))
+    return tuple(task for task in given if task.protocol == "dense") or (own,)
+
+
 @dataclass(frozen=True)
 class _After:
     """The examples of a source from ``start`` on."""
@@ -357,4 +263,4 @@ class _After:
 
 
 def task_of(dataset: Dataset) -> Task:
-    return Task(dataset.name, dataset.protocol, dataset.source, dataset.prompts)
+    return Task(dataset.name, dataset.protocol, dataset.source, dataset.prompts, labels=dataset.labels)

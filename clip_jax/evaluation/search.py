@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from clip_jax.devices.sharding import batch_sharding, batch_shards, replicated
 from clip_jax.evaluation.ranking import check_finite
 
 BLOCK = 65_536
 """Vectors of the index at one time: 128 MiB at 512 features."""
+CHUNK = 128
+"""Neighbors of which at first only the largest similarity is compared."""
 
 
 class Hits(NamedTuple):
@@ -51,11 +53,13 @@ def search(
             rows = -(-len(vectors) // shards) * shards
             # A short block is padded to a power of two, so that few programs are compiled.
             rows = min(max(rows, shards * (1 << (rows // shards - 1).bit_length())), -(-block // shards) * shards)
-            padded = np.pad(vectors, ((0, rows - len(vectors)), (0, 0)))
-            similarity, number = _nearest(mesh, min(k, rows // shards))(on_device, _put(padded, mesh), len(vectors))
+            if rows > len(vectors):
+                vectors = np.pad(vectors, ((0, rows - len(vectors)), (0, 0)))
+            count = min(block, len(part) - start)
+            similarity, number = _nearest(mesh, min(k, rows // shards))(on_device, _put(vectors, mesh), count)
             similarity, number = np.asarray(similarity), np.asarray(number).astype(np.int64)
             best = _merge(best, Hits(similarity, np.where(np.isfinite(similarity), number + offset, -1)), k)
-            offset += len(vectors)
+            offset += count
     return best
 
 
@@ -66,11 +70,14 @@ def _nearest(mesh: Mesh | None, k: int):
 
     def nearest(queries, vectors, valid):
         rows = vectors.shape[0] // shards
-        vectors = vectors.reshape(shards, rows, -1)
-        similarity = jnp.einsum("qd,snd->sqn", queries, vectors, precision=jax.lax.Precision.HIGHEST)
+        if shards == 1:  # a product without a batch axis
+            similarity = jnp.dot(queries, vectors.T, precision=jax.lax.Precision.HIGHEST)[None]
+        else:
+            vectors = vectors.reshape(shards, rows, -1)
+            similarity = jnp.einsum("qd,snd->sqn", queries, vectors, precision=jax.lax.Precision.HIGHEST)
         number = jnp.arange(shards)[:, None] * rows + jnp.arange(rows)
         similarity = jnp.where((number < valid)[:, None, :] & jnp.isfinite(similarity), similarity, -jnp.inf)
-        found, where = jax.lax.top_k(similarity, k)
+        found, where = top_k(similarity, k)
         where = where + jnp.arange(shards)[:, None, None] * rows
         return tuple(jnp.moveaxis(x, 0, 1).reshape(queries.shape[0], -1) for x in (found, where))
 
@@ -78,6 +85,23 @@ def _nearest(mesh: Mesh | None, k: int):
         return jax.jit(nearest)
     whole = replicated(mesh)
     return jax.jit(nearest, in_shardings=(whole, batch_sharding(mesh), None), out_shardings=whole)
+
+
+def top_k(
+    similarity: Float[Array, "... n"], k: int, chunk: int = CHUNK
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
+    """``jax.lax.top_k``, faster for long rows: the k largest are in the k chunks with the largest maxima.
+
+    This holds for equal values, too, which stay in their order: the maximum of an earlier chunk is an earlier value.
+    """
+    *lead, n = similarity.shape
+    if n % chunk or n // chunk <= k:
+        return jax.lax.top_k(similarity, k)
+    chunks = similarity.reshape(*lead, n // chunk, chunk)
+    best = jnp.sort(jax.lax.top_k(chunks.max(axis=-1), k)[1], axis=-1)
+    inside = jnp.take_along_axis(chunks, best[..., None], axis=-2)
+    found, where = jax.lax.top_k(inside.reshape(*lead, k * chunk), k)
+    return found, jnp.take_along_axis(best, where // chunk, axis=-1) * chunk + where % chunk
 
 
 def _put(block: np.ndarray, mesh: Mesh | None) -> jax.Array:

@@ -35,7 +35,7 @@ PAPER27 = (
     Entry("SUN397", "sun397", TOP1),
     Entry("Stanford Cars", "cars", TOP1),
     Entry("FGVC Aircraft", "fgvc_aircraft", MEAN),
-    Entry("Pascal VOC 2007", "voc2007_multilabel", ""),  # 11-point mAP
+    Entry("Pascal VOC 2007", "voc2007_multilabel", "mAP_11"),
     Entry("Describable Textures", "vtab-dtd", TOP1),
     Entry("Oxford-IIIT Pets", "vtab-pets", MEAN),
     Entry("Caltech-101", "vtab-caltech101", MEAN),
@@ -108,18 +108,27 @@ SUITES["full"] = tuple(dict.fromkeys((*PAPER27, *DATACOMP38)))
 
 
 def tasks(
-    suite: str, data: Sequence[str], image_size: int, templates: str | None, class_names: str | None, **columns: str
+    suite: str,
+    data: Sequence[str],
+    image_size: int,
+    templates: str | None,
+    class_names: str | None,
+    **options: str | None,
 ) -> tuple[tuple[runner.Task, ...], list[str]]:
     """(the tasks of a suite that can be run, a line for each set that cannot). Raises UserError where there is none.
 
-    ``columns``: ``caption`` and ``image`` of ``open_source``.
+    ``options`` are those of ``datasets.open_dataset``.
     """
     found: list[runner.Task] = []
     missing: list[str] = []
     if suite == "quick":
         found += runner.quick(image_size)
-    opened = [d for where in data for d in datasets.open_dataset(where, templates, class_names, **columns)]
-    if suite in ("quick", "data"):
+    opened = [d for where in data for d in datasets.open_dataset(where, templates, class_names, **options)]
+    if suite == "robustness":
+        found += runner.robustness(image_size, map(runner.task_of, opened))
+    elif suite == "dense":
+        found += runner.dense_suite(image_size, map(runner.task_of, opened))
+    elif suite in ("quick", "data"):
         found += map(runner.task_of, opened)
         if not found:
             raise UserError("--suite=data: name the data, as in --data=folder:photos")

@@ -3,6 +3,7 @@
 ``export`` returns lines for the user: what was written, and which part of the model the format cannot hold.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from clip_jax.interop import (
     open_clip,
     open_clip_config,
     stablehlo,
+    tokenizer_files,
 )
 from clip_jax.interop.files import write_json
 from clip_jax.interop.tensors import Tensors, from_arrays
@@ -45,31 +47,54 @@ def export(
     if missing := {"image", "text"} - params.keys():
         raise UserError(f"{name}: has no {missing.pop()} tower; a model of both is exported")
     to.mkdir(parents=True, exist_ok=True)
+    preset, params, left_out = _without_decoder(layout, preset, params)
     try:
         if layout == "stablehlo":
             lines = stablehlo.write(to, preset, params, batch_stats)
         else:
             arrays = open_clip.from_params(jax.tree.map(np.asarray, params), preset.architecture, batch_stats)
-            write = {"openclip": _open_clip, "huggingface": _hugging_face, "bigvision": _big_vision}[layout]
-            lines = write(to, preset, from_arrays(name, arrays))
+            tensors = from_arrays(name, arrays)
+            if layout == "openclip":
+                lines = _open_clip(to, preset, tensors, tokenizer)
+            else:
+                lines = {"huggingface": _hugging_face, "bigvision": _big_vision}[layout](to, preset, tensors)
     except UserError:
         to.rmdir()  # Nothing was written: each format refuses a model before it writes.
         raise
+    lines += left_out
     if preset.preprocess.exif and layout != "stablehlo":
         lines.append(
             "exif_orientation: left out, no other library turns photos; turn them before (ImageOps.exif_transpose)"
         )
-    if preset.tokenizer == "siglip2" and layout == "openclip":
+    if preset.tokenizer == "siglip2" and layout == "openclip" and tokenizer is None:
         lines.append("texts: OpenCLIP drops the punctuation of every text of a SigLIP 2; encode_text here keeps it")
     lines += export_tokenizer.write(to, layout, preset.tokenizer, tokenizer, source)
     (to / "README.md").write_text(model_card(name, layout, preset, params), encoding="utf-8")
     return lines
 
 
-def _open_clip(to: Path, preset: Preset, tensors: Tensors) -> list[str]:
+def _without_decoder(layout: str, preset: Preset, params: Params) -> tuple[Preset, Params, list[str]]:
+    """The model without a decoder that the layout cannot hold, and a line that says so."""
+    architecture = preset.architecture
+    if architecture.decoder is None or (layout == "openclip" and open_clip_config.has_decoder(architecture)):
+        return preset, params, []
+    preset = preset._replace(architecture=dataclasses.replace(architecture, decoder=None))
+    params = {name: tree for name, tree in params.items() if name != "decoder"}
+    return preset, params, ["decoder: left out, only OpenCLIP has one, of CoCa's architecture"]
+
+
+def _open_clip(to: Path, preset: Preset, tensors: Tensors, tokenizer: Tokenizer | None) -> list[str]:
     config = open_clip_config.from_preset(preset)
+    if tokenizer is not None and preset.tokenizer in tokenizer_files.VERSIONS:
+        # As this model's texts were: SigLIP 2 keeps punctuation in Transformers, and drops it in OpenCLIP's own config.
+        config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": tokenizer.codec.clean}
     files.write_safetensors(to / "open_clip_model.safetensors", tensors)
     write_json(to / "open_clip_config.json", config)
+    if config["model_cfg"]["text_cfg"].get("correct_cls_mask"):
+        return [
+            "correct_cls_mask: OpenCLIP 3.3 has no such setting; remove it from open_clip_config.json, load the model, "
+            "and set model.text.correct_cls_mask = True"
+        ]
     return [f"open_clip.create_model_from_pretrained('local-dir:{to.resolve()}') loads it"]
 
 

@@ -1,5 +1,6 @@
 """Writes a model's tokenizer beside its weights, so that Transformers and OpenCLIP give its texts the same ids."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -29,11 +30,11 @@ def write(to: Path, layout: str, kind: str, tokenizer: Tokenizer | None, source:
         return [f"tokenizer: left out, {kind}'s was not found on this machine{included}"]
     if kind == "clip" and hasattr(tokenizer.codec, "merges"):
         _write_clip(to, tokenizer)
-        return ["tokenizer: CLIP's (vocab.json, merges.txt)"]
+        return ["tokenizer: CLIP's (tokenizer.json, vocab.json, merges.txt)"]
     if isinstance(tokenizer.codec, Pieces) and kind != "siglip":
         # The model file beside them is what ``load`` reads: no conversion is exact for wrongly decoded texts.
         (to / native_name(kind)).write_bytes(tokenizer.codec.processor.serialized_model_proto())
-        written = tokenizer_json.files(tokenizer)
+        written = tokenizer_json.of_pieces(tokenizer)
         (to / "tokenizer.json").write_text(written["tokenizer.json"], encoding="utf-8")
         write_json(to / CONFIG, written[CONFIG])
         lines = [f"tokenizer: the model's own ({native_name(kind)}), converted to tokenizer.json"]
@@ -52,19 +53,10 @@ def write(to: Path, layout: str, kind: str, tokenizer: Tokenizer | None, source:
 
 
 def _write_clip(to: Path, tokenizer: Tokenizer) -> None:
-    """Transformers' files. Its special tokens are spelled differently from OpenCLIP's, but have the same ids."""
-    codec, start, end = tokenizer.codec, "<|startoftext|>", "<|endoftext|>"
-    symbols = [*codec.symbols[:-2], start, end]
-    write_json(to / "vocab.json", {symbol: i for i, symbol in enumerate(symbols)}, indent=None)
-    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in codec.merges)])
+    """Transformers' files; the first two are for programs that read no ``tokenizer.json``."""
+    written = tokenizer_json.of_merges(tokenizer)
+    (to / "tokenizer.json").write_text(written["tokenizer.json"], encoding="utf-8")
+    write_json(to / CONFIG, written[CONFIG])
+    write_json(to / "vocab.json", json.loads(written["tokenizer.json"])["model"]["vocab"], indent=None)
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.codec.merges)])
     (to / "merges.txt").write_text(merges + "\n", encoding="utf-8")
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "bos_token": start,
-        "eos_token": end,
-        "unk_token": end,
-        "pad_token": end,
-        "do_lower_case": True,
-        "model_max_length": tokenizer.context_length,
-    }
-    write_json(to / CONFIG, config)

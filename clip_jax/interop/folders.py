@@ -119,8 +119,8 @@ def _what_it_is(folder: Path) -> str:
     if "adapter_config.json" in names:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         return (
-            f"a LoRA adapter for {base}, not a model; with peft, merge_and_unload() and save_pretrained() write the "
-            "whole model"
+            f"a LoRA adapter{f' for {base}' if base else ''}, not a model; with peft, merge_and_unload() and "
+            "save_pretrained() write the whole model"
         )
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return (

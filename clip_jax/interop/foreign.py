@@ -173,7 +173,7 @@ def open_tokenizer(foreign: Foreign, given: str | Path | Tokenizer | None = None
     reason = "give the tokenizer that it was trained with: load(..., tokenizer=PATH)"
     if kind in tokenizers.hub.REPOSITORIES:
         try:
-            return tokenizer_files.published(kind, tower)
+            return tokenizer_files.published(kind, tower, foreign.clean)
         except UserError as error:
             reason = str(error)
     raise UserError(

@@ -28,6 +28,7 @@ UNSEEN = (
     "norm_last",
     "pooling",
     "rotary_grid",
+    "shifted_mask",
 )
 """Settings that change what a tower computes, but no name and no shape of its tensors."""
 

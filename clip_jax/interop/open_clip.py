@@ -20,14 +20,15 @@ from clip_jax.models.vit import ImageTower
 IGNORED = ("attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size")
 
 TOWERS = ("image", "text")
+OF_BOTH = ("logit_", "text_decoder.")
 
 STATISTICS = ("running_mean", "running_var")
 COUNT = "num_batches_tracked"
 
 
 def needed(name: str, towers: tuple[str, ...]) -> bool:
-    """Whether a model of these towers has the tensor of this name. The scale and the bias belong to both together."""
-    if name.startswith("logit_"):
+    """Whether a model of these towers has the tensor of this name. Scale, bias and decoder belong to both together."""
+    if name.startswith(OF_BOTH):
         return towers == TOWERS
     return ("image" if name.startswith("visual.") else "text") in towers
 
@@ -45,7 +46,7 @@ def to_params(
     a tensor that is missing, unknown or of a wrong shape.
     """
     names = [name for name in tensors if name not in IGNORED and not name.endswith((*STATISTICS, COUNT))]
-    names = [name for name in names if towers == TOWERS or not name.startswith("logit_")]
+    names = [name for name in names if towers == TOWERS or not name.startswith(OF_BOTH)]
     renamed = _Renamed(tensors, {_canonical(name, architecture): name for name in names})
     shapes = table.parameter_shapes(architecture)
     rows = [row for row in _table(architecture) if needed(row.theirs, towers)]
@@ -107,9 +108,14 @@ def is_timm(tower: ImageTower | ResNetTower) -> bool:
     return isinstance(tower, ImageTower) and (not tower.class_token or not tower.key_bias or tower.patch_bias)
 
 
+def has_text_prefix(architecture: Architecture) -> bool:
+    """Whether OpenCLIP's model is a CustomTextCLIP or a CoCa, whose text tensors have the prefix ``text.``."""
+    return is_timm(architecture.image) or architecture.text.pooling == "class"
+
+
 def _canonical(name: str, architecture: Architecture) -> str:
     """The name in ``_table`` of a tensor in a file."""
-    if not is_timm(architecture.image):
+    if not has_text_prefix(architecture):
         return name.removeprefix("text.")
     text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
     return f"text.{name}" if name.startswith(text) else name
@@ -136,9 +142,33 @@ VIT = (
     ("conv1.weight", "patch_embedding", "width rgb down across -> (down across rgb) width"),
     ("class_embedding", "class_embedding", VECTOR),
     ("positional_embedding", "position_embedding", ROWS),
-    *_norm("ln_post", "norm_post"),
     ("proj", "projection", ROWS),
 )
+VIT_NORM = _norm("ln_post", "norm_post")
+
+# CoCa: PyTorch's attention has one matrix where all inputs are equally wide, and three where they are not.
+ONE_MATRIX = (("in_proj_weight", "qkv", "(three heads dim) width -> width three heads dim"),)
+THREE_MATRICES = (
+    ("q_proj_weight", "query", "(heads dim) width -> width heads dim"),
+    ("k_proj_weight", "key_value", "(heads dim) width -> width part heads dim", 0),
+    ("v_proj_weight", "key_value", "(heads dim) width -> width part heads dim", 1),
+)
+CROSS = (
+    ("in_proj_bias", "qkv_bias", "(three heads dim) -> three heads dim"),
+    ("out_proj.weight", "out", "width (heads dim) -> heads dim width"),
+    ("out_proj.bias", "out_bias", VECTOR),
+)
+QUERIES = (("query", "queries", ROWS), *_norm("ln_q", "norm_query"), *_norm("ln_k", "norm_key"))
+CROSS_BLOCK = (
+    *_norm("ln_1", "norm_cross"),
+    *_norm("ln_1_kv", "norm_memory"),
+    *_norm("ln_2", "norm_2"),
+    ("mlp.c_fc.weight", "mlp/up", MATRIX),
+    ("mlp.c_fc.bias", "mlp/up_bias", VECTOR),
+    ("mlp.c_proj.weight", "mlp/down", MATRIX),
+    ("mlp.c_proj.bias", "mlp/down_bias", VECTOR),
+)
+DECODER = (*_norm("ln_final", "norm_final"), ("text_projection", "projection", ROWS))
 
 LAYER_SCALE = (("ls_1.gamma", "scale_1", VECTOR), ("ls_2.gamma", "scale_2", VECTOR))
 
@@ -158,14 +188,15 @@ PROJECTION_WITH_BIAS = (
 def _table(architecture: Architecture) -> list[Row]:
     """Every tensor of an architecture."""
     return [
-        *_image(architecture.image),
-        *_text(architecture.text, "text." if is_timm(architecture.image) else ""),
+        *_image(architecture.image, architecture.embed_dim),
+        *_text(architecture.text, "text." if has_text_prefix(architecture) else ""),
+        *(() if architecture.decoder is None else _decoder()),
         Row("logit_scale", "logit_scale", SCALAR),
         *([] if architecture.init_logit_bias is None else [Row("logit_bias", "logit_bias", SCALAR)]),
     ]
 
 
-def _image(tower: ImageTower | ResNetTower) -> list[Row]:
+def _image(tower: ImageTower | ResNetTower, embed_dim: int) -> list[Row]:
     if isinstance(tower, ResNetTower):
         return _resnet(tower)
     if is_timm(tower):
@@ -173,8 +204,32 @@ def _image(tower: ImageTower | ResNetTower) -> list[Row]:
     block = BLOCK if tower.layer_scale is None else (*BLOCK, *LAYER_SCALE)
     return [
         *rows("visual.", "image/", *VIT),
+        *(
+            _query_pooling(tower.width == embed_dim)
+            if tower.pooling == "queries"
+            else rows("visual.", "image/", *VIT_NORM)
+        ),
         *(rows("visual.", "image/", *_norm("ln_pre", "norm_pre")) if tower.norm_pre else ()),
         *rows("visual.transformer.resblocks.{layer}.", "image/transformer/blocks/", *block),
+    ]
+
+
+def _query_pooling(one_width: bool) -> list[Row]:
+    matrices = ONE_MATRIX if one_width else THREE_MATRICES
+    return [
+        *rows("visual.attn_pool.", "image/query_pooling/", *QUERIES),
+        *rows("visual.attn_pool.attn.", "image/query_pooling/attention/", *matrices, *CROSS),
+        *rows("visual.", "image/query_pooling/", *VIT_NORM),
+    ]
+
+
+def _decoder() -> list[Row]:
+    cross = "text_decoder.cross_attn.{layer}."
+    return [
+        *rows("text_decoder.resblocks.{layer}.", "decoder/blocks/text/", *BLOCK),
+        *rows(cross, "decoder/blocks/", *CROSS_BLOCK),
+        *rows(f"{cross}attn.", "decoder/blocks/cross/", *ONE_MATRIX, *CROSS),
+        *rows("text_decoder.", "decoder/", *DECODER),
     ]
 
 
@@ -183,6 +238,7 @@ def _text(tower: TextTower, prefix: str) -> list[Row]:
     return [
         *rows(prefix, "text/", *TEXT),
         *(rows(prefix, "text/", *projection) if tower.projection else ()),
+        *(rows(prefix, "text/", ("cls_emb", "class_embedding", VECTOR)) if tower.pooling == "class" else ()),
         *rows(f"{prefix}transformer.resblocks.{{layer}}.", "text/transformer/blocks/", *BLOCK),
     ]
 

@@ -10,8 +10,9 @@ from typing import Any
 from clip_jax.data.tokenizers import cleaning
 from clip_jax.errors import UserError
 from clip_jax.interop import preprocessing
-from clip_jax.interop.open_clip import is_timm
+from clip_jax.interop.open_clip import has_text_prefix, is_timm
 from clip_jax.models.clip import Architecture
+from clip_jax.models.decoder import CaptionDecoder
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.models.vit import ImageTower
@@ -32,6 +33,9 @@ VISION = {
     "norm_kwargs": None,
     "timm_model_name": None,
     "ls_init_value": None,
+    "attentional_pool": False,
+    "attn_pooler_queries": 256,
+    "attn_pooler_heads": 8,
 }
 TEXT = {
     "context_length": 77,
@@ -49,9 +53,15 @@ TEXT = {
     "norm_kwargs": None,
     "hf_tokenizer_name": None,
     "tokenizer_kwargs": None,
+    "embed_cls": False,
+    "correct_cls_mask": False,
 }
+# OpenCLIP's decoder is as wide as the text tower, and has its context and vocabulary (coca_model.py).
+DECODER = {"width": 512, "heads": 8, "layers": 12, "context_length": 77, "mlp_ratio": 4.0}
+# Settings of multimodal_cfg that OpenCLIP does not read: the pooling belongs to vision_cfg.
+UNREAD = ("vocab_size", "dim_head", "n_queries", "attn_pooler_heads")
 # Keys of a model_cfg that are read below; and custom_text, cast_dtype and output_dict, which change no result.
-MODEL = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
+MODEL = ("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
 MODEL += ("custom_text", "cast_dtype", "output_dict")
 POOLING = {"tok": "class", "avg": "average"}
 
@@ -70,9 +80,7 @@ NEUTRAL = {
     "timm_proj": ("none", "", None),
     "final_ln_after_pool": ANY,  # of a text: pooling selects one token, and the norm applies to each alone
     "pos_embed_type": ("learnable",),
-    "attentional_pool": (False,),
     "ls_init_value": (None,),
-    "embed_cls": (False,),
 }
 _SIGLIP_SIZES = {768: "base", 1024: "large", 1152: "so400m", 1536: "giantopt"}
 _EVA_SIZES = {768: "base", 1024: "large", 1792: "enormous"}
@@ -113,6 +121,9 @@ def to_preset(config: dict[str, Any], origin: str) -> Preset:
         model.get("init_logit_scale", math.log(1 / 0.07)),
         model.get("init_logit_bias"),
     )
+    if "multimodal_cfg" in model:
+        decoder = _decoder(model["multimodal_cfg"], architecture, activation, f"{origin}: model_cfg.multimodal_cfg")
+        architecture = dataclasses.replace(architecture, decoder=decoder)
     tokenizer = _tokenizer(text, f"{origin}: model_cfg.text_cfg")
     pixels = preprocessing.from_open_clip(config.get("preprocess_cfg"), tokenizer, f"{origin}: preprocess_cfg")
     return Preset(architecture, pixels, tokenizer)
@@ -136,9 +147,10 @@ def _image(vision: dict[str, Any], activation: str, origin: str) -> ImageTower |
     width = vision["width"]
     if isinstance(vision["layers"], list):
         return ResNetTower(vision["image_size"], tuple(vision["layers"]), width, 32 * width // vision["head_width"])
-    if vision["pool_type"] not in POOLING:
-        raise UserError(f"{origin}.pool_type={vision['pool_type']!r} is not supported")
-    pooling = POOLING[vision["pool_type"]]
+    for name, known in (("pool_type", POOLING), ("attentional_pool", (False, True))):
+        if vision[name] not in known:
+            raise UserError(f"{origin}.{name}={vision[name]!r} is not supported")
+    pooling = "queries" if vision["attentional_pool"] else POOLING[vision["pool_type"]]
     return ImageTower(
         image_size=vision["image_size"],
         patch_size=vision["patch_size"],
@@ -152,6 +164,27 @@ def _image(vision: dict[str, Any], activation: str, origin: str) -> ImageTower |
         pooling=pooling,
         norm_before_pooling=pooling == "average" and not vision["final_ln_after_pool"],
         layer_scale=vision["ls_init_value"],
+        queries=vision["attn_pooler_queries"],
+        query_heads=vision["attn_pooler_heads"],
+    )
+
+
+def _decoder(given: dict[str, Any], architecture: Architecture, activation: str, origin: str) -> CaptionDecoder:
+    given = {name: value for name, value in given.items() if name not in UNREAD}
+    decoder, text = _settings(given, DECODER, origin), architecture.text
+    if text.pooling != "class" or not text.causal or decoder["width"] != text.width:
+        raise UserError(f"{origin}: a decoder needs a causal text tower of its width with embed_cls=true")
+    if architecture.memory_shape[1] != text.width:
+        raise UserError(f"{origin}.width={text.width}: the image tower's tokens have {architecture.memory_shape[1]}")
+    return CaptionDecoder(
+        form="coca",
+        length=text.context_length - 1,
+        vocab_size=text.vocab_size,
+        width=decoder["width"],
+        layers=decoder["layers"],
+        heads=decoder["heads"],
+        mlp_width=4 * decoder["width"],  # whatever mlp_ratio says
+        activation=activation,
     )
 
 
@@ -168,11 +201,12 @@ def _text(text: dict[str, Any], activation: str, origin: str) -> TextTower:
         mlp_width=int(text["width"] * text["mlp_ratio"]),
         activation=_activation(text, activation, origin),
         causal=not text["no_causal_mask"],
-        pooling=text["pool_type"],
-        eos_id=text["eos_id"] if text["pool_type"] == "eos" else None,
+        pooling="class" if text["embed_cls"] else text["pool_type"],
+        eos_id=text["eos_id"] if text["pool_type"] == "eos" and not text["embed_cls"] else None,
         norm_epsilon=_epsilon(text, origin),
         projection=projection,
         projection_bias=projection and text["proj_bias"],
+        shifted_mask=text["embed_cls"] and not text["correct_cls_mask"],
     )
 
 
@@ -187,13 +221,11 @@ def _tokenizer(text: dict[str, Any], origin: str) -> str:
         return "clip"
     if arguments.get("strip_sep_token"):
         return "clipa"
-    # SigLIP's tokenizers here clean a text themselves; with any other file the folder's own cleaning is used.
-    supported = ("canonicalize",) if "SigLIP" in name else cleaning.CLEANERS
-    if arguments.get("clean", "canonicalize") not in supported:
+    if arguments.get("clean", "whitespace") not in cleaning.CLEANERS:
         raise UserError(f"{origin}.tokenizer_kwargs.clean={arguments['clean']!r:.60} is not supported")
     if "SigLIP" not in name and name != "google/mt5-base":  # the vocabulary of the multilingual SigLIP
         return name
-    return "siglip2" if text["vocab_size"] == 256_000 else "siglip"
+    return "siglip2" if text["vocab_size"] == 256_000 or "SigLIP2" in name else "siglip"
 
 
 def cleaner(config: dict[str, Any]) -> str:
@@ -238,8 +270,17 @@ def from_preset(preset: Preset) -> dict[str, Any]:
     }
     if architecture.init_logit_bias is not None:
         model["init_logit_bias"] = architecture.init_logit_bias
-    if is_timm(image):
+    if has_text_prefix(architecture):
         model["custom_text"] = True
+    if (decoder := architecture.decoder) is not None:
+        model["vision_cfg"]["output_tokens"] = model["text_cfg"]["output_tokens"] = True
+        model["multimodal_cfg"] = {
+            "context_length": text.context_length,
+            "vocab_size": decoder.vocab_size,
+            "width": decoder.width,
+            "heads": decoder.heads,
+            "layers": decoder.layers,
+        }
     preprocess = {
         "mean": list(preset.preprocess.mean),
         "std": list(preset.preprocess.std),
@@ -247,6 +288,14 @@ def from_preset(preset: Preset) -> dict[str, Any]:
         "resize_mode": preset.preprocess.resize,
     }
     return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def has_decoder(architecture: Architecture) -> bool:
+    """Whether OpenCLIP's CoCa has the decoder of an architecture, which must have one."""
+    decoder, text = architecture.decoder, architecture.text
+    tower = isinstance(architecture.image, ImageTower) and architecture.image.pooling in ("class", "queries")
+    widths = {decoder.width, text.width, architecture.memory_shape[1]}
+    return tower and text.pooling == "class" and len(widths) == 1 and decoder.mlp_width == 4 * decoder.width
 
 
 def _has_gelu(image: ImageTower | ResNetTower) -> bool:
@@ -281,6 +330,9 @@ def _vision_config(image: ImageTower | ResNetTower) -> dict[str, Any]:
         config["ls_init_value"] = image.layer_scale
     if not image.norm_pre:
         config["no_ln_pre"] = True
+    if image.pooling == "queries":
+        config |= {"attentional_pool": True, "attn_pooler_queries": image.queries}
+        config["attn_pooler_heads"] = image.query_heads
     if image.pooling == "average":
         config |= {"pool_type": "avg", "final_ln_after_pool": not image.norm_before_pooling}
     return config
@@ -299,7 +351,11 @@ def _text_config(text: TextTower, tokenizer: str) -> dict[str, Any]:
     }
     if not text.causal:
         config["no_causal_mask"] = True
-    if text.pooling != "argmax":
+    if text.pooling == "class":
+        config["embed_cls"] = True
+        if not text.shifted_mask:  # OpenCLIP 3.3 has it as an attribute only: it refuses the setting
+            config["correct_cls_mask"] = True
+    elif text.pooling != "argmax":
         config["pool_type"] = text.pooling
     if text.pooling == "eos":
         config["eos_id"] = text.eos_id

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clip_jax.data.tokenizers import KINDS, Tokenizer, files, hub
+from clip_jax.data.tokenizers import KINDS, Tokenizer, files, hub, siglip
 from clip_jax.data.tokenizers.hugging_face import from_file
 from clip_jax.errors import UserError
 from clip_jax.interop import folders
@@ -12,6 +12,7 @@ from clip_jax.models.text import TextTower
 UNUSED_ROWS = {"clipa": 32_000 - 30_522}
 # T5's and mT5's files name a hundred extra tokens after the last row of SigLIP's towers; no caption spells them.
 EXTRA_TOKENS = {"siglip": 100}
+VERSIONS = {"siglip": 1, "siglip2": 2}
 
 
 def find(folder: Path, kind: str) -> list[Path]:
@@ -27,7 +28,7 @@ def open_tokenizer(where: Path, kind: str, tower: TextTower, clean: str = "none"
     """The tokenizer in a file or folder that fits the tower; None if a folder holds none.
 
     It is of the given kind, or what a ``tokenizer.json`` describes; ``clean`` is what the model's library does with a
-    text before such a file reads it. Raises UserError if all files there are of another model.
+    text before such a file, or SigLIP's of any format, reads it. Raises UserError if all files are of another model.
     """
     problems = []
     if not where.exists():
@@ -52,10 +53,10 @@ def given(tokenizer: str | Path | Tokenizer, kind: str, tower: TextTower, clean:
     return found
 
 
-def published(kind: str, tower: TextTower) -> Tokenizer:
+def published(kind: str, tower: TextTower, clean: str = "none") -> Tokenizer:
     """The published vocabulary of a kind, from the cache or the hub. Raises UserError."""
     file = hub.download(kind, tower.vocab_size)
-    return fitting(KINDS[kind](file, tower.context_length), kind, tower, str(file))
+    return fitting(_of_kind(kind, file, tower.context_length, clean), kind, tower, str(file))
 
 
 def fitting(tokenizer: Tokenizer, kind: str, tower: TextTower, origin: str) -> Tokenizer:
@@ -80,8 +81,15 @@ def _open(file: Path, kind: str, context_length: int, clean: str) -> Tokenizer:
         return KINDS["sentencepiece"](file, context_length)
     if kind in KINDS:
         try:
-            return KINDS[kind](file, context_length)
+            return _of_kind(kind, file, context_length, clean)
         except UserError:
             if file.suffix != ".json":
                 raise
     return from_file(file, context_length, clean)
+
+
+def _of_kind(kind: str, file: Path, context_length: int, clean: str) -> Tokenizer:
+    # OpenCLIP's config says how a SigLIP's texts are cleaned; for SigLIP 2 otherwise than in Transformers.
+    if kind in VERSIONS and clean != "none":
+        return siglip(file, context_length, VERSIONS[kind], clean)
+    return KINDS[kind](file, context_length)

@@ -1,8 +1,9 @@
-"""A SentencePiece model -> the ``tokenizer.json`` and ``tokenizer_config.json`` of Transformers and OpenCLIP.
+"""SentencePiece models and CLIP's merges -> Transformers' ``tokenizer.json`` and ``tokenizer_config.json``.
 
 The file holds the pieces, the normalization that SentencePiece compiled into its model, and as much of
-``data/tokenizers/cleaning.py`` as a JSON file can: quotes, the usual HTML entities, case, punctuation, white space. It
-cannot repair wrongly decoded text as ftfy does; OpenCLIP does that itself, Transformers does not.
+``data/tokenizers/cleaning.py`` as a JSON file can: quotes, the usual HTML entities, ligatures, the width of characters,
+case, punctuation, white space. It cannot repair wrongly decoded text as ftfy does; OpenCLIP does that itself,
+Transformers does not.
 """
 
 import re
@@ -10,14 +11,20 @@ import string
 from typing import Any
 
 import tokenizers
+from ftfy import chardata
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.data.tokenizers.byte_pairs import WORD
 
 FRAMED = {"pad": "<|pad|>", "unk": "<|unknown|>", "bos": "<|startoftext|>", "eos": "<|endoftext|>"}
 """The special tokens of clip_jax's own vocabularies. In a text SentencePiece reads "<s>" (HTML) as letters, and
 ``tokenizers`` always as the special token of that name: hence names that no caption has."""
+
+OPENAI = {"unk": "<|endoftext|>", "bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"}
+"""CLIP's special tokens as Transformers spells them; OpenCLIP's "<start_of_text>" has the same id. Transformers pads
+with the end token and OpenCLIP with 0, which no embedding depends on."""
 
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL, USER_DEFINED = 1, 4  # ModelProto.SentencePiece.Type
@@ -37,8 +44,33 @@ REPAIRS = (
 )
 
 
-def files(tokenizer: Tokenizer) -> dict[str, dict[str, Any] | str]:
-    """The two files by name: JSON text, and plain values. The tokenizer's codec holds a SentencePiece model."""
+def of_merges(tokenizer: Tokenizer) -> dict[str, dict[str, Any] | str]:
+    """The two files of CLIP's byte-pair encoding.
+
+    Transformers' own CLIPTokenizer keeps curly quotes, HTML entities and full-width letters, with which OpenAI's and
+    OpenCLIP's models were never trained: the class is therefore the one that reads everything from the file.
+    """
+    codec, end = tokenizer.codec, OPENAI["eos"]
+    symbols = [*codec.symbols[:-2], OPENAI["bos"], end]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, codec.merges, unk_token=end, end_of_word_suffix="</w>"))
+    same = chardata.LIGATURES | chardata.WIDTH_MAP
+    repairs = [normalizers.Replace(chr(character), str(to)) for character, to in same.items()]
+    made.normalizer = normalizers.Sequence([*repairs, _normalizer(b"", "lower")])
+    words = pre_tokenizers.Split(Regex(WORD.pattern), behavior="removed", invert=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)])
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{OPENAI['bos']} $A {end}", special_tokens=[(x, vocabulary[x]) for x in (OPENAI["bos"], end)]
+    )
+    made.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in (OPENAI["bos"], end)])
+    return {"tokenizer.json": made.to_str(), "tokenizer_config.json": _config(OPENAI, tokenizer.context_length)}
+
+
+def of_pieces(tokenizer: Tokenizer) -> dict[str, dict[str, Any] | str]:
+    """The two files by name, JSON text and plain values, of a tokenizer whose codec holds a SentencePiece model."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(tokenizer.codec.processor.serialized_model_proto())
     if tokenizer.start_id is None:
@@ -49,16 +81,20 @@ def files(tokenizer: Tokenizer) -> dict[str, dict[str, Any] | str]:
         special = FRAMED
         for kind, name in special.items():
             model.pieces[ids[kind]].piece = name
-    config = {
+    converted = _converted(model, tokenizer.codec.clean, special, ids)
+    config = _config(special, tokenizer.context_length)
+    return {"tokenizer.json": converted.to_str(pretty=True), "tokenizer_config.json": config}
+
+
+def _config(special: dict[str, str], context_length: int) -> dict[str, Any]:
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{kind}_token": name for kind, name in special.items()},
-        "model_max_length": tokenizer.context_length,
+        "model_max_length": context_length,
         "padding_side": "right",
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
     }
-    converted = _converted(model, tokenizer.codec.clean, special, ids)
-    return {"tokenizer.json": converted.to_str(pretty=True), "tokenizer_config.json": config}
 
 
 def _converted(model: Any, clean: str, special: dict[str, str], ids: dict[str, int]) -> tokenizers.Tokenizer:

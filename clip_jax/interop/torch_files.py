@@ -107,7 +107,7 @@ ALLOWED = {
 
 
 DATA = (
-    *("argparse", "collections", "datetime", "decimal", "enum", "pathlib", "types", "typing", "uuid"),
+    *("argparse", "collections", "datetime", "decimal", "enum", "functools", "pathlib", "types", "typing", "uuid"),
     *("easydict", "ml_collections", "numpy", "omegaconf", "yacs"),
     *("torch.optim", "torch.amp", "torch.cuda.amp", "torch.torch_version"),
     *("copyreg", "_codecs", "__main__"),
@@ -117,6 +117,7 @@ DATA = (
 BUILTINS = (
     *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list"),
     *("object", "range", "set", "slice", "str", "tuple"),
+    *("Ellipsis", "NotImplemented", "long", "unicode", "xrange"),  # protocol 2, torch.save's, has Python 2's names
 )
 
 

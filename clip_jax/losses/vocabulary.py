@@ -27,8 +27,9 @@ def cross_entropy(
     targets: Int[Array, "batch length"],
     weights: Float[Array, "batch length"],
     mesh: Mesh | AbstractMesh | None,
+    bias: Float[Array, "vocabulary"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums of ``-weight * log softmax(hidden @ head)[target]``, and of the weights of tokens predicted right."""
+    """Sums of ``-weight * log softmax(hidden @ head + bias)[target]``, and of weights of tokens predicted right."""
     shards = 1 if mesh is None else batch_shards(mesh)
     tokens = targets.size // shards
     size = chunk_size(tokens, head.shape[1])
@@ -40,7 +41,8 @@ def cross_entropy(
     is_padding = by_device(weights) == 0
     order = jnp.argsort(is_padding, axis=1, stable=True)
     needed = jnp.max(jnp.sum(~is_padding, axis=1))
-    heads = copy_for_each_part(head, mesh)
+    # Each device sums the gradients of all its chunks before they are added up: the bias is one more row of the head.
+    heads = copy_for_each_part(head if bias is None else jnp.concatenate([head, bias[None]]), mesh)
 
     def chunks(x: Array) -> Array:
         """[batch, length, ...] -> [chunks, devices, tokens, ...], each device's tokens with weight first."""
@@ -49,7 +51,10 @@ def cross_entropy(
         return x.reshape(shards, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
     def one_chunk(heads: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        logits = jnp.einsum("dtw,dwv->dtv", hidden, heads.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel = heads[:, : hidden.shape[-1]].astype(hidden.dtype)
+        logits = jnp.einsum("dtw,dwv->dtv", hidden, kernel, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + heads[:, -1:]
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - own
         right = own >= jnp.max(logits, axis=-1)

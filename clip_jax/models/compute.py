@@ -47,6 +47,8 @@ class Compute(NamedTuple):
     """One of ``models.attention``'s functions, or ``models.attention_tpu.TPUAttention``."""
     mesh: Mesh | AbstractMesh | None = None
     """The mesh over which activations are split; None leaves them to the partitioner."""
+    cache: int = 0
+    """Tokens whose keys and values are kept while a text is generated one token at a time; 0: no cache."""
 
 
 DEFAULT = Compute()

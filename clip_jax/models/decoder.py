@@ -1,116 +1,76 @@
-"""A decoder that predicts captions: self-attention over the text, cross-attention to the image (Yu et al. 2022, CoCa).
+"""A decoder that predicts captions: self-attention over the text, cross-attention to the image.
 
-Each layer is a block of the text tower followed by one that attends to the image and has an MLP of its own, as in
-OpenCLIP. The image is seen through a few learned queries that pool its tokens, or token by token.
+coca   continues from the tokens of a causal text tower (Yu et al. 2022, section 3.1). Each layer is a block of the text
+       tower, then one that attends to the image and has an MLP of its own, as in OpenCLIP.
+cappa  reads the caption itself (Tschannen et al. 2023; Wan et al. 2024, LocCa). Each layer has self-attention,
+       cross-attention and one MLP, without biases; inputs are the caption shifted by one, with id 0 before it. For
+       some images all inputs are masked, and all tokens are predicted at once from the image alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from clip_jax.devices.sharding import split_rows
+from clip_jax.devices.sharding import gather_features, split_rows
 from clip_jax.models import flops
 from clip_jax.models.compute import REMAT_POLICIES, Compute
+from clip_jax.models.cross_attention import CrossAttention
 from clip_jax.models.transformer import (
     MLP,
+    Attention,
     Block,
     BlockInit,
     BlockShape,
     LayerNorm,
     normal,
-    product,
     text_block_init,
     zeros,
 )
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """Lengths in tokens, widths in features."""
+class CaptionDecoder:
+    """The shape of a decoder; lengths in tokens, widths in features."""
 
+    form: Literal["coca", "cappa"]
     length: int
+    """The number of predicted tokens."""
+    vocab_size: int
     width: int
     layers: int
     heads: int
     mlp_width: int
     activation: str
-    queries: int
-    """Learned queries that pool the image's tokens; 0: the decoder attends to all of them."""
-    image_width: int
+    parallel: bool = False
+    """Whether there is a mask to replace the inputs; cappa only."""
 
-    def block(self, causal: bool) -> BlockShape:
-        return BlockShape(self.heads, self.mlp_width, self.activation, causal)
+    @property
+    def block(self) -> BlockShape:
+        cappa = self.form == "cappa"
+        epsilon = 1e-6 if cappa else 1e-5  # Flax's default, in the released code of CapPa
+        return BlockShape(self.heads, self.mlp_width, self.activation, True, epsilon, bias=not cappa)
 
-    def forward_flops(self, image_tokens: int) -> int:
-        """FLOPs of one caption's forward pass without the vocabulary; see ``models/flops.py``."""
+    def module(self, compute: Compute) -> "Decoder":
+        return Decoder(self, compute)
+
+    def forward_flops(self, seen: int, memory_width: int) -> int:
+        """FLOPs of one caption's forward pass that attends to ``seen`` image tokens, without the vocabulary."""
         width, length = self.width, self.length
-        seen = self.queries or image_tokens
-        pooling = 0
-        if self.queries:
-            pooling = flops.product(self.image_width, 2 * width, times=image_tokens)
-            pooling += flops.product(width, 2 * width, times=seen) + 2 * flops.product(image_tokens, width, times=seen)
-        memory_width = width if self.queries else self.image_width
-        weights = flops.product(width, 6 * width + 4 * self.mlp_width, times=length)
+        mlps = 2 if self.form == "coca" else 1
+        weights = flops.product(width, 6 * width + 2 * mlps * self.mlp_width, times=length)
         weights += flops.product(memory_width, 2 * width, times=seen)
         attention = 2 * flops.product(length + seen, width, times=length)
-        return pooling + self.layers * (weights + attention)
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries to a memory of any width."""
-
-    heads: int
-    inits: BlockInit
-    compute: Compute
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch queries width"], memory: Float[Array, "batch keys memory_width"]
-    ) -> Float[Array, "batch queries width"]:
-        width, heads, dtype = x.shape[-1], self.heads, self.compute.dtype
-        dim, init = width // heads, self.inits.qkv
-        query_init = nn.with_logical_partitioning(init, ("embed", "heads", None))
-        query = self.param("query", query_init, (width, heads, dim))
-        query_bias_init = nn.with_logical_partitioning(zeros, ("heads", None))
-        query_bias = self.param("query_bias", query_bias_init, (heads, dim))
-        both_init = nn.with_logical_partitioning(init, ("embed", None, "heads", None))
-        both = self.param("key_value", both_init, (memory.shape[-1], 2, heads, dim))
-        both_bias_init = nn.with_logical_partitioning(zeros, (None, "heads", None))
-        both_bias = self.param("key_value_bias", both_bias_init, (2, heads, dim))
-        out_init = nn.with_logical_partitioning(self.inits.attention_out, ("heads", None, "embed"))
-        out = self.param("out", out_init, (heads, dim, width))
-        out_bias = self.param("out_bias", nn.with_logical_partitioning(zeros, ("embed",)), (width,))
-
-        asked = product("...w,whd->...hd", x, query, self.compute) + query_bias.astype(dtype)
-        projected = product("...w,wshd->...shd", memory, both, self.compute) + both_bias.astype(dtype)
-        mixed = self.compute.attend(asked, projected[:, :, 0], projected[:, :, 1], causal=False, mask=None)
-        return product("...hd,hdw->...w", mixed, out, self.compute) + out_bias.astype(dtype)
-
-
-class AttentionalPooler(nn.Module):
-    """Learned queries attend to an image's tokens (CoCa, section 3.2)."""
-
-    shape: DecoderShape
-    inits: BlockInit
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, tokens: Float[Array, "batch tokens image_width"]) -> Float[Array, "batch queries width"]:
-        shape, dtype = self.shape, self.compute.dtype
-        queries_init = nn.with_logical_partitioning(normal(1.0), (None, "embed"))
-        queries = self.param("queries", queries_init, (shape.queries, shape.width))
-        asked = LayerNorm(dtype, name="norm_query")(jnp.broadcast_to(queries, (len(tokens), *queries.shape)))
-        seen = LayerNorm(dtype, name="norm_key")(tokens)
-        pooled = CrossAttention(shape.heads, self.inits, self.compute, name="attention")(asked, seen)
-        return LayerNorm(dtype, name="norm_post")(split_rows(pooled, self.compute.mesh))
+        return self.layers * (weights + attention)
 
 
 class Layer(nn.Module):
-    """A block over the text, then ``x + cross_attention(norm(x), norm(memory))`` and ``x + mlp(norm(x))``."""
+    """One layer, of either form."""
 
-    shape: DecoderShape
+    shape: CaptionDecoder
     causal: bool
     inits: BlockInit
     compute: Compute
@@ -119,58 +79,111 @@ class Layer(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], memory: Float[Array, "batch keys memory_width"], mask: Array | None
     ) -> tuple[Array, None]:
-        block, compute, mesh = self.shape.block(self.causal), self.compute, self.compute.mesh
-        x, _ = Block(block, self.inits, compute, name="text")(x, None, mask)
-        attention = CrossAttention(self.shape.heads, self.inits, compute, name="cross")
-        seen = LayerNorm(compute.dtype, name="norm_memory")(memory)
-        x = split_rows(x + attention(LayerNorm(compute.dtype, name="norm_1")(x), seen), mesh)
-        x = x + MLP(block, self.inits, compute, name="mlp")(LayerNorm(compute.dtype, name="norm_2")(x))
+        block, compute, mesh = self.shape.block, self.compute, self.compute.mesh
+        if not self.causal:
+            block = replace(block, causal=False)
+
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(compute.dtype, block.norm_epsilon, use_bias=block.bias, name=name)
+
+        if self.shape.form == "coca":
+            x, _ = Block(block, self.inits, compute, name="text")(x, None, mask)
+            memory = norm("norm_memory")(memory)
+        else:
+            attention = Attention(block, self.inits, compute, name="attention")
+            x = split_rows(x + attention(norm("norm_1")(split_rows(x, mesh)), None, mask), mesh)
+        cross = CrossAttention(self.shape.heads, self.inits, compute, block.bias, name="cross")
+        x = split_rows(x + cross(norm("norm_cross")(x), memory), mesh)
+        x = x + MLP(block, self.inits, compute, name="mlp")(norm("norm_2")(x))
         return split_rows(x, mesh), None
 
 
 class Decoder(nn.Module):
-    """(inputs [batch, length, width], image tokens, parallel) -> hidden states [batch, length, width].
+    """(text tower's tokens, image tokens, ids, parallel) -> (hidden states [batch, predicted, width], head, its bias).
 
-    The hidden state at a position sees the inputs up to this position. In ``parallel`` rows all inputs are replaced by
-    a mask, and every position sees all others (Tschannen et al. 2023, CapPa), so only the image carries information.
+    coca: state i sees the tokens up to i, and predicts token i + 1. cappa: state i sees the ids before i, and predicts
+    id i; in ``parallel`` rows all states see a mask in place of every id. ``place``: with ``compute.cache``, the number
+    of the one token that is given; its predecessors are in the cache.
     """
 
-    shape: DecoderShape
+    shape: CaptionDecoder
     compute: Compute
 
     @nn.compact
     def __call__(
         self,
-        inputs: Float[Array, "batch length width"],
-        image: Float[Array, "batch tokens image_width"],
+        tokens: Float[Array, "batch length width"],
+        memory: Float[Array, "batch keys memory_width"],
+        text: Int[Array, "batch length"],
         parallel: Bool[Array, "batch"] | None = None,
-    ) -> Float[Array, "batch length width"]:
+        place: Int[Array, ""] | None = None,
+        seen: Bool[Array, "batch 1 keys"] | None = None,
+    ) -> tuple[Float[Array, "batch predicted width"], Float[Array, "width vocab"], Float[Array, "vocab"] | None]:
         shape, compute, dtype = self.shape, self.compute, self.compute.dtype
-        inits = text_block_init(shape.width, shape.mlp_width, shape.layers)
-        position_init = nn.with_logical_partitioning(normal(0.01), (None, "embed"))
-        positions = self.param("position_embedding", position_init, (shape.length, shape.width))
-        mask_init = nn.with_logical_partitioning(normal(0.02), ("embed",))
-        x, mask = inputs.astype(dtype), None
-        if parallel is not None:
-            masked = self.param("mask_embedding", mask_init, (shape.width,))
-            x = jnp.where(parallel[:, None, None], masked.astype(dtype), x)
-            length = inputs.shape[1]
-            mask = jnp.tril(jnp.ones((length, length), bool)) | parallel[:, None, None]
-        x = split_rows(x + positions.astype(dtype), compute.mesh)
-        memory = (
-            AttentionalPooler(shape, inits, compute, name="pooler")(image) if shape.queries else image.astype(dtype)
-        )
+        mask = seen
+        if shape.form == "coca":
+            inits = text_block_init(shape.width, shape.mlp_width, shape.layers)
+            x = tokens if place is not None else tokens[:, : shape.length]
+        else:
+            inits = cappa_init()
+            x = self._embed(text, parallel, place)
+            if parallel is not None:
+                length = x.shape[1]
+                mask = jnp.tril(jnp.ones((length, length), bool)) | parallel[:, None, None]
         layer = Layer
         if compute.remat != "none":
             layer = nn.remat(Layer, prevent_cse=False, policy=REMAT_POLICIES[compute.remat])
         stacked = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=shape.layers,
             unroll=1 if compute.scan else shape.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = stacked(shape, parallel is None, inits, compute, name="blocks")(x, memory, mask)
-        return LayerNorm(dtype, name="norm_final")(x)
+        blocks = stacked(shape, parallel is None, inits, compute, name="blocks")
+        x, _ = blocks(split_rows(x.astype(dtype), compute.mesh), memory.astype(dtype), mask)
+        hidden = LayerNorm(dtype, shape.block.norm_epsilon, use_bias=shape.block.bias, name="norm_final")(x)
+        # CoCa's published code leaves the head uninitialized; CapPa's begins with zeros.
+        head_init = normal(shape.width**-0.5) if shape.form == "coca" else zeros
+        head_init = nn.with_logical_partitioning(head_init, ("embed", "vocab"))
+        head = self.param("projection", head_init, (shape.width, shape.vocab_size))
+        if shape.form == "coca":
+            return hidden, head, None
+        bias_init = nn.with_logical_partitioning(zeros, ("vocab",))
+        return hidden, head, self.param("projection_bias", bias_init, (shape.vocab_size,))
+
+    def _embed(
+        self, text: Int[Array, "batch length"], parallel: Bool[Array, "batch"] | None, place: Int[Array, ""] | None
+    ) -> Float[Array, "batch length width"]:
+        """The ids before each of ``text``, the first of which has id 0 before it, and learned positions."""
+        shape, mesh, width = self.shape, self.compute.mesh, self.shape.width
+        table_init = nn.with_logical_partitioning(normal(1.0), ("vocab", "embed"))
+        table = self.param("token_embedding", table_init, (shape.vocab_size, width))
+        position_init = nn.with_logical_partitioning(normal(width**-0.5), (None, "embed"))
+        positions = self.param("position_embedding", position_init, (shape.length, width))
+        if shape.parallel:
+            mask_init = nn.with_logical_partitioning(normal(1.0), ("embed",))
+            masked = self.param("mask_embedding", mask_init, (width,))
+        if place is not None:  # ``text`` is the id before it
+            return jnp.take(gather_features(table, mesh), text, axis=0) + jax.lax.dynamic_slice_in_dim(
+                positions, place, 1
+            )
+        before = jnp.pad(text[:, :-1], ((0, 0), (1, 0)))
+        x = split_rows(jnp.take(gather_features(table, mesh), before, axis=0), mesh)
+        if parallel is not None:
+            x = jnp.where(parallel[:, None, None], masked, x)
+        return x + positions[: text.shape[1]]
+
+
+def cappa_init() -> BlockInit:
+    """Flax's defaults for attention, and those of big_vision's MLPs, as in the released code of CapPa."""
+    out = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
+    mlp = nn.initializers.xavier_uniform()
+    return BlockInit(_lecun_normal, out, mlp, zeros, mlp, zeros)
+
+
+def _lecun_normal(rng: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Flax's ``lecun_normal`` of a matrix whose first axis is its input; 0.8796 is what cutting at 2 leaves of 1."""
+    return shape[0] ** -0.5 / 0.87962566103423978 * jax.random.truncated_normal(rng, -2.0, 2.0, shape, dtype)

@@ -31,6 +31,27 @@ def blocks(tower: Transformer) -> int:
     return tower.layers * (projections + attention)
 
 
+def repeated(tower: Transformer, remat: str, *, fused: bool) -> int:
+    """FLOPs that rematerialization repeats in the backward pass of all blocks of a tower for one example.
+
+    ``full`` repeats a block except its last product, which no gradient needs; ``dots`` saves the products with weights
+    and repeats the attention's own two products; ``named`` and ``offload`` save the attention's inputs and output, and
+    repeat its logits and the layers after it. A ``fused`` kernel computes its logits once more than XLA.
+    """
+    tokens, width = tower.tokens, tower.width
+    logits = product(tokens, width, times=tokens)
+    after = product(width, width + (2 if tower.block.swiglu else 1) * tower.mlp_width, times=tokens)
+    queries_keys_values = product(width, 3 * width, times=tokens)
+    once = {
+        "none": 0,
+        "dots": 2 * logits,
+        "named": logits + after,
+        "offload": logits + after,
+        "full": 2 * logits + queries_keys_values + after,
+    }[remat]
+    return tower.layers * (once + logits * fused)
+
+
 def forward(architecture) -> dict[str, int]:
     """FLOPs of one forward pass for one pair, by tower, without the loss."""
     image, text, embed_dim = architecture.image, architecture.text, architecture.embed_dim

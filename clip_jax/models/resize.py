@@ -7,8 +7,9 @@ one.
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 
 def resize_positions(
@@ -27,6 +28,15 @@ def resize_positions(
     weights, grid = bicubic(old, new), positions[first:].reshape(old, old, width)
     grid = np.einsum("ai,bj,ijw->abw", weights, weights, grid, optimize=True).reshape(new * new, width)
     return np.concatenate([positions[:first], grid])
+
+
+def resize_grid(positions: Float[Array, "old width"], length: int) -> Float[Array, "new width"]:
+    """The same for an image's positions inside a JAX program."""
+    first = class_tokens(len(positions))
+    old, new = math.isqrt(len(positions) - first), math.isqrt(length - first)
+    weights, grid = jnp.asarray(bicubic(old, new)), positions[first:].reshape(old, old, -1)
+    grid = jnp.einsum("ai,bj,ijw->abw", weights, weights, grid, precision="highest").reshape(new * new, -1)
+    return jnp.concatenate([positions[:first], grid])
 
 
 def class_tokens(length: int) -> int:

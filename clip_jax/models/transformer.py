@@ -100,6 +100,8 @@ class BlockShape:
     key_bias: bool = True
     layer_scale: float | None = None
     """The initial value of LayerScale's factors (Touvron et al. 2021, CaiT); None: no LayerScale."""
+    bias: bool = True
+    """False: no biases at all, neither in attention, MLP nor norms (CapPa's decoder)."""
 
 
 def product(
@@ -117,6 +119,13 @@ def product(
     tokens = x.shape[: x.ndim - features]
     result = jnp.einsum(equation.replace("...", "n"), x.reshape(-1, *x.shape[-features:]), weight)
     return result.reshape(*tokens, *result.shape[1:])
+
+
+def bias(module: nn.Module, name: str, init: Initializer, axes: tuple, shape: tuple[int, ...]) -> Array:
+    """A module's bias; zeros, and no parameter, where its ``shape`` has none."""
+    if not module.shape.bias:
+        return jnp.zeros(shape)
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
 
 
 def add_bias(
@@ -153,12 +162,15 @@ class LayerNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
     epsilon: float = 1e-5
     axis: str = "embed"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         width = x.shape[-1]
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (width,))
-        bias = self.param("bias", nn.with_logical_partitioning(zeros, (self.axis,)), (width,))
+        bias = jnp.zeros(width)
+        if self.use_bias:
+            bias = self.param("bias", nn.with_logical_partitioning(zeros, (self.axis,)), (width,))
         x = x.astype(jnp.float32)
         mean = jnp.mean(x, axis=-1, keepdims=True)
         centered = x - mean
@@ -167,7 +179,11 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection to queries, keys and values."""
+    """Multi-head self-attention with one fused projection to queries, keys and values.
+
+    With ``compute.cache`` it is given one token at a time, which sees those before it by their keys and values in the
+    Flax collection ``cache``.
+    """
 
     shape: BlockShape
     inits: BlockInit
@@ -184,9 +200,9 @@ class Attention(nn.Module):
         shape = (3, heads, head_dim)
         qkv = self.param("qkv", nn.with_logical_partitioning(self.inits.qkv, qkv_axes), (width, *shape))
         bias_shape = shape if self.shape.key_bias else (2, *shape[1:])
-        qkv_bias = self.param("qkv_bias", nn.with_logical_partitioning(zeros, qkv_axes[1:]), bias_shape)
+        qkv_bias = bias(self, "qkv_bias", zeros, qkv_axes[1:], bias_shape)
         out = self.param("out", nn.with_logical_partitioning(self.inits.attention_out, out_axes), (*shape[1:], width))
-        out_bias = self.param("out_bias", nn.with_logical_partitioning(zeros, ("embed",)), (width,))
+        out_bias = bias(self, "out_bias", zeros, ("embed",), (width,))
         if not self.shape.key_bias:
             qkv_bias = jnp.stack([qkv_bias[0], jnp.zeros_like(qkv_bias[0]), qkv_bias[1]])
 
@@ -194,7 +210,11 @@ class Attention(nn.Module):
         query, key, value = self._project(x, qkv, qkv_bias)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
-        mixed = self.compute.attend(query, key, value, causal=self.shape.causal, mask=mask)
+        causal = self.shape.causal
+        if self.compute.cache:
+            key, value, filled = self._cached(key, value)
+            mask, causal = filled if mask is None else filled & mask, False
+        mixed = self.compute.attend(query, key, value, causal=causal, mask=mask)
         if self._fused:
             mixed = checkpoint_name(mixed.reshape(x.shape), "kernel_mixed")
         else:
@@ -236,6 +256,21 @@ class Attention(nn.Module):
         projected = checkpoint_name(projected, "qkv")
         return projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
 
+    def _cached(
+        self, key: Float[Array, "batch 1 heads dim"], value: Float[Array, "batch 1 heads dim"]
+    ) -> tuple[Array, Array, Mask]:
+        """Keys and values of all tokens so far, and which places of the cache are filled."""
+        (batch, _, *rest), length = key.shape, self.compute.cache
+        keys, values = (
+            self.variable("cache", name, jnp.zeros, (batch, length, *rest), key.dtype) for name in ("key", "value")
+        )
+        place = self.variable("cache", "place", jnp.zeros, (), jnp.int32)
+        keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, key, place.value, axis=1)
+        values.value = jax.lax.dynamic_update_slice_in_dim(values.value, value, place.value, axis=1)
+        filled = jnp.arange(length) <= place.value
+        place.value = place.value + 1
+        return keys.value, values.value, filled[None, None]
+
 
 class MLP(nn.Module):
     """Two layers with an activation between them; SwiGLU has two first layers, one gating the other, and a norm."""
@@ -249,9 +284,9 @@ class MLP(nn.Module):
         inner, outer = self.shape.mlp_width, x.shape[-1]
         init, compute, dtype = self.inits, self.compute, self.compute.dtype
         up = self.param("up", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
-        up_bias = self.param("up_bias", nn.with_logical_partitioning(init.mlp_up_bias, ("mlp",)), (inner,))
+        up_bias = bias(self, "up_bias", init.mlp_up_bias, ("mlp",), (inner,))
         down = self.param("down", nn.with_logical_partitioning(init.mlp_down, ("mlp", "embed")), (inner, outer))
-        down_bias = self.param("down_bias", nn.with_logical_partitioning(init.mlp_down_bias, ("embed",)), (outer,))
+        down_bias = bias(self, "down_bias", init.mlp_down_bias, ("embed",), (outer,))
         hidden = add_bias(product("...w,wm->...m", x, up, compute), up_bias, compute)
         if self.shape.swiglu:
             gate = self.param("gate", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
@@ -325,7 +360,7 @@ class Stack(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.compute.remat])
         stacked = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.layers,

@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from clip_jax.devices.sharding import split_rows
 from clip_jax.models import flops
 from clip_jax.models.attention import Rotary
 from clip_jax.models.compute import DEFAULT, Compute
+from clip_jax.models.cross_attention import QueryPooling
 from clip_jax.models.transformer import (
     MLP,
     BlockInit,
@@ -49,8 +50,9 @@ class ImageTower:
     patch_bias: bool = False
     norm_pre: bool = True
     norm_epsilon: float = 1e-5
-    pooling: Literal["class", "average", "attention"] = "class"
-    """The class token, the mean of the patches, or a learned query that attends to all (SigLIP's MAP head)."""
+    pooling: Literal["class", "average", "attention", "queries"] = "class"
+    """The class token, the mean of the patches, a learned query that attends to all (SigLIP's MAP head), or the first
+    of several such ``queries``, the others of which a decoder sees (CoCa)."""
     norm_before_pooling: bool = False
     projection: bool = True
     """Without it the embedding is as wide as the tower."""
@@ -64,6 +66,8 @@ class ImageTower:
     """Where the learned factors of what each block adds begin (OpenCLIP's M/16-alt: 1e-4); None: there are none."""
     init: Literal["clip", "timm", "eva"] = "clip"
     """How parameters are initialized: as the CLIP paper's code, as timm's ViTs (SigLIP), or as EVA-02."""
+    queries: int = 256
+    query_heads: int = 8
 
     has_batch_norm: ClassVar[bool] = False
 
@@ -84,6 +88,10 @@ class ImageTower:
         """The tower as it trains without this share of the patches, for counting its work."""
         return _ShortenedTower(**{f.name: getattr(self, f.name) for f in fields(self)}, patch_dropout=patch_dropout)
 
+    def stored(self) -> "ImageTower":
+        """The tower as it trains where its embeddings are read from a disk, for counting its work."""
+        return _StoredTower(**{f.name: getattr(self, f.name) for f in fields(self)})
+
     def adjust_init(self, params: dict) -> dict:
         """What an initialization does to the whole tower after each layer's own."""
         return eva_init(params) if self.init == "eva" else params
@@ -95,7 +103,11 @@ class ImageTower:
         if self.pooling == "attention":  # keys and values of all tokens; the rest for one query
             keys_and_values = flops.product(self.width, 2 * self.width, times=self.tokens)
             pooling = keys_and_values + flops.product(self.width, 2 * self.width + 2 * self.mlp_width)
-        projection = flops.product(self.width, embed_dim) if self.projection else 0
+        if self.pooling == "queries":
+            pooling = flops.product(self.width, 2 * embed_dim, times=self.tokens)
+            pooling += flops.product(embed_dim, 2 * embed_dim + 2 * self.tokens, times=self.queries)
+        pooled_width = embed_dim if self.pooling == "queries" else self.width
+        projection = flops.product(pooled_width, embed_dim) if self.projection else 0
         return patches + flops.blocks(self) + pooling + projection
 
     @property
@@ -121,15 +133,25 @@ class _ShortenedTower(ImageTower):
         return remaining_patches(self.grid**2, self.patch_dropout) + self.class_token
 
 
+@dataclass(frozen=True)
+class _StoredTower(ImageTower):
+    tokens: ClassVar[int] = 0
+
+    def forward_flops(self, embed_dim: int) -> int:
+        return 0
+
+
 class ViT(nn.Module):
     """float32[B, H, W, 3] (normalized) -> (embeddings float32[B, embed_dim], tokens [B, tokens, width]).
 
-    The embeddings are not of unit length; the tokens are those after the last block, the class token first.
+    The embeddings are not of unit length; the tokens are those after the last block, the class token first. Where the
+    tower pools by ``queries``, the tokens are the pooled ones after the first, unless ``unpooled``.
     """
 
     tower: ImageTower
     embed_dim: int
     compute: Compute = DEFAULT
+    unpooled: bool = False
 
     @nn.compact
     def __call__(
@@ -138,9 +160,11 @@ class ViT(nn.Module):
         train: bool = False,
         keys: Key[Array, "batch"] | None = None,
         patch_dropout: float = 0.0,
+        masked: Bool[Array, "batch patches"] | None = None,
+        mask_embedding: Float[Array, "width"] | None = None,
     ) -> tuple[Array, Array]:
         """Training with ``patch_dropout``, the share of patches that each image loses, needs one key per image (FLIP,
-        Li et al. 2023)."""
+        Li et al. 2023). ``mask_embedding`` replaces the embedding of each ``masked`` patch; its position stays."""
         tower, width, patch = self.tower, self.tower.width, self.tower.patch_size
         dtype, mesh = self.compute.dtype, self.compute.mesh
         batch = image.shape[0]
@@ -164,6 +188,8 @@ class ViT(nn.Module):
         if tower.patch_bias:
             bias_init = nn.with_logical_partitioning(uniform(fan_in**-0.5), ("embed",))
             tokens = tokens + self.param("patch_bias", bias_init, (width,)).astype(dtype)
+        if masked is not None:
+            tokens = jnp.where(masked[..., None], mask_embedding.astype(dtype), tokens)
         if tower.class_token:
             first = jnp.broadcast_to(class_embedding.astype(dtype), (batch, 1, width))
             tokens = jnp.concatenate([first, tokens], axis=1)
@@ -177,11 +203,17 @@ class ViT(nn.Module):
             tokens = LayerNorm(dtype, tower.norm_epsilon, name="norm_pre")(tokens)
         inits = image_block_init(width, tower.mlp_width) if tower.init == "clip" else timm_block_init()
         tokens = Stack(tower.layers, tower.block, inits, self.compute, name="transformer")(tokens, rotary)
-        pooled = split_rows(self._pool(tokens, inits), mesh)
+        if tower.pooling == "queries":
+            pooling = QueryPooling(tower.queries, self.embed_dim, tower.query_heads, self.compute, name="query_pooling")
+            queries = pooling(tokens)
+            pooled, tokens = queries[:, 0], tokens if self.unpooled else queries[:, 1:]
+        else:
+            pooled = self._pool(tokens, inits)
+        pooled = split_rows(pooled, mesh)
         if not tower.projection:
             return pooled.astype(jnp.float32), tokens
         projection_init = nn.with_logical_partitioning(embedding_init, ("embed", "joint"))
-        projection = self.param("projection", projection_init, (width, self.embed_dim))
+        projection = self.param("projection", projection_init, (pooled.shape[-1], self.embed_dim))
         embedding = split_rows(jnp.dot(pooled, projection.astype(dtype), preferred_element_type=jnp.float32), mesh)
         if tower.projection_bias:
             bias_init = nn.with_logical_partitioning(zeros, ("joint",))

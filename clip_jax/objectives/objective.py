@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.views import View
@@ -25,6 +25,9 @@ Sums = dict[str, Array]
 """Sums over rows; they add up over micro-batches."""
 Embeddings = dict[str, Float[Array, "batch ..."]]
 Settings = Mapping[str, Any]
+
+
+Choose = Callable[[Params, Params, Any, Batch, Key[Array, "pairs"], int], tuple[Int[Array, "rows"], Metrics]]
 
 
 class Rows(NamedTuple):
@@ -45,8 +48,17 @@ class Rows(NamedTuple):
     """One per row: a function of the seed, the step, the row and the objective's name."""
 
 
+class Ema(NamedTuple):
+    """An exponential moving average of parameters."""
+
+    decay: float
+    of: tuple[str, ...] = ("*",)
+    """Patterns of the paths of the parameters that it has: ``image/*``."""
+
+
 class Objective(NamedTuple):
-    """One term of the loss. Everything but one of ``across`` and ``local`` may be left out."""
+    """One term of the loss, or a choice of the rows. Everything but one of ``across``, ``local`` and ``choose`` may be
+    left out."""
 
     views: Mapping[str, View] = {}
     """Arrays of the batch besides the pair's."""
@@ -64,20 +76,27 @@ class Objective(NamedTuple):
     """A sum over rows. Scalars among the sums are logged as ``<objective>/<name>``."""
     update: Callable[[Any, Sums, Embeddings], Any] = lambda aux, sums, embeddings: aux
     """The auxiliary state after the step, from the sums and cached rows of the whole batch."""
+    ratio: int = 1
+    """The stream's batch is this many times as large as the one that is trained on, which ``choose`` takes from it."""
+    choose: Choose | None = None
+    """(parameters, batch_stats, constants, larger batch, a key per pair, parts in which it is encoded) -> (rows of the
+    larger batch to train on, metrics). At most one objective of a run has it."""
     constrain: Callable[[Params], Params] = lambda params: params
     """Projects the parameters after each update: a clamp."""
     cost: Callable[..., Cost] = lambda *, batch_size, micro_batches, mesh, slices: Cost()
     """The cost that a plan adds for the objective; see ``objectives/cost.py``."""
-    decays: Mapping[str, float] = {}
-    """EMAs of the parameters that it reads, by name, with their decay."""
+    emas: Mapping[str, Ema] = {}
+    """EMAs of parameters that it reads, by name."""
     abstract_constants: Callable[[], Params] = dict
     """Shapes of the constants, boxed with their logical axes."""
     load_constants: Callable[[Any], Params] = lambda shardings: {}
     """The constants on the devices, given the sharding of each."""
-    teacher: tuple[str, str] | None = None
-    """(name, weights) of a model whose parameters are the constants; ``training/teacher.py`` loads them."""
+    teachers: tuple[tuple[str, str], ...] = ()
+    """(name, weights) of models whose parameters are the constants; ``training/teacher.py`` loads them."""
     constants_fingerprint: str = ""
-    """Identifies the constants; recorded in ``run.json``."""
+    """Identifies the constants, or what stands for them; recorded in ``run.json``."""
+    source_fingerprint: str = ""
+    """That of the only training data that its views know."""
 
 
 Make = Callable[[Settings, CLIP, Preprocess, Tokenizer | None], Objective]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
@@ -87,7 +88,7 @@ def step_memory(learner: Learner, state: TrainState, batch_size: int, *, tiled: 
     pairs, tensor = batch_size // batch_shards(mesh), mesh.shape["tensor"]
     at_once = pairs // micro_batches
     parameters = bytes_per_device(state.params)
-    inputs = _inputs(model, pairs, micro_batches, tiled)
+    inputs = _inputs(learner, learner.ratio * pairs, tiled)
     block = block_bytes(model, at_once, tensor, tiled=tiled)
     cost = objectives_cost(learner, batch_size)
     options = dict(patch_dropout=learner.patch_dropout, tiled=tiled, frozen=learner.frozen_towers)
@@ -125,13 +126,16 @@ def _padding(size: int, multiple: int) -> float:
     return -(-size // multiple) * multiple / size
 
 
-def _inputs(model: CLIP, pairs: int, micro_batches: int, tiled: bool) -> int:
-    """The batch's pixels and tokens; on a TPU the pixels once more in micro-batches, whose pairs are the lanes."""
-    side, length = model.architecture.image.image_size, model.architecture.text.context_length
-    pixels = array_bytes((pairs, side, side, 3), 1, tiled=tiled)
-    if tiled and micro_batches > 1:
-        pixels += int(pairs * side * side * 3 * _padding(pairs // micro_batches, LANES))
-    return pixels + pairs * length * 4
+def _inputs(learner: Learner, pairs: int, tiled: bool) -> int:
+    """The arrays of the batch; on a TPU the pixels once more in micro-batches, whose pairs are the lanes."""
+    total = 0
+    for view in learner.views.values():
+        for shape, dtype in view.arrays.values():
+            is_image = dtype == np.uint8
+            total += array_bytes((pairs, *shape), dtype.itemsize, tiled=tiled and is_image)
+            if is_image and tiled and learner.micro_batches > 1:
+                total += int(pairs * math.prod(shape) * _padding(pairs // learner.micro_batches, LANES))
+    return total
 
 
 @functools.lru_cache(maxsize=1024)

@@ -69,32 +69,14 @@ def step_work(learner: Learner, state: TrainState, memory: Memory, *, batch_size
 
 
 def repeated_flops(model: CLIP, frozen: Collection[str] = ()) -> int:
-    """FLOPs that rematerialization repeats for one pair; in ``frozen`` towers nothing is.
-
-    ``full`` repeats a block except its last product, which no gradient needs; ``dots`` saves the products with weights
-    and repeats the attention's own two products; ``named`` and ``offload`` save the attention's inputs and output, and
-    repeat its logits and the layers after it. A fused kernel computes its logits once more than XLA.
-    """
-    total = 0
-    for name, tower in (("image", model.architecture.image), ("text", model.architecture.text)):
-        if tower.block is None or name in frozen:
-            continue
-        tokens, width = tower.tokens, tower.width
-        logits = 2 * tokens**2 * width
-        after = 2 * tokens * width * (width + (2 if tower.block.swiglu else 1) * tower.mlp_width)
-        queries_keys_values = 2 * tokens * width * 3 * width
-        total += (
-            tower.layers
-            * {
-                "none": 0,
-                "dots": 2 * logits,
-                "named": logits + after,
-                "offload": logits + after,
-                "full": 2 * logits + queries_keys_values + after,
-            }[model.compute.remat]
-        )
-        total += tower.layers * logits * (model.compute.attend is not xla)
-    return total
+    """FLOPs that rematerialization repeats for one pair; in ``frozen`` towers nothing is."""
+    towers = (("image", model.architecture.image), ("text", model.architecture.text))
+    fused = model.compute.attend is not xla
+    return sum(
+        flops.repeated(tower, model.compute.remat, fused=fused)
+        for name, tower in towers
+        if tower.block is not None and name not in frozen
+    )
 
 
 def _hbm(model: CLIP, memory: Memory, micro_batches: int, passes: int) -> int:

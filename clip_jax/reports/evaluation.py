@@ -15,7 +15,7 @@ from clip_jax.reports.plots import HELD_OUT_COLORS, SMALL, Line, figure
 Record = Mapping[str, Any]
 Pictures = Callable[[str, int], UInt8[np.ndarray, "side side 3"]]
 """(dataset, index in its source) -> a picture; all of one size."""
-PLAIN = {"C", "captions_per_image"}
+PLAIN = {"C", "captions_per_image", "classes", "classes_left_out", "left_out"}
 """Metrics that are not fractions of 1."""
 ALIASES = ("acc1", "acc5", "mean_per_class_recall", "image_retrieval_", "text_retrieval_")
 """CLIP_benchmark's names of metrics that have ours, too."""
@@ -64,7 +64,7 @@ def _task(dataset: str, records: Sequence[Record], shown: _Shown) -> str:
     content = document.results("metric", [r["model"] for r in records], rows)
     content += document.panels([f for r in records for f in _figures(r, len(records) > 1)], "small")
     for record in records:
-        shown_of = _confusion(record) + _examples(dataset, record["details"], shown)
+        shown_of = _confusion(record) + _iou(record["details"]) + _examples(dataset, record["details"], shown)
         if record["details"].get("all_equal"):
             shown_of = '<p class="warning">All its scores are equal.</p>' + shown_of
         if shown_of:
@@ -123,6 +123,15 @@ def _confusion(record: Record) -> str:
         "<details><summary>Confusion matrix (rows: the right class)</summary>"
         f'<div class="scroll">{table}</table></div></details>'
     )
+
+
+def _iou(details: Mapping[str, Any]) -> str:
+    """Intersection over union by class, the lowest first."""
+    if "iou" not in details:
+        return ""
+    rows = {name: [formats.percent(value)] for name, value in details["iou"]}
+    table = document.results("class", ["intersection over union"], rows)
+    return f"<details><summary>Classes</summary>{table}</details>"
 
 
 def _strip(caption: str, verdict: str, pictures: str) -> str:

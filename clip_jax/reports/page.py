@@ -103,6 +103,10 @@ def _header(name: str, run: Mapping[str, Any], config: Mapping[str, Any], histor
         facts.append(f"{formats.count(history['train/pairs'].last)} pairs seen")
     if "train/flops" in history:
         facts.append(formats.flops(history["train/flops"].last))
+    shares = {name: share for name, share in summary.mapping(run.get("flops_shares")).items() if share >= 0.005}
+    if len(shares) > 1:
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+        facts.append(f"FLOPs of a step: {parts}")
     if run.get("commit"):
         facts.append(f"commit {run['commit']}")
 

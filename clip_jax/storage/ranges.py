@@ -5,6 +5,7 @@ modified in place is recognized by its version.
 """
 
 import functools
+import io
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -69,6 +70,37 @@ def buffered(read: Read, window: int) -> Read:
         return held[offset - start : offset - start + size]
 
     return piece
+
+
+def binary_file(where: str) -> io.BufferedIOBase:
+    """A file opened for reading, local or remote; a remote one is read in long pieces."""
+    if not remote.is_remote(where):
+        return open(where, "rb")
+    found = stat(where)
+    return io.BufferedReader(_File(reader(where, found), found.size), remote.CHUNK_BYTES)
+
+
+class _File(io.RawIOBase):
+    """Any ``Read`` as an unbuffered file of the standard library."""
+
+    def __init__(self, read: Read, size: int):
+        self._read, self._size, self._position = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        data = self._read(self._position, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def _stat(found: os.stat_result) -> Stat:

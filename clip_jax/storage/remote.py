@@ -19,14 +19,30 @@ PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Pauses between attempts: a minute in total."""
 SILENCE_SECONDS = 30.0
 """Time without a byte from a web server after which an attempt has failed."""
+RETRIED_STATUSES = (408, 409, 423, 425, 429)
+"""Answers of web servers about a request and not about a file: timeouts, locks and throttling."""
 VERSIONS = ("generation", "ETag", "etag", "LastModified", "Last-Modified", "mtime")
 """Properties that show that a file changed, the best first; servers differ in which they report."""
+SCHEMES = EXTRAS | {"http": "http", "https": "http"}
+"""By scheme, the extra of setup.py that installs its libraries."""
 CHUNK_BYTES = 8 * 1024 * 1024
 CHUNKS = 64
 
 
+class RefusedError(UserError):
+    """A server's final answer: the file is not there, or may not be read. ``reason`` says which."""
+
+    def __init__(self, where: str, reason: str, detail: str = ""):
+        super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}")
+        self.reason = reason
+
+
 def is_remote(where: str) -> bool:
     return "://" in where
+
+
+def is_supported(where: str) -> bool:
+    return where.partition("://")[0] in SCHEMES
 
 
 def stat(where: str) -> tuple[int, str]:
@@ -51,6 +67,28 @@ def read(where: str, offset: int, size: int) -> bytes:
         return data
 
     return _retried(where, get)
+
+
+def fetch(where: str) -> bytes:
+    """The whole of a small file, whose size need not be known. Raises UserError."""
+    return _retried(where, lambda: _filesystem(where).cat_file(where))
+
+
+def children(folder: str) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files in a folder of a bucket, sorted; none where there is no such folder."""
+    scheme = folder.partition("://")[0]
+    if scheme not in EXTRAS:
+        raise UserError(f"{folder}: a web server does not list its files; use {' or '.join(EXTRAS)}://")
+
+    def find() -> list[dict[str, Any]]:
+        try:
+            return _filesystem(folder).ls(folder, detail=True)
+        except FileNotFoundError:
+            return []
+
+    found = [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"]) for entry in _retried(folder, find)]
+    folders, files = (sorted(name for name, kind in found if kind == wanted) for wanted in ("directory", "file"))
+    return folders, [name for name in files if name]
 
 
 def glob(pattern: str) -> list[str]:
@@ -100,9 +138,8 @@ def _filesystem(where: str) -> Any:
 
 @functools.cache
 def _of_scheme(scheme: str) -> Any:
-    extras = EXTRAS | {"http": "http", "https": "http"}
-    if scheme not in extras:
-        raise UserError(f"{scheme}://: files are read from {', '.join(extras)}")
+    if scheme not in SCHEMES:
+        raise UserError(f"{scheme}://: files are read from {', '.join(SCHEMES)}")
     try:
         import fsspec
 
@@ -116,7 +153,7 @@ def _of_scheme(scheme: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"{scheme}:// needs libraries that are not installed ({error.name}): "
-            f"pip install 'clip-jax-tpu[{extras[scheme]}]'"
+            f"pip install 'clip-jax-tpu[{SCHEMES[scheme]}]'"
         ) from error
 
 
@@ -126,23 +163,31 @@ def _retried(where: str, call: Callable[[], Any]) -> Any:
             return call()
         except UserError:
             raise
-        except Exception as raised:  # aiohttp, gcsfs and botocore have no common ancestor below this one
-            error = _meant(raised)
-            if isinstance(error, FileNotFoundError):
-                raise UserError(f"{where}: no such file on the server") from error
-            if isinstance(error, PermissionError):
-                raise UserError(f"{where}: these credentials may not read it ({error})") from error
+        except Exception as error:  # aiohttp, gcsfs and botocore have no common ancestor below this one
+            if reason := _refusal(error):
+                raise RefusedError(where, *reason) from error
             if pause is None:
-                what = str(error) or type(error).__name__
+                cause = _meant(error)
+                what = str(cause) or type(cause).__name__
                 raise UserError(f"{where}: cannot be read after {len(PAUSES_SECONDS) + 1} attempts ({what})") from error
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
+def _refusal(error: Exception) -> tuple[str, ...]:
+    """The reason and its detail if another attempt cannot help; else empty."""
+    error = _meant(error)
+    status = getattr(error, "status", None)  # of aiohttp's answers; other stores' errors have none
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return ("no such file on the server",)
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return "these credentials may not read it", str(status or error)
+    if isinstance(status, int) and 400 <= status < 500 and status not in RETRIED_STATUSES:
+        return (f"the server refuses it with status {status}",)
+    return ("not a URL",) if type(error).__name__ == "InvalidURL" else ()
+
+
 def _meant(error: Exception) -> Exception:
     """fsspec takes any failure of a web server to describe a file for a missing file; what it was is the cause."""
-    status = getattr(error.__cause__, "status", None)  # of aiohttp's answers; other stores' errors have none
     is_of_web = type(error.__cause__).__module__.startswith("aiohttp") or isinstance(error.__cause__, TimeoutError)
-    if not isinstance(error, FileNotFoundError) or not is_of_web or status in (404, 410):
-        return error
-    return PermissionError(f"{status}") if status in (401, 403) else error.__cause__
+    return error.__cause__ if isinstance(error, FileNotFoundError) and is_of_web else error

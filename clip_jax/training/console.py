@@ -30,6 +30,7 @@ def header(run: Run) -> list[tuple[str, str]]:
     attention = choose_attention(
         run.config.model.attention, jnp.dtype(run.config.model.dtype), preset.architecture, mesh
     )
+    shares = run.phases[0].learner.flops_shares(batch)
     rows = [
         ("model", f"{run.config.model.name}, {counts['total'] / 1e6:.1f}M parameters"),
         ("towers", f"image {counts['image'] / 1e6:.1f}M, text {counts['text'] / 1e6:.1f}M, {run.config.model.dtype}"),
@@ -38,6 +39,7 @@ def header(run: Run) -> list[tuple[str, str]]:
         ("XLA flags", xla_flags.describe(jax.default_backend())),
         ("batch", f"{batch} pairs, {batch // batch_shards(mesh)} per device"),
         *(("", note) for note in repeated_pairs(run)),
+        ("objectives", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) + " of a step's FLOPs"),
         ("steps", f"{run.steps} ({run.steps * batch / run.phases[0].batches.order.epoch:.1f} epochs)"),
         ("data", f"{train.name}, {len(train)} examples"),
         *(("", note) for note in notes(train)),

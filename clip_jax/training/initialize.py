@@ -16,7 +16,7 @@ from clip_jax.storage.atomic import write_text
 from clip_jax.storage.checkpoints import Checkpoints
 from clip_jax.training.phases import convert
 from clip_jax.training.run import Phase, Run
-from clip_jax.training.state import TrainState
+from clip_jax.training.state import TrainState, matching
 
 INIT_FROM_FILE = "init_from.txt"
 
@@ -54,12 +54,16 @@ def with_weights(run: Run, state: TrainState) -> TrainState:
         if line := _limited_scale(run, merged):
             print(line)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.batch_stats))
-    params = jax.device_put(merged | objectives, shardings[0])
+    everything = merged | objectives
+    emas = run.phases[0].learner.emas
     return state._replace(
-        params=params,
+        params=jax.device_put(everything, shardings[0]),
         batch_stats=jax.device_put(loaded.batch_stats or state.batch_stats, shardings[1]),
         # Copies: the step donates the state, and a donated buffer has one owner.
-        ema={name: jax.device_put(merged | objectives, shardings[0], may_alias=False) for name in state.ema},
+        ema={
+            name: jax.device_put(matching(everything, ema.of), matching(shardings[0], ema.of), may_alias=False)
+            for name, ema in emas.items()
+        },
     )
 
 

@@ -5,9 +5,10 @@ a plan can lower it for a mesh without devices.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.linen as nn
@@ -18,15 +19,16 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Key
 
 from clip_jax.data.views import Spec, View, batch_spec
-from clip_jax.devices.sharding import batch_sharding, parameter_shardings, replicated
+from clip_jax.devices.sharding import batch_sharding, batch_shards, parameter_shardings, replicated, take_rows
+from clip_jax.models import flops
 from clip_jax.models.clip import CLIP, Architecture, Batch, Params
-from clip_jax.objectives.objective import Metrics, Objective, Rows
+from clip_jax.objectives.objective import Ema, Metrics, Objective, Rows
 from clip_jax.presets import Preprocess
 from clip_jax.training import gradients
 from clip_jax.training.gradients import Cached, Encoded
 from clip_jax.training.rates import check_factors
 from clip_jax.training.schedule import Schedule
-from clip_jax.training.state import TrainState, check_frozen, join, select
+from clip_jax.training.state import TrainState, check_frozen, join, matching, select
 
 TOWERS = ("image", "text")
 # Names of parts of the compiled step, by which a profile sorts its time.
@@ -48,8 +50,8 @@ class Learner:
     rate: Schedule
     mesh: Mesh | AbstractMesh
     micro_batches: int = 1
-    decays: Mapping[str, float] | None = None
-    """EMAs of the parameters, by name, with their decay."""
+    averages: Mapping[str, Ema] = field(default_factory=dict)
+    """EMAs of the parameters, by name, besides those that objectives read."""
     frozen: tuple[str, ...] = ()
     """Patterns of paths of parameters that are not trained: no gradient, no moments, no backward pass."""
     rate_factors: tuple[Mapping[str, float], ...] = ()
@@ -60,12 +62,12 @@ class Learner:
     seed: int = 0
 
     @property
-    def emas(self) -> dict[str, float]:
+    def emas(self) -> dict[str, Ema]:
         """All EMAs of the state: the run's and those that objectives read."""
-        decays = dict(self.decays or {})
+        found = dict(self.averages)
         for objective in self.objectives.values():
-            decays |= objective.decays
-        return decays
+            found |= objective.emas
+        return found
 
     @functools.cached_property
     def frozen_towers(self) -> tuple[str, ...]:
@@ -75,15 +77,30 @@ class Learner:
 
     @functools.cached_property
     def trained_architecture(self) -> Architecture:
-        """The architecture with the image tokens that training keeps, for counting FLOPs."""
+        """The architecture with the image tokens that training keeps, if any, for counting FLOPs."""
         architecture = self.model.architecture
+        if "image_embedding" in self.views:
+            return replace(architecture, image=architecture.image.stored())
         if not self.patch_dropout:
             return architecture
         return replace(architecture, image=architecture.image.dropping(self.patch_dropout))
 
+    @property
+    def ratio(self) -> int:
+        """How many times as large as the batch that is trained on is the one that the step takes."""
+        return math.prod(objective.ratio for objective in self.objectives.values())
+
+    def flops_shares(self, batch_size: int) -> dict[str, float]:
+        """The shares of the towers and of each objective in the FLOPs of a step, without recomputation."""
+        pairs, tensor = batch_size // batch_shards(self.mesh), self.mesh.shape["tensor"]
+        counts = {"towers": pairs * flops.training(self.trained_architecture, self.frozen_towers) // tensor}
+        options = dict(batch_size=batch_size, micro_batches=self.micro_batches, mesh=self.mesh, slices=1)
+        counts |= {name: objective.cost(**options).flops for name, objective in self.objectives.items()}
+        return {name: count / sum(counts.values()) for name, count in counts.items()}
+
     def batch_spec(self, batch_size: int) -> Spec:
-        """The global batch that the step takes: name -> shape, type and sharding."""
-        return batch_spec(self.views, batch_size, self.mesh)
+        """The global batch that the step takes to train on ``batch_size`` pairs: name -> shape, type and sharding."""
+        return batch_spec(self.views, self.ratio * batch_size, self.mesh)
 
     # State
 
@@ -108,7 +125,7 @@ class Learner:
             batch_stats=self.model.init_batch_stats(),
             # The optimizer sees boxed parameters, so that its moments are boxed, and thus sharded, like them.
             opt_state=self.optimizer.init(select(params, self.frozen, trainable=True)),
-            ema=dict.fromkeys(self.emas, params),
+            ema={name: matching(params, ema.of) for name, ema in self.emas.items()},
             aux={name: value for name, value in aux.items() if jax.tree.leaves(value)},
         )
 
@@ -160,6 +177,7 @@ class Learner:
             return jax.lax.with_sharding_constraint(gradient, trainable)
 
         def train_step(state: TrainState, batch: Batch, constants: Any) -> tuple[TrainState, Metrics]:
+            batch, chosen = self.choose(state, batch, constants)
             batch = batch | {"row": jnp.arange(batch["text"].shape[0])}
             for objective in self.objectives.values():
                 batch = batch | objective.prepare(batch)
@@ -172,14 +190,18 @@ class Learner:
             params = join(params, select(state.params, self.frozen, trainable=False))
             for objective in self.objectives.values():
                 params = objective.constrain(params)
-            metrics = results.metrics | {
-                "loss": results.loss,
-                "grad_norm": optax.global_norm(gradient),
-                "param_norm": optax.global_norm(state.params),
-                "update_norm": optax.global_norm(updates),
-                "logit_scale": jnp.exp(state.params["logit_scale"]),
-                "learning_rate": self.rate(state.step),
-            }
+            metrics = (
+                results.metrics
+                | chosen
+                | {
+                    "loss": results.loss,
+                    "grad_norm": optax.global_norm(gradient),
+                    "param_norm": optax.global_norm(state.params),
+                    "update_norm": optax.global_norm(updates),
+                    "logit_scale": jnp.exp(state.params["logit_scale"]),
+                    "learning_rate": self.rate(state.step),
+                }
+            )
             if "logit_bias" in state.params:
                 metrics["logit_bias"] = state.params["logit_bias"]
             new_state = TrainState(
@@ -189,8 +211,8 @@ class Learner:
                 batch_stats=results.encoded.batch_stats,
                 opt_state=opt_state,
                 ema={
-                    name: moving_average(state.ema[name], params, decay, state.step)
-                    for name, decay in self.emas.items()
+                    name: moving_average(state.ema[name], matching(params, ema.of), ema.decay, state.step)
+                    for name, ema in self.emas.items()
                 },
                 aux={
                     name: self.objectives[name].update(
@@ -207,6 +229,21 @@ class Learner:
             out_shardings=(shardings, replicated(self.mesh)),
             donate_argnums=0,
         )
+
+    def choose(self, state: TrainState, batch: Batch, constants: Any) -> tuple[Batch, Metrics]:
+        """The rows of the batch that the step trains on, and metrics of the choice."""
+        for name, objective in self.objectives.items():
+            if objective.choose is not None:
+                rng = jax.random.fold_in(
+                    jax.random.fold_in(jax.random.key(self.seed), state.step), zlib.crc32(name.encode())
+                )
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(batch["text"])))
+                parts = objective.ratio * self.micro_batches
+                rows, metrics = objective.choose(
+                    state.params, state.batch_stats, constants.get(name, {}), batch, keys, parts
+                )
+                return {key: take_rows(value, rows, self.mesh) for key, value in batch.items()}, metrics
+        return batch, {}
 
     def _gradient(
         self, state: TrainState, batch: Batch, constants: Any, constrain: Callable[[Params], Params]
@@ -238,7 +275,8 @@ class Learner:
         # Keys depend only on seed, step and row, so that resumed runs and micro-batches draw the same numbers.
         rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["row"])
-        batch = batch | {"image": self.preprocess.normalize(batch["image"])}
+        if "image" in batch:
+            batch = batch | {"image": self.preprocess.normalize(batch["image"])}
         outputs = self.model.forward(
             params, batch_stats, batch, train=True, keys=keys, patch_dropout=self.patch_dropout
         )

@@ -138,6 +138,7 @@ def train(run: Run, heartbeat: Callable[[], None], should_stop: stop.Stop) -> Ga
     with open_checkpoints(run) as checkpoints:
         state, first_step = initialize.initial_state(run, checkpoints)
         phase = run.phases[run.phase_of(first_step)]
+        stored_images.check_weights(phase.learner, state, run.train)
         try_evaluations(phase, state)
         heartbeat()
         with Recorder(run, first_step, heartbeat) as recorder:
@@ -181,13 +182,14 @@ def try_evaluations(phase: Phase, state: TrainState) -> None:
 
 def batches(run: Run, phase: Phase, start: int, recorder: Recorder) -> Iterator[tuple[int, dict[str, jax.Array]]]:
     """(step, global batch on the devices) for every step of the phase after ``start``."""
-    rows, data = process_rows(run.mesh, run.config.batch_size), run.config.data
+    size, data = phase.learner.ratio * run.config.batch_size, run.config.data
+    rows = process_rows(run.mesh, size)
     host_batches = stream(phase.batches, rows, start, phase.stop, workers=data.workers, prefetch=data.prefetch)
     for step in range(start + 1, phase.stop + 1):
         with recorder.meter.waiting():
             batch = dict(next(host_batches))
-        recorder.examples(step, rows, batch.pop("index"))
-        yield step, to_devices(batch, run.mesh, run.config.batch_size)
+        recorder.examples(step, rows, batch.pop("index"), batch.pop("faults"))
+        yield step, to_devices(batch, run.mesh, size)
 
 
 def due(step: int, every: int | None, last: bool) -> bool:

@@ -38,9 +38,18 @@ class Pending:
 class Meter:
     """Pairs per second since the last log line, without evaluation and checkpoints."""
 
-    def __init__(self, *, batch_size: int, flops: Callable[[int], int], peak_flops: float | None, first_step: int):
-        """``flops(step)``: the training FLOPs of all steps up to one; ``peak_flops``: FLOP/s of all devices."""
-        self._batch, self._flops, self._peak = batch_size, flops, peak_flops
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        seen: Callable[[int], int],
+        flops: Callable[[int], int],
+        peak_flops: float | None,
+        first_step: int,
+    ):
+        """``flops(step)`` and ``seen(step)``: the training FLOPs of all steps up to one, and their pairs, with those
+        that a selection left out; ``peak_flops``: FLOP/s of all devices."""
+        self._batch, self._seen, self._flops, self._peak = batch_size, seen, flops, peak_flops
         self._compiling = True
         self._step, self._since, self._waited = first_step, time.perf_counter(), 0.0
 
@@ -62,11 +71,17 @@ class Meter:
         """The log line of a step."""
         values = {f"train/{name}": value for name, value in metrics.items()}
         values |= {"train/pairs": step * self._batch, "train/flops": self._flops(step)}
+        selects = self._seen(step) > step * self._batch
+        if selects:
+            values["train/pairs_seen"] = self._seen(step)
         now = time.perf_counter()
         seconds = now - self._since
         if not self._compiling and seconds > 0:  # the first line's time is the compiler's
             speed = (step - self._step) * self._batch / seconds
             values |= {"train/pairs_per_second": speed, "train/data_wait_share": min(1.0, self._waited / seconds)}
+            if selects:
+                seen = self._seen(step) - self._seen(self._step)
+                values["train/pairs_seen_per_second"] = seen / seconds
             if self._peak is not None:
                 values["train/mfu"] = (self._flops(step) - self._flops(self._step)) / seconds / self._peak
         self._compiling = False

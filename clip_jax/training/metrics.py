@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from clip_jax.training import weights_and_biases
 
 FILE = "metrics.jsonl"
 
-TIMINGS = ("train/pairs_per_second", "train/data_wait_share", "train/mfu")
-"""Metrics that depend on the machine's speed; all others are the same in a run that was killed and resumed. So are
-names that end in ``_seconds``."""
+TIMINGS = ("train/pairs_per_second", "train/pairs_seen_per_second", "train/data_wait_share", "train/mfu")
+"""Metrics that depend on the machine's speed, as do names that end in ``_seconds``. All others are the same in a run
+that was killed and resumed, but for counts of bad examples, which begin anew between two lines."""
 
 
 def is_timing(name: str) -> bool:
@@ -64,6 +64,13 @@ def forget(file: Path, step: int, names: Collection[str]) -> None:
         for line in _read(file)
     ]
     _write(file, kept)
+
+
+def add_lines(file: Path, lines: Sequence[str]) -> None:
+    """Appends the lines that the file does not have."""
+    known = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
+    with file.open("a", encoding="utf-8") as opened:
+        opened.writelines(f"{line}\n" for line in lines if line not in known)
 
 
 class Writer:

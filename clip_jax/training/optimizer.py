@@ -12,16 +12,15 @@ from clip_jax.training.schedule import Schedule
 
 KERNELS = (
     *("qkv", "out", "up", "down", "gate", "query", "key", "value", "key_value", "kernel"),
-    *("patch_embedding", "projection"),
+    *("patch_embedding", "projection", "prototypes"),
 )
 EMBEDDINGS = ("token_embedding", "spatial_embedding")
-POSITIONS = ("position_embedding",)
+POSITIONS = ("position_embedding", "queries")
 VECTORS = (
     "scale",
     "bias",
     "class_embedding",
     "probe",
-    "queries",
     "mask_embedding",
     "scale_1",
     "scale_2",

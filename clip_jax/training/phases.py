@@ -1,6 +1,5 @@
 """Converts the state from one phase of a run to the next, which may have other sizes and objectives."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +10,19 @@ from jaxtyping import Array
 
 from clip_jax.data.order import fold
 from clip_jax.errors import UserError
-from clip_jax.models.resize import bicubic, class_tokens, linear
+from clip_jax.models.resize import linear, resize_grid
 from clip_jax.training.learner import Learner
-from clip_jax.training.state import TrainState
+from clip_jax.training.state import TrainState, matching
 
 
 def convert(state: TrainState, old: Learner, new: Learner, step: int) -> TrainState:
     """The state of ``old`` as ``new`` continues it.
 
     Parameters, moments and EMAs are taken over by their path in the tree. Position embeddings of another length are
-    resized; what ``old`` has not is created from the seed and the step, so that a resumed run creates the same.
+    resized; what ``old`` has not is created from the seed and the step, so that a resumed run creates the same. A new
+    EMA starts from the parameters as they are.
     """
-    target = new.abstract_state()
+    target, before = new.abstract_state(), state.ema.keys()
     found = {keystr(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
     wanted, tree = tree_flatten_with_path(target)
     missing = [path for path, leaf in wanted if not _fits(path, found.get(keystr(path)), leaf)]
@@ -41,7 +41,13 @@ def convert(state: TrainState, old: Learner, new: Learner, step: int) -> TrainSt
                 leaves.append(found[name])
             else:
                 leaves.append(resize_positions(found[name], len(leaf), image="image" in _names(path)))
-        return tree_unflatten(tree, leaves)
+        state = tree_unflatten(tree, leaves)
+        averages = {
+            # Copies: the step donates the state, and a donated buffer has one owner.
+            name: state.ema[name] if name in before else jax.tree.map(jnp.copy, matching(state.params, ema.of))
+            for name, ema in new.emas.items()
+        }
+        return state._replace(ema=averages)
 
     for path in missing:
         if keystr(path) in found and not keystr(path).startswith((".opt_state", ".aux")):
@@ -55,14 +61,7 @@ def resize_positions(positions: Array, length: int, *, image: bool) -> Array:
     Where nothing was negative, as in second moments, nothing is.
     """
     old, rows = len(positions), positions.reshape(len(positions), -1)
-    if not image:
-        resized = jnp.asarray(linear(old, length)) @ rows
-    else:
-        first = class_tokens(old)
-        side, new_side = math.isqrt(old - first), math.isqrt(length - first)
-        weights, grid = jnp.asarray(bicubic(side, new_side)), rows[first:].reshape(side, side, -1)
-        grid = jnp.einsum("ai,bj,ijw->abw", weights, weights, grid, precision="highest")
-        resized = jnp.concatenate([rows[:first], grid.reshape(new_side**2, -1)])
+    resized = resize_grid(rows, length) if image else jnp.asarray(linear(old, length)) @ rows
     resized = jnp.where(jnp.min(positions) >= 0, jnp.maximum(resized, 0), resized)
     return resized.reshape(length, *positions.shape[1:]).astype(positions.dtype)
 

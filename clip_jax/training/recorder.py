@@ -12,6 +12,7 @@ from clip_jax import config as configs
 from clip_jax.errors import NonFiniteError, StoppedError, UserError
 from clip_jax.reports import terminal
 from clip_jax.storage.checkpoints import latest_step
+from clip_jax.training import budget
 from clip_jax.training import metrics as metric_files
 from clip_jax.training.meter import Meter, Pending
 from clip_jax.training.run import Run
@@ -29,6 +30,7 @@ class Recorder:
         if first_process:
             metric_files.truncate(run.workdir / metric_files.FILE, first_step)
         self._run, self._reported = run, 0
+        self._budget = budget.Budget(run.config.data.max_bad_share, run.config.batch_size, first_step)
         self._log = metric_files.Writer(
             run.workdir,
             enabled=first_process,
@@ -41,6 +43,7 @@ class Recorder:
         self.progress = terminal.Progress(run.steps, first_step, enabled=first_process)
         self.meter = Meter(
             batch_size=run.config.batch_size,
+            seen=run.seen,
             flops=run.flops,
             peak_flops=run.peak_flops,
             first_step=first_step,
@@ -60,13 +63,16 @@ class Recorder:
         self._log.close()
         self._samples.close()
 
-    def examples(self, step: int, rows: np.ndarray, index: np.ndarray) -> None:
-        """The examples of a step that is about to be launched."""
+    def examples(self, step: int, rows: np.ndarray, index: np.ndarray, faults: np.ndarray) -> None:
+        """The examples of a step that is about to be launched, and the counts of those that they replace."""
         self._samples.write(step, rows, index)
+        self._budget.add(faults)
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """A step was launched; its metrics are logged when it is finished and due."""
-        self.pending.add(step, metrics)
+        # The counts of all processes are added up on the devices, so all must ask for it between the same two steps.
+        counts = {budget.COUNTS: self._budget.counts()} if self._due(step) else {}
+        self.pending.add(step, {**metrics, **counts})
 
     def write(self, step: int, values: Mapping[str, float], line: str) -> None:
         """An evaluation's metrics, and their line for the user."""
@@ -79,15 +85,20 @@ class Recorder:
         self._log.sync()
 
     def _write_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        due = step == 1 or step % self._run.config.log.every_steps == 0 or step == self._run.steps
-        if not due:
+        if not self._due(step):
             return
-        values = self.meter.read(step, {name: float(value) for name, value in metrics.items()})
+        counts = np.asarray(metrics[budget.COUNTS])
+        scalars = {name: float(value) for name, value in metrics.items() if name != budget.COUNTS}
+        values = self.meter.read(step, scalars | budget.as_metrics(counts))
         self._log.write(step, values)
         speed = values.get("train/pairs_per_second", math.nan)
         self.progress.update(step, loss=values["train/loss"], pairs_per_second=speed)
         self.report_bad_samples()
         self.check_finite(step, metrics)
+        self._budget.check(step, counts, first=next(iter(self._run.faults.examples), ""))
+
+    def _due(self, step: int) -> bool:
+        return step == 1 or step % self._run.config.log.every_steps == 0 or step == self._run.steps
 
     def check_finite(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Raises NonFiniteError if the loss, gradient or update is not finite, so that no such state is saved."""
@@ -102,12 +113,12 @@ class Recorder:
             )
 
     def report_bad_samples(self) -> None:
-        """Prints the number of bad examples if it increased, and lists them in ``bad_samples.txt``."""
+        """Prints the number of bad examples if it increased, and adds them to this process's ``bad_samples.txt``."""
         faults = self._run.faults
         if faults.reasons.total() == self._reported:
             return
         self._reported = faults.reasons.total()
-        self.progress.line(f"replaced {self._reported} bad samples so far ({faults.summary()}); see bad_samples.txt")
         number = jax.process_index()
         name = "bad_samples.txt" if number == 0 else f"bad_samples.{number}.txt"
-        (self._run.workdir / name).write_text("\n".join(faults.examples) + "\n", encoding="utf-8")
+        self.progress.line(f"replaced {self._reported} bad samples so far ({faults.summary()}); see {name}")
+        metric_files.add_lines(self._run.workdir / name, faults.names())

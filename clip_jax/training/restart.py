@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from clip_jax import config as configs
 from clip_jax.errors import UserError
 from clip_jax.evaluation.protocols import Evaluation
+from clip_jax.settings import UNITS
 from clip_jax.storage import lock, run_folder
 from clip_jax.storage.checkpoints import latest_step
 from clip_jax.storage.run_folder import Folder
@@ -20,6 +21,8 @@ from clip_jax.training import metrics
 from clip_jax.training.run import Run
 from clip_jax.training.setup import make_schedule
 
+SHAPE = ("optimizer.schedule", *(f"optimizer.cooldown_{name}" for name in (*UNITS, "form")))
+"""Settings that may change where they change no learning rate of the past: a cooldown after a constant rate."""
 RESULT = ("protocol", "source", "caption", "templates")
 """The fields of an evaluation that change its numbers; schedule and batch size do not."""
 
@@ -48,7 +51,20 @@ def hold(folder: Folder, config: ConfigDict, previous: Mapping[str, Any] | None)
 def changes(folder: Folder, previous: Mapping[str, Any], config: ConfigDict) -> list[str]:
     """The settings that differ and that a restart may not change."""
     saved = configs.from_json(previous["config"], str(folder))
-    return configs.differences(configs.to_json(saved), configs.to_json(config))
+    changed = configs.differences(configs.to_json(saved), configs.to_json(config))
+    if not set(SHAPE) & set(changed) or not _same_past(saved, config, previous, latest_step(str(folder)) or 0):
+        return changed
+    return [key for key in changed if key not in SHAPE]
+
+
+def _same_past(saved: ConfigDict, config: ConfigDict, previous: Mapping[str, Any], step: int) -> bool:
+    """Whether both configs give the same learning rate to each of the first ``step`` steps."""
+    examples = previous["data"]["train"]["samples"]
+    then, now = (
+        [np.asarray(make_schedule(phase.config, steps, examples)(np.arange(step))) for phase in configs.phases(given)]
+        for given, steps in ((saved, previous["steps"]), (config, configs.duration(config, "", examples)))
+    )
+    return len(then) == len(now) and all(map(np.array_equal, then, now))
 
 
 def check_settings(folder: Folder, previous: Mapping[str, Any], config: ConfigDict) -> None:
@@ -94,8 +110,12 @@ def check_length(run: Run, previous: Mapping[str, Any]) -> None:
             f"config.steps: {run.folder} is a run of {old} steps, and this would make it {new}; it can be made longer, "
             "not shorter: use a new --workdir"
         )
-    config, examples = configs.phases(run.config)[-1].config, len(run.train)
-    before, after = (float(make_schedule(config, steps, examples)(old - 1)) for steps in (old, new))
+    saved, examples = configs.from_json(previous["config"], str(run.folder)), len(run.train)
+    config = configs.phases(run.config)[-1].config
+    before, after = (
+        float(make_schedule(given, steps, examples)(old - 1))
+        for given, steps in ((configs.phases(saved)[-1].config, old), (config, new))
+    )
     print(
         f"{run.folder}: now {new} steps in place of {old}. From here the learning rate is that of a run of {new} steps "
         f"({config.optimizer.schedule}): at step {old} it was to be {before:.3g} and would be {after:.3g}"

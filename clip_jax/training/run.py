@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from clip_jax import __version__, presets, version
 from clip_jax import config as configs
+from clip_jax.data.faults import Faults
 from clip_jax.data.order import MixedOrder, Order, fold, mix
 from clip_jax.data.sources import open_source
 from clip_jax.data.sources.mixture import Mixture, open_mixture
 from clip_jax.data.sources.sample import Source
-from clip_jax.data.stream import Faults, TrainingBatches
+from clip_jax.data.stream import TrainingBatches
 from clip_jax.data.tokenizers import Tokenizer, stored
 from clip_jax.devices import hardware
 from clip_jax.devices.sharding import make_mesh
@@ -28,6 +29,7 @@ from clip_jax.models.clip import parameter_counts
 from clip_jax.objectives.contrastive import make_held_out_loss
 from clip_jax.presets import Preset
 from clip_jax.storage.run_folder import Folder
+from clip_jax.training import stored_images
 from clip_jax.training.learner import Learner
 from clip_jax.training.setup import check_attention, check_batch, make_learner
 from clip_jax.training.tokenizer import prepare_tokenizer
@@ -95,6 +97,12 @@ class Run(NamedTuple):
             if phase.start < step
         )
 
+    def seen(self, step: int) -> int:
+        """The pairs of all steps up to this one, with those that a selection left out."""
+        return self.config.batch_size * sum(
+            (min(step, phase.stop) - phase.start) * phase.learner.ratio for phase in self.phases if phase.start < step
+        )
+
     def phase_of(self, step: int) -> int:
         """The phase that a checkpoint of a step belongs to: the one that trained that step."""
         return max((i for i, phase in enumerate(self.phases) if phase.start < step), default=0)
@@ -122,18 +130,21 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
         configs.check_lengths(phase.config, steps, examples)
 
     tokenizer = prepare_tokenizer(folder.path, config, train)
-    faults = Faults(config.data.max_bad_share)
+    faults = Faults()
     stops = [*(phase.start for phase in phase_configs[1:]), steps]
     if any(phase.start >= steps for phase in phase_configs):
         raise UserError(f"config.phases: a phase starts at step {phase_configs[-1].start} of a run of {steps}")
-    phases = []
+    phases, before = [], 0
     for (start, phase_config), stop in zip(phase_configs, stops, strict=True):
         preset = resolve_preset(phase_config, tokenizer)
         length, words = preset.architecture.text.context_length, tokenizer
         if length != tokenizer.context_length:
             words = stored.open_tokenizer(folder.path, preset.tokenizer, length)
         learner = make_learner(phase_config, mesh, steps=steps, examples=examples, tokenizer=words)
-        batches = TrainingBatches(train, order, learner.views, faults)
+        check_stored(learner, train)
+        stored_images.check_source(phase_config.data.image_embeddings, train)
+        batches = TrainingBatches(train, order, learner.views, faults, learner.ratio, start, before)
+        before += (stop - start) * learner.ratio
         evaluations = make_evaluations(phase_config, learner, preset, words, opened, examples)
         phases.append(Phase(start, stop, preset, learner, batches, evaluations))
     return Run(
@@ -201,6 +212,16 @@ def check_labels(config: ConfigDict, train: Source) -> None:
         )
 
 
+def check_stored(learner: Learner, train: Source) -> None:
+    """Raises UserError if what an objective has stored for examples is for those of other data."""
+    for name, objective in learner.objectives.items():
+        if objective.source_fingerprint not in ("", train.fingerprint):
+            raise UserError(
+                f"config.objectives.{name}.stored: written for other data than {train.name}, or before it changed; "
+                "repeat clip-jax reinforce with a new --output"
+            )
+
+
 def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Source:
     opened = open_source(
         where,
@@ -264,6 +285,7 @@ def description(run: Run) -> dict[str, Any]:
         "tokenizer": {"kind": last.preset.tokenizer, "fingerprint": run.tokenizer.fingerprint},
         "data": {"train": {"name": run.train.name, "samples": len(run.train), "fingerprint": run.train.fingerprint}},
         "flops_per_pair": flops.training(first.learner.trained_architecture, first.learner.frozen_towers),
+        "flops_shares": last.learner.flops_shares(run.config.batch_size),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in VERSIONS},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} on {jax.process_count()} process(es)",

@@ -14,8 +14,9 @@ from clip_jax.models.attention_choice import choose_attention
 from clip_jax.models.clip import CLIP, Architecture
 from clip_jax.models.compute import Compute
 from clip_jax.objectives import OBJECTIVES
+from clip_jax.objectives.objective import Ema
 from clip_jax.presets import Preset
-from clip_jax.training import muon, rates
+from clip_jax.training import muon, rates, stored_images
 from clip_jax.training import optimizer as optimizers
 from clip_jax.training.learner import Learner
 from clip_jax.training.schedule import Schedule, schedule
@@ -48,7 +49,9 @@ def make_learner(
     preset = configs.resolve_preset(config, None if tokenizer is None else tokenizer.vocab_size)
     model, rate = make_model(config, preset, mesh), make_schedule(config, steps, examples)
     objectives = {
-        name: with_teacher(kind.make(config.objectives[name], model, preset.preprocess, tokenizer))
+        name: with_teacher(
+            kind.make(config.objectives[name], model, preset.preprocess, tokenizer), f"config.objectives.{name}"
+        )
         for name, kind in OBJECTIVES.items()
         if config.objectives[name].weight > 0
     }
@@ -64,6 +67,10 @@ def make_learner(
     )
     for objective in objectives.values():
         views |= objective.views
+    frozen = (*config.model.frozen, *rates.frozen_patterns(config.optimizer.rate_factors))
+    if config.data.image_embeddings:
+        check_stored_images(config, frozen)
+        views["image"] = stored_images.view(config.data.image_embeddings, preset.architecture.embed_dim)
     return Learner(
         model=model,
         preprocess=preset.preprocess,
@@ -75,12 +82,21 @@ def make_learner(
         rate=rate,
         mesh=mesh,
         micro_batches=micro_batches(config),
-        decays={AVERAGE: config.ema_decay} if config.ema_decay > 0 else {},
-        frozen=(*config.model.frozen, *rates.frozen_patterns(config.optimizer.rate_factors)),
+        averages={AVERAGE: Ema(config.ema_decay)} if config.ema_decay > 0 else {},
+        frozen=frozen,
         rate_factors=tuple(config.optimizer.rate_factors),
         patch_dropout=config.model.patch_dropout,
         seed=config.seed,
     )
+
+
+def check_stored_images(config: ConfigDict, frozen: tuple[str, ...]) -> None:
+    """Stored embeddings need a frozen tower, and objectives that see no image."""
+    if "image/*" not in frozen:
+        raise UserError('config.data.image_embeddings: only of a frozen image tower: config.model.frozen=("image/*",)')
+    for name in ("captioning", "distillation"):
+        if config.objectives[name].weight > 0:
+            raise UserError(f"config.data.image_embeddings: objectives.{name} needs the images themselves")
 
 
 def micro_batches(config: ConfigDict) -> int:

@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     batch_stats: Params
     opt_state: Any
     ema: dict[str, Params]
-    """Exponential moving averages of ``params``, by name."""
+    """Exponential moving averages of ``params``, or of some of them, by name."""
     aux: dict[str, Any]
     """The auxiliary state of objectives that have any, by name."""
 
@@ -48,6 +48,11 @@ def select(tree: Params, frozen: Sequence[str], *, trainable: bool, path: str = 
         elif trainable != any(fnmatch.fnmatchcase(inside, pattern) for pattern in frozen):
             selected[name] = value
     return selected
+
+
+def matching(tree: Params, patterns: Sequence[str]) -> Params:
+    """The part of a tree of nested dictionaries whose paths match one of the patterns."""
+    return select(tree, patterns, trainable=False)
 
 
 def join(one: Params, other: Params) -> Params:

@@ -137,9 +137,9 @@ def concise_system_errors(workdir: object) -> Iterator[None]:
                 f"{text.strip().splitlines()[0]}: the device is missing or busy with another process; "
                 "JAX_PLATFORMS=cpu trains on the host"
             ) from error
-        if not (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text):
+        if not (reason := errors.out_of_memory(error)):
             raise
         raise errors.OutOfMemoryError(
-            f"the devices are out of memory ({text.strip().splitlines()[0]}): lower config.micro_batch, set "
+            f"the devices are out of memory ({reason}): lower config.micro_batch, set "
             "config.model.remat=full, split the parameters with config.mesh.fsdp, or take more devices"
         ) from error

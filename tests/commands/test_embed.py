@@ -141,5 +141,15 @@ def test_fewshot_fits_a_head_that_reproduces_its_accuracy(place, tmp_path, capsy
     paths = [str(tmp_path / "parts" / label / f"{i}.png") for label in ("one", "two") for i in range(10)]
     predicted = (load(place / "run").encode_image(paths) @ stored["weights"] + stored["bias"]).argmax(axis=1)
     assert np.mean(predicted == np.repeat([0, 1], 10)) >= 0.9
+    capsys.readouterr()
+    classify = ["classify", f"--model={place / 'run'}", *(f"--image={path}" for path in paths), "--top=1"]
+    assert main([*classify, f"--head={head}"]) == 0
+    said = capsys.readouterr()
+    names = [line.split()[-1] for line in said.out.splitlines() if line.startswith("  ")]
+    assert names == [("one", "two")[i] for i in predicted] and said.err == ""
+    assert main([*classify, f"--head={head}", "--labels=a"]) == 2 and "its own labels" in capsys.readouterr().err
+    np.savez(tmp_path / "narrow.npz", **(dict(stored) | {"weights": stored["weights"][1:]}))
+    for wrong, message in (("narrow.npz", "of 15 features, but this model has 16"), ("parts", "fewshot --head")):
+        assert main([*classify, f"--head={tmp_path / wrong}"]) == 2 and message in capsys.readouterr().err
     assert main([*command, "--shots=9"]) == 2 and "has only 8 examples" in capsys.readouterr().err
     assert main([*command, "--shots=x"]) == 2 and "--shots=x" in capsys.readouterr().err

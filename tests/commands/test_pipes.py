@@ -1,8 +1,15 @@
-"""How a command ends early: its output is piped to a program that does not read all of it, or there is a Ctrl-C."""
+"""How a command ends early: nobody reads all of its output, there is a Ctrl-C, or memory is lacking."""
 
 import signal
 import subprocess
 import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from clip_jax import commands, errors, interrupts
+from tests.training.runs import ROOT
 
 PLAN = "-m clip_jax plan --config=configs/demo.py --gpu=h100 --estimate"
 
@@ -35,3 +42,50 @@ def test_ctrl_c_is_one_line_and_130():
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "clip-jax models: interrupted\n")
+
+
+IMPORTING = """
+import runpy, sys, time
+
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "clip_jax.commands":
+            print("begun", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Slow())
+sys.argv = [sys.argv[1]]
+"""
+PROGRAMS = {
+    "main.py": ("runpy.run_path('main.py', run_name='__main__')", f"main.py: {interrupts.EARLY}\n"),
+    "clip-jax": ("runpy.run_module('clip_jax', run_name='__main__')", "clip-jax: interrupted\n"),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_during_the_imports_is_one_line_and_130(program):
+    start, line = PROGRAMS[program]
+    command = ["env", "--default-signal=INT", sys.executable, "-c", IMPORTING + start, program]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, line)
+
+
+@pytest.mark.parametrize(("command", "advice"), [("classify", "): end other"), ("embed", "lower --batch-size, or ")])
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_out_of_memory_is_one_line_and_45(where, command, advice, monkeypatch, capsys):
+    def too_large(_):
+        if where == "host":
+            raise MemoryError
+        jax.block_until_ready(jnp.zeros(1 << 50, jnp.float32))
+
+    monkeypatch.setattr(commands.COMMANDS[command], "run", too_large)
+    arguments = {
+        "classify": ["--model=m", "--image=i", "--labels=a"],
+        "embed": ["--model=m", "--data=folder:d", "--output=o"],
+    }[command]
+    assert commands.main([command, *arguments]) == errors.EXIT_OUT_OF_MEMORY
+    said = capsys.readouterr().err
+    assert said.startswith(f"clip-jax {command}: out of memory (") and advice in said and said.count("\n") == 1

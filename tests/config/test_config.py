@@ -307,6 +307,21 @@ def test_how_a_run_is_computed_evaluated_kept_and_logged_may_change_on_a_restart
     assert differences(to_json(config), to_json(changed)) == ["optimizer.beta1", "seed"]
 
 
+def test_how_a_phase_is_computed_may_change_on_a_restart_and_nothing_else_of_it():
+    def other(*phases):
+        changed = valid()
+        changed.phases = phases
+        return differences(to_json(config), to_json(changed))
+
+    config = valid()
+    config.phases = ({"start": 10, "micro_batch": 16, "optimizer.learning_rate": 1e-4},)
+    assert other({"start": 10, "micro_batch": 8, "optimizer.learning_rate": 1e-4, "model.remat": "full"}) == []
+    assert other({"start": 5, "micro_batch": 64}, {"start": 10, "optimizer.learning_rate": 1e-4}) == []
+    assert other({"start": 11, "micro_batch": 16, "optimizer.learning_rate": 1e-4}) == ["phases"]
+    assert other({"start": 10, "micro_batch": 16, "optimizer.learning_rate": 2e-4}) == ["phases"]
+    assert other() == ["phases"]
+
+
 def test_what_a_message_to_a_run_that_stopped_advises_may_change_on_a_restart():
     """The settings are read out of the messages, so that new advice is tried too."""
     files = ("training/stop", "training/restart", "data/stream", "data/sources/folder_files", "data/sources/tar_index")

@@ -49,16 +49,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(server.missing_status, b"")
         content, stat = path.read_bytes(), path.stat()
         headers = {"ETag": f'"{stat.st_mtime_ns}"', "Accept-Ranges": "bytes"}
-        if wanted is None:
-            return self.answer(200, content, headers)
-        first, last = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
-        part = content[first : last + 1]
+        broken = {"cut": fault in ("cut", "close"), "nothing": fault == "close"}
         if fault == "slow":
             time.sleep(0.05)
+        if wanted is None:
+            return self.answer(200, content, headers, **broken)
+        first, last = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
+        part = content[first : last + 1]
         headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
         if fault == "short":  # complete by its own account
             part = part[: len(part) // 2]
-        self.answer(206, part, headers, cut=fault in ("cut", "close"), nothing=fault == "close")
+        self.answer(206, part, headers, **broken)
 
     def answer(self, code: int, body: bytes, headers=None, cut: bool = False, nothing: bool = False) -> None:
         self.send_response(code)

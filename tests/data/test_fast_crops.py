@@ -10,9 +10,10 @@ from PIL import Image, ImageOps
 
 from clip_jax import config as configs
 from clip_jax.data import fast_crops, images
+from clip_jax.data.faults import Faults
 from clip_jax.data.order import Order
 from clip_jax.data.sources import open_source
-from clip_jax.data.stream import Faults, TrainingBatches
+from clip_jax.data.stream import TrainingBatches
 from clip_jax.data.views import pair_views
 from clip_jax.errors import UserError
 from tests.data.shards import jpeg, write_shards
@@ -155,7 +156,7 @@ def views(resize, tokenizer):
 def test_both_settings_have_the_same_examples_captions_and_almost_the_same_pixels(tmp_path):
     source = open_source(write_shards(tmp_path, 30), image_size=24)
     pillow, simd = (
-        TrainingBatches(source, Order(len(source), 8, 0), views(name, Lengths()), Faults(1.0))(3, np.arange(8))
+        TrainingBatches(source, Order(len(source), 8, 0), views(name, Lengths()), Faults())(3, np.arange(8))
         for name in ("pillow", "simd")
     )
     for name in ("index", "text"):

@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -108,14 +107,7 @@ def test_a_lasting_outage_and_a_missing_shard_end_in_one_line(server):
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_shards_in_a_bucket_are_found_by_a_pattern_and_read_as_on_disk(scheme, tmp_path, monkeypatch):
     local = open_source(write_shards(tmp_path / "shards", 10, shards=2))
-    remote._of_scheme.cache_clear()
-    fsspec.get_filesystem_class(scheme).clear_instance_cache()  # that of another test has the address of its server
-    with emulators.STORES[scheme]() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        files, folder = remote._of_scheme(scheme), f"{scheme}://{emulators.BUCKET}/shards"
-        for path in sorted((tmp_path / "shards").iterdir()):
-            files.put_file(str(path), f"{folder}/{path.name}")
+    with emulators.filled(scheme, tmp_path / "shards", monkeypatch) as (files, folder):
         for where in (folder, f"{folder}/*-0000?.tar", f"{folder}/train-{{00000..00001}}.tar"):
             source = open_source(f"tar:{where}")
             assert [source[i] for i in range(10)] == list(local) and source.fingerprint == local.fingerprint
@@ -123,4 +115,3 @@ def test_shards_in_a_bucket_are_found_by_a_pattern_and_read_as_on_disk(scheme, t
         files.put_file(str(tmp_path / "shards/train-00001.tar"), f"{folder}/train-00000.tar")
         assert remote.stat(f"{folder}/train-00000.tar") != before
         assert open_source(f"tar:{folder}/train-00000.tar")[0].captions == local[5].captions
-    remote._of_scheme.cache_clear()

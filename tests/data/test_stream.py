@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from clip_jax.data.faults import COLUMNS, KINDS, MAX_CHARACTERS, Faults, kind
 from clip_jax.data.order import Order, mix
 from clip_jax.data.sources import open_source
 from clip_jax.data.sources.mixture import open_mixture
+from clip_jax.data.sources.sample import Sample
 from clip_jax.data.sources.tar import open_tar
-from clip_jax.data.stream import Faults, TrainingBatches, read, stream
+from clip_jax.data.stream import TrainingBatches, read, stream
 from clip_jax.data.views import View, pair_views
 from clip_jax.errors import UserError
 from tests.data.shards import jpeg, sample, write_shard, write_shards
@@ -24,7 +26,7 @@ class Lengths:
         return np.array([[len(t)] for t in texts], np.int32)
 
 
-def batches(source, batch_size=8, max_share=1.0, seed=0, more=None):
+def batches(source, batch_size=8, seed=0, more=None):
     order = Order(len(source), batch_size, seed)
     views = pair_views(
         image_size=24,
@@ -34,7 +36,7 @@ def batches(source, batch_size=8, max_share=1.0, seed=0, more=None):
         crop_ratio=(3 / 4, 4 / 3),
         interpolation="bicubic",
     )
-    return TrainingBatches(source, order, views | (more or {}), Faults(max_share))
+    return TrainingBatches(source, order, views | (more or {}), Faults())
 
 
 def equal(a, b):
@@ -112,6 +114,30 @@ def test_a_mixture_names_its_samples_by_their_source_and_has_no_labels(tmp_path)
         source[len(source)]
 
 
+def test_a_mixture_moves_from_1_to_2_to_4_hosts_across_every_boundary(tmp_path):
+    """Three sources, one of three shards, whose epochs end inside of batches, at hosts' rows and at restarts."""
+    parts = [open_source(write_shards(tmp_path / str(n), n, shards)) for n, shards in ((21, 3), (8, 1), (5, 2))]
+    weights = (1.0, 2.0, 3.0)
+    make = dataclasses.replace(
+        batches(open_mixture(parts, weights)), order=mix([len(part) for part in parts], weights, batch_size=8, seed=3)
+    )
+    epoch = make.order.epoch
+    assert epoch == 21 + 16 + 15 and epoch % 8
+    undisturbed = list(stream(make, np.arange(8), 0, 21, workers=2, prefetch=2))
+    found = []
+    for hosts, first, last in ((1, 0, 6), (2, 6, 7), (4, 7, 16), (2, 16, 21)):  # 6.5 batches are an epoch
+        streams = [stream(make, rows, first, last, workers=1, prefetch=1) for rows in np.split(np.arange(8), hosts)]
+        for slices in zip(*streams, strict=True):
+            found.append({name: np.concatenate([part[name] for part in slices]) for name in slices[0]})
+    assert len(found) == 21 and all(equal(a, b) for a, b in zip(found, undisturbed, strict=True))
+    seen = np.zeros(34, int)
+    for batch in undisturbed:
+        seen += np.bincount(batch["index"], minlength=34)
+        for part in np.split(seen, [21, 29]):  # no sample is seen a second time before all others of its source
+            assert part.max() - part.min() <= 1
+    assert [part.sum() for part in np.split(seen, [21, 29])] == [21 * 168 // 52, 16 * 168 // 52 + 1, 15 * 168 // 52 + 1]
+
+
 def faulty(tmp_path):
     samples = [sample(i) for i in range(20)]
     samples[3]["jpg"] = jpeg(3)[:200]
@@ -127,16 +153,27 @@ def test_a_bad_sample_is_replaced_deterministically_and_counted(tmp_path):
     kept = make.order.batch(0) == first["index"]
     assert kept.sum() == 18  # the others are where the order has them
     assert make.faults.reasons["empty caption"] == 2  # once in each of the two batches
+    assert first["faults"].sum(axis=0).tolist() == [int(n in ("empty_captions", "undecodable_images")) for n in COLUMNS]
     assert any("000000003" in example for example in make.faults.examples)
     halves = [make(0, rows) for rows in np.split(np.arange(20), 2)]
     assert equal(first, {name: np.concatenate([h[name] for h in halves]) for name in first})
 
 
-def test_too_many_bad_samples_stop_the_run_with_their_reasons(tmp_path):
-    make = batches(faulty(tmp_path), batch_size=20, max_share=0.01)
-    with pytest.raises(UserError, match=r"examples could not be used .*empty caption.*max_bad_share"):
-        for step in range(100):
-            make(step, np.arange(20))
+def test_a_caption_of_a_megabyte_is_cut_and_counted(tmp_path):
+    samples = [sample(i, "word " * 200_000 if i == 2 else None) for i in range(5)]
+    make = batches(open_tar(str(write_shard(tmp_path / "0.tar", samples))), batch_size=5)
+    batch = make(0, np.arange(5))
+    assert sorted(batch["index"]) == list(range(5))
+    assert batch["text"].max() == MAX_CHARACTERS and (batch["text"] < 30).sum() == 4
+    counts = batch["faults"][batch["index"] == 2].tolist()
+    assert counts == [[int(name == "cut_captions") for name in COLUMNS]] and batch["faults"].sum() == 1
+    assert len(read(make.source, 2).captions[0]) == MAX_CHARACTERS
+
+
+def test_every_reason_has_a_kind():
+    assert kind("undecodable image (UnidentifiedImageError)") == "undecodable_images"
+    assert kind("image of 70000x70000 pixels is larger than 134217728 pixels") == "other_bad_examples"
+    assert all(kind(beginning) == name for name, beginnings in KINDS.items() for beginning in beginnings)
 
 
 def test_nothing_usable_ends_with_one_line(tmp_path):
@@ -155,9 +192,9 @@ def test_a_transient_fault_is_retried_and_a_lasting_one_stops(tmp_path, monkeypa
             self.left -= 1
             if self.left >= 0:
                 raise OSError("connection reset")
-            return index
+            return Sample(b"", ("a caption",), str(index))
 
-    assert read(Flaky(), 5) == 5
+    assert read(Flaky(), 5).key == "5"
     lasting = Flaky()
     lasting.left = 99
     with pytest.raises(UserError, match=r"tar:somewhere: example 5 cannot be read: connection reset"):

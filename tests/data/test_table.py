@@ -71,10 +71,31 @@ def test_a_table_that_changed_is_read_again_and_is_other_data(photos):
     before = open_source(f"csv:{path}")
     (photos / "copy").mkdir()
     shutil.copy(path, photos / "copy")
+    shutil.copytree(photos / "photos", photos / "copy" / "photos")
     assert open_source(f"csv:{photos}/copy/a.csv").fingerprint == before.fingerprint
     write_csv(path, ["file", "caption"], [["photos/0.jpg", "two"], ["photos/1.jpg", "one"]])
     after = open_source(f"csv:{path}")
     assert after[0].captions == ("two",) and after.fingerprint != before.fingerprint
+
+
+def test_another_image_behind_a_path_is_other_data(photos):
+    """Whether the paths are in a CSV or in Parquet; a table that holds the bytes has them in its own digest."""
+    rows = [[f"photos/{i}.jpg", f"number {i}"] for i in range(5)]
+    texts = [row[1] for row in rows]
+    pq.write_table(pa.table({"image": [row[0] for row in rows], "caption": texts}), photos / "paths.parquet")
+    within = [{"bytes": None, "path": row[0]} for row in rows]
+    pq.write_table(pa.table({"image": within, "caption": texts}), photos / "hugging_face.parquet")
+    names = [f"csv:{write_csv(photos / 'a.csv', ['file', 'caption'], rows)}"]
+    names += [f"parquet:{photos}/{name}.parquet" for name in ("paths", "hugging_face")]
+    before = [open_source(name) for name in names]
+    assert [open_source(name).fingerprint for name in names] == [source.fingerprint for source in before]
+    (photos / "photos" / "3.jpg").write_bytes(jpeg(99))
+    after = [open_source(name) for name in names]
+    assert all(new.fingerprint != old.fingerprint for new, old in zip(after, before, strict=True))
+    # A run that recorded the table alone goes on.
+    assert [source.former_fingerprint for source in after] == [source.former_fingerprint for source in before]
+    (photos / "photos" / "3.jpg").unlink()
+    assert open_source(names[0]).fingerprint != after[0].fingerprint
 
 
 def test_bad_rows_are_faults_of_their_own_and_bad_tables_are_refused(photos):

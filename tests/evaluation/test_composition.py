@@ -57,10 +57,10 @@ def test_corruptions_grow_with_their_severity_and_repeat(kind):
 
 def test_a_corrupted_source_keeps_labels_and_captions():
     source = open_shapes("zero_shot", examples=24, image_size=32)
-    corrupted = robustness.Corrupted(source, "blur", 5)
+    corrupted = robustness.corrupted(source, "blur", 5)
     assert corrupted[3]._replace(image=b"") == source[3]._replace(image=b"")
     assert len(corrupted) == 24 and corrupted.class_names == source.class_names
-    assert corrupted.fingerprint != robustness.Corrupted(source, "blur", 4).fingerprint
+    assert corrupted.fingerprint != robustness.corrupted(source, "blur", 4).fingerprint
 
 
 def test_effective_robustness_is_the_distance_from_the_line_of_the_baseline():

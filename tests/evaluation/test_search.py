@@ -1,12 +1,13 @@
 """Exact search against a full sort; blocks, devices and parts change nothing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.evaluation.paired import difference
-from clip_jax.evaluation.search import search
+from clip_jax.evaluation.search import search, top_k
 
 
 def unit(n, seed, dim=9):
@@ -14,7 +15,9 @@ def unit(n, seed, dim=9):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("block", "cuts", "devices"), [(300, [], 1), (16, [100, 107], 1), (64, [50], 8), (7, [], 3)])
+@pytest.mark.parametrize(
+    ("block", "cuts", "devices"), [(300, [], 1), (16, [100, 107], 1), (64, [50], 8), (7, [], 3), (2048, [], 1)]
+)
 def test_it_finds_what_a_full_sort_finds(block, cuts, devices):
     queries, index = unit(5, 0), unit(203, 1)
     mesh = make_mesh(devices, devices=jax.devices()[:devices])
@@ -31,6 +34,16 @@ def test_equal_vectors_are_found_in_their_order_and_k_may_exceed_the_index():
         hits = search(index[:1], [index], 8, block=block)
         assert hits.number.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1]]
         assert np.isneginf(hits.similarity[0, 5:]).all()
+
+
+def test_the_largest_by_chunks_are_those_of_a_full_sort_with_many_equal_values():
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(size=(7, 64)), rng.integers(0, 4, (7, 64)), np.zeros((7, 64))):
+        values = np.where(rng.random((7, 64)) < 0.1, -np.inf, values).astype(np.float32)
+        found, where = top_k(jnp.asarray(values), 5, chunk=8)
+        expected = np.argsort(-values, axis=1, kind="stable")[:, :5]
+        assert np.asarray(where).tolist() == expected.tolist()
+        assert np.array_equal(found, np.take_along_axis(values, expected, 1))
 
 
 def test_half_precision_and_vectors_that_are_not_finite():

@@ -11,11 +11,13 @@ from clip_jax.interop import huggingface_config, open_clip, open_clip_config
 from clip_jax.models.vit import ImageTower
 from clip_jax.presets import HALF, OPENAI, SIGLIP
 
-# Batch norm, averaged patches, layer scale, EVA-02's blocks, or a SigLIP text tower without a projection.
+# Batch norm, averaged patches, layer scale, a decoder, EVA-02's blocks, or a SigLIP text tower without a projection.
 NOT_IN_TRANSFORMERS = {
     name
     for name in presets.PRESETS
-    if name.startswith(("RN", "EVA02")) or "CLIPA" in name or name in ("ViT-M/16-alt", "ViT-SO400M/16-SigLIP-i18n-256")
+    if name.startswith(("RN", "EVA02", "coca"))
+    or "CLIPA" in name
+    or name in ("ViT-M/16-alt", "ViT-SO400M/16-SigLIP-i18n-256")
 }
 
 

@@ -41,6 +41,8 @@ def test_a_variant_of_the_weights_is_read_where_it_is_the_only_one(tmp_path):
 def test_a_repositorys_name_is_not_a_folder(tmp_path):
     with pytest.raises(UserError, match=re.escape("hf://openai/clip-vit-base-patch32")):
         clip_jax.load("openai/clip-vit-base-patch32")
+    with pytest.raises(UserError, match=r"a web page; load its repository as hf://openai/clip-vit-base-patch32$"):
+        clip_jax.load("https://huggingface.co/openai/clip-vit-base-patch32/tree/main")
     with pytest.raises(UserError, match=r"ViT-B/33: no such folder; .*nearest: ViT-B/32"):
         clip_jax.load("ViT-B/33")
 

@@ -67,9 +67,41 @@ def test_an_export_carries_the_runs_own_tokenizer(small_run, tmp_path, layout):
 @pytest.mark.parametrize("version", [1, 2])
 def test_vocabularies_like_siglips_are_converted_too(siglip_models, version):
     tokenizer = tokenizers.siglip(siglip_models[version], 16, version)
-    converted = rust.Tokenizer.from_str(tokenizer_json.files(tokenizer)["tokenizer.json"])
+    converted = rust.Tokenizer.from_str(tokenizer_json.of_pieces(tokenizer)["tokenizer.json"])
     for text in ["A picture, of_number 12!", "", "a dog"]:
         assert framed(tokenizer, converted, text) == tokenizer([text])[0].tolist(), text
+
+
+def test_clips_tokenizer_is_exported_with_the_repairs_of_its_training(tmp_path, shared_data):
+    """Transformers' own class for CLIP keeps curly quotes, entities, ligatures and full-width letters."""
+    folder = folders_of.open_clip_folder(tmp_path / "model")
+    shutil.copy(shared_data / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz", folder)
+    to = tmp_path / "out"
+    assert commands.main(["export", f"--model={folder}", "--format=huggingface", f"--to={to}"]) == 0
+    tokenizer = clip_jax.load(to).tokenizer
+    converted = rust.Tokenizer.from_file(str(to / "tokenizer.json"))
+    assert converted.decode(converted.encode("a photo of a cat").ids) == "a photo of a cat"
+    end = tokenizer.end_id
+    for text in [*TEXTS, "they're 12,5 dogs'", "ＡＢＣ，カタ ｶﾀ　ĳ"]:
+        row = tokenizer([text])[0].tolist()
+        found = framed(tokenizer, converted, text)
+        assert found[: found.index(end) + 1] == row[: row.index(end) + 1], text
+    assert json.loads((to / "vocab.json").read_text())["<|endoftext|>"] == end
+
+
+@pytest.mark.parametrize("clean", ["canonicalize", "lower"])
+def test_texts_of_a_siglip_2_are_cleaned_as_open_clips_config_says_and_exported_so(tmp_path, siglip_models, clean):
+    """OpenCLIP's own config drops punctuation, which Transformers keeps."""
+    expected = tokenizers.siglip(siglip_models[2], 16, 2, clean)(["A small, Red_circle!"])
+    preset = small(tmp_path, 60, pooling="last", context_length=16)._replace(tokenizer="siglip2")
+    folder = folders_of.open_clip_folder(tmp_path / "model", preset)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": clean}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    shutil.copy(siglip_models[2], folder / "tokenizer.model")
+    np.testing.assert_array_equal(clip_jax.load(folder).tokenize("A small, Red_circle!"), expected)
+    assert commands.main(["export", f"--model={folder}", "--format=openclip", f"--to={tmp_path / 'out'}"]) == 0
+    np.testing.assert_array_equal(clip_jax.load(tmp_path / "out").tokenize("A small, Red_circle!"), expected)
 
 
 def sentencepiece(folder, size=300):

@@ -109,6 +109,10 @@ def test_harmless_objects_beside_the_tensors_are_passed_over(tmp_path):
         "schedule": Call("torch.optim.lr_scheduler", "CosineAnnealingLR"),
         "seen": Call("builtins", "set", [1, 2]),
         "history": Call("collections", "defaultdict", Named("builtins", "list")),
+        "counts": Call("collections", "defaultdict", Named("__builtin__", "long")),  # int, as torch.save spells it
+        "names": Call("collections", "defaultdict", Named("__builtin__", "unicode")),
+        "steps": Call("__builtin__", "xrange", 0, 3, 1),
+        "warmup": Call("functools", "partial", Named("__main__", "warmup")),
     }
     state = collections.OrderedDict({"visual.proj": tensor(weight)})
     read = torch_files.read(pickles.write(tmp_path / "model.pt", {"state_dict": state, **beside}))

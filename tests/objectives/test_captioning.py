@@ -1,18 +1,20 @@
 """Captioning: its definition, and what the decoder may see."""
 
+import functools
 from dataclasses import replace
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from clip_jax import presets
 from clip_jax.devices.sharding import batch_sharding, make_mesh, replicated
 from clip_jax.losses import vocabulary
 from clip_jax.losses.vocabulary import cross_entropy
 from clip_jax.models.clip import CLIP
+from clip_jax.models.text import class_mask
 from clip_jax.objectives import captioning
 from clip_jax.objectives.objective import Rows
 from clip_jax.planning import program
@@ -27,23 +29,27 @@ for row, end in enumerate(ENDS):
 
 
 def case(architecture=SMALL, **settings):
-    """(model, settings, the parameters with the decoder's, normalized images)"""
-    model, settings = CLIP(architecture), captioning.SPEC.defaults | {"layers": 2, "queries": 5} | settings
+    """(model, settings, the parameters, normalized images)"""
+    settings = captioning.SPEC.defaults | {"layers": 2} | settings
+    model = CLIP(captioning.adapt(settings, architecture))
     params = params_of(model)
-    made = jax.jit(lambda key: nn.meta.unbox(captioning.init_params(model, settings, key)))(jax.random.key(1))
-    made["projection"] = jax.random.normal(jax.random.key(2), made["projection"].shape) / 7
+    head = params["decoder"]["projection"]
+    params["decoder"] = params["decoder"] | {"projection": jax.random.normal(jax.random.key(2), head.shape) / 7}
     image = np.random.default_rng(1).normal(size=(ROWS, 32, 32, 3)).astype(np.float32)
-    return model, settings, params | {"objectives": {"captioning": made}}, image
+    return model, settings, params, image
 
 
-def hidden(model, settings, params, image, text, parallel=None):
+@functools.partial(jax.jit, static_argnums=0)
+def predicted(model, params, image, text, parallel=None):
+    """The logits of the tokens of all captions."""
     out = model.forward(params, {}, {"image": image, "text": text}, train=False)
-    decoder = params["objectives"]["captioning"]
-    return captioning.decode(model, settings, decoder, out.tokens, out.patches, text, parallel)
+    hidden, head, bias = model.decode(params, out.tokens, out.patches, text, parallel)
+    return hidden @ head + (0 if bias is None else bias)
 
 
-@pytest.mark.parametrize("architecture", [SMALL, BIDIRECTIONAL], ids=["causal", "bidirectional"])
-def test_the_loss_is_the_mean_over_the_tokens_of_all_captions(architecture):
+@pytest.mark.parametrize("architecture", [SMALL, BIDIRECTIONAL], ids=["coca", "cappa"])
+def test_the_loss_is_the_mean_over_tokens(architecture):
+    """CoCa's over the tokens of all captions, CapPa's over those of each caption and then over captions."""
     model, settings, params, image = case(architecture)
     made, text = captioning.make(settings, model, presets.HALF, None), jnp.asarray(TEXT)
 
@@ -55,42 +61,64 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_captions(architecture):
         return made.local(Rows(params, {}, {}, {}, {}, outputs, batch | made.prepare(batch), keys))
 
     loss, sums = ours(params)
-    head = params["objectives"]["captioning"]["projection"]
-    logits = np.asarray(jax.jit(hidden, static_argnums=(0, 1))(model, Settings(settings), params, image, text) @ head)
-    first = int(architecture.text.causal)
-    tokens = [(r, t) for r, end in enumerate(ENDS) for t in range(first, end + 1 + (end < LENGTH - 1) * (1 - first))]
-    right = [logits[r, t - first].argmax() == TEXT[r, t] for r, t in tokens]
-    nll = [-jax.nn.log_softmax(logits[r, t - first])[TEXT[r, t]] for r, t in tokens]
-    assert float(loss) == pytest.approx(float(np.mean(nll)), rel=1e-5)
-    assert float(sums["accuracy"]) == pytest.approx(np.mean(right), abs=1e-6)
+    logits = np.asarray(predicted(model, params, image, text))
+    coca = architecture.text.causal
+    losses, right = [], []
+    for row, end in enumerate(ENDS):
+        tokens = range(1, end + 1) if coca else range(min(end + 2, LENGTH))
+        places = [(t, logits[row, t - coca], TEXT[row, t]) for t in tokens]
+        losses.append([-jax.nn.log_softmax(values)[token] for _, values, token in places])
+        right.append([values.argmax() == token for _, values, token in places])
+
+    def mean(rows):
+        return np.mean(np.concatenate(rows)) if coca else np.mean([np.mean(row) for row in rows])
+
+    assert float(loss) == pytest.approx(float(mean(losses)), rel=1e-5)
+    assert float(sums["accuracy"]) == pytest.approx(mean(right), abs=1e-6)
 
 
-class Settings(dict):
-    def __hash__(self):
-        return hash(tuple(self.items()))
+POOLED = replace(
+    SMALL,
+    image=replace(SMALL.image, pooling="queries", queries=5, query_heads=2),
+    text=replace(SMALL.text, pooling="class"),
+)
 
 
-@pytest.mark.parametrize("architecture", [SMALL, BIDIRECTIONAL], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("architecture", [SMALL, POOLED, BIDIRECTIONAL], ids=["clip", "coca", "cappa"])
 def test_a_prediction_sees_the_image_and_no_token_after_its_own(architecture):
-    model, settings, params, image = case(architecture)
-    run = jax.jit(hidden, static_argnums=(0, 1))
+    model, _, params, image = case(architecture)
     text = np.random.default_rng(3).integers(1, 99, TEXT.shape).astype(np.int32)
-    plain, at = run(model, Settings(settings), params, image, text), 6
+    plain, at = predicted(model, params, image, text), 6
     later = text.copy()
     later[:, at:] = later[:, at:] % 90 + 1
-    # hidden[i] predicts token i + 1 (or i, without a start token) from the tokens before it
+    # state i predicts token i + 1 (or i, without a start token) from the tokens before it
     seen = at if architecture.text.causal else at + 1
-    changed = np.abs(run(model, Settings(settings), params, image, later) - plain).max(axis=(0, 2))
+    changed = np.abs(predicted(model, params, image, later) - plain).max(axis=(0, 2))
     assert np.all(changed[:seen] == 0) and np.all(changed[seen:] > 1e-4)
-    assert np.abs(run(model, Settings(settings), params, image[::-1], text) - plain).max() > 1e-3
+    assert np.abs(predicted(model, params, image[::-1], text) - plain).max() > 1e-3
 
 
 def test_with_all_inputs_masked_it_sees_the_image_alone():
-    model, settings, params, image = case(parallel=0.5)
-    run, parallel = jax.jit(hidden, static_argnums=(0, 1)), np.arange(ROWS) % 2 == 0
-    plain, other = (run(model, Settings(settings), params, image, text, parallel) for text in (TEXT, TEXT[::-1]))
+    model, _, params, image = case(BIDIRECTIONAL, parallel=0.5)
+    parallel = np.arange(ROWS) % 2 == 0
+    plain, other = (predicted(model, params, image, text, parallel) for text in (TEXT, TEXT[::-1]))
     changed = np.abs(plain - other).max(axis=(1, 2))
     assert np.all(changed[parallel] == 0) and np.all(changed[~parallel] > 1e-3)
+
+
+def test_a_decoder_of_cappas_begins_with_equal_logits_and_has_no_bias_but_its_heads():
+    model = CLIP(captioning.adapt(captioning.SPEC.defaults | {"parallel": 0.75}, BIDIRECTIONAL))
+    decoder = flatten_dict(params_of(model)["decoder"], sep="/")
+    assert not np.any(decoder["projection"]) and decoder["mask_embedding"].shape == (48,)
+    assert [name for name in decoder if name.endswith("bias")] == ["projection_bias"]
+    assert float(decoder["token_embedding"].std()) == pytest.approx(1, abs=0.05)  # N(0, 1)
+
+
+def test_a_class_token_does_not_see_padding():
+    """Nor does it see itself instead, with the mask of OpenCLIP's published weights."""
+    text = np.asarray([[7, 3, 9, 0, 0], [7, 3, 2, 4, 9]], np.int32)
+    assert class_mask(text, shifted=False).tolist() == [[True] * 3 + [False] * 2 + [True], [True] * 6]
+    assert class_mask(text, shifted=True).tolist() == [[True] * 4 + [False] * 2, [True] * 6]
 
 
 def test_the_end_of_a_caption_is_found_with_and_without_an_end_token():
@@ -113,13 +141,18 @@ def vocabulary_case(rows=8, length=6, width=4, size=50):
 def test_the_vocabularys_loss_in_chunks_equals_the_definition(mesh, monkeypatch):
     monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 0)  # 8 tokens at a time, or all of a device's
     (hidden, head), targets, weights = vocabulary_case()
+    bias = np.random.default_rng(1).normal(size=head.shape[1]).astype(np.float32)
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
 
-    def definition(hidden, head):
-        return -jnp.sum(weights * jnp.take_along_axis(jax.nn.log_softmax(hidden @ head), targets[..., None], 2)[..., 0])
+    def definition(hidden, head, bias):
+        own = jnp.take_along_axis(jax.nn.log_softmax(hidden @ head + bias), targets[..., None], 2)[..., 0]
+        return -jnp.sum(weights * own)
 
-    found = jax.jit(jax.value_and_grad(lambda *x: cross_entropy(*x, targets, weights, mesh)[0], (0, 1)))(hidden, head)
-    expected = jax.value_and_grad(definition, (0, 1))(hidden, head)
+    def ours(hidden, head, bias):
+        return cross_entropy(hidden, head, targets, weights, mesh, bias)[0]
+
+    found = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(hidden, head, bias)
+    expected = jax.value_and_grad(definition, (0, 1, 2))(hidden, head, bias)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 

@@ -4,6 +4,7 @@ Needs the environment of ``tests/peers/make_env.sh``.
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -67,6 +68,50 @@ def test_the_peers_give_a_runs_texts_its_own_ids_and_its_probabilities(small_run
     for library, ids in found["ids"].items():
         for text, row, wanted in zip(TEXTS, ids, model.tokenize(TEXTS).tolist(), strict=True):
             assert row == wanted, (library, text)
+
+
+SENTENCES = """
+import json, sys
+from pathlib import Path
+import torchvision_ops_stub  # before transformers
+import numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+folder = Path(sys.argv[1])
+for name, texts in json.loads((folder / "jobs.json").read_text()).items():
+    model = SentenceTransformer(str(folder / name), device="cpu")
+    np.savez(
+        folder / f"{name}.npz",
+        image=model.encode([Image.open(folder / "image.png")]),
+        text=model.encode(texts),
+        ids=model.preprocess(texts)["input_ids"],
+    )
+"""
+
+
+@pytest.mark.skipif(
+    not any(peers.PEERS.glob("lib/python*/site-packages/sentence_transformers")),
+    reason=f"no sentence-transformers in {peers.PEERS}: build it anew with tests/peers/make_env.sh",
+)
+def test_sentence_transformers_loads_an_export_and_gives_its_embeddings(small_run, shared_data, tmp_path):
+    """A tokenizer of the run's own, and CLIP's."""
+    clip = folders_of.open_clip_folder(tmp_path / "source", PRESET._replace(preprocess=OPENAI))
+    shutil.copy(shared_data / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz", clip)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    for name, source in (("own", small_run), ("clip", clip)):
+        arguments = [f"--model={source}", "--format=huggingface", f"--to={tmp_path / name}"]
+        assert commands.main(["export", *arguments]) == 0
+    peers.run(SENTENCES, tmp_path, {"own": TEXTS, "clip": TEXTS})
+    for name in ("own", "clip"):
+        model, found = clip_jax.load(tmp_path / name), np.load(tmp_path / f"{name}.npz")
+        image, text = model.encode_image([pixels], normalize=False), model.encode_text(TEXTS, normalize=False)
+        assert peers.relative(image, found["image"]) < 1e-5
+        assert peers.relative(text, found["text"]) < 1e-5
+        for ours, theirs in zip(model.tokenize(TEXTS).tolist(), found["ids"].tolist(), strict=True):
+            end = model.tokenizer.end_id  # after it, Transformers pads CLIP's texts with the end token
+            assert theirs[: theirs.index(end)] == ours[: ours.index(end)]
 
 
 SAVE = """

@@ -28,7 +28,7 @@ install torch==2.13.0
 install transformers safetensors sentencepiece protobuf ftfy regex huggingface_hub \
   numpy pillow pandas scikit-learn tqdm webdataset==0.2.86
 # These ask for a CUDA torchvision and training extras that nothing here uses; what they import is installed above.
-install --no-deps torchvision==0.29.2 timm open_clip_torch clip_benchmark braceexpand
+install --no-deps torchvision==0.29.2 timm open_clip_torch clip_benchmark braceexpand sentence-transformers
 
 cp "$here/torchvision_ops_stub.py" "$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/"
 "$dir/bin/python" - <<'PY'

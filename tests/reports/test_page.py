@@ -144,6 +144,15 @@ def test_bad_samples_and_the_commit_are_shown(tmp_path):
     assert "and 6 more" in shown.text and shown.open == []
 
 
+def test_the_shares_of_the_objectives_in_a_step_are_shown_if_there_are_several(tmp_path):
+    rows = [{"step": 0, "train/loss": 5.6}]
+    alone = RUN | {"flops_shares": {"towers": 0.999, "contrastive": 0.001}}
+    assert "FLOPs of a step" not in read(page.write(write_run(tmp_path / "alone", rows, alone))).text
+    both = RUN | {"flops_shares": {"contrastive": 0.01, "towers": 0.63, "captioning": 0.36}}
+    shown = read(page.write(write_run(tmp_path / "both", rows, both))).text
+    assert "FLOPs of a step: towers 63%, captioning 36%, contrastive 1%" in shown
+
+
 SOFTMAX, SIGMOID = {"loss": "softmax", "weight": 1.0}, {"loss": "sigmoid", "weight": 1.0}
 
 

@@ -203,7 +203,9 @@ def machine(whole: Path, folder: Path) -> dict[str, object]:
     return {"env": {**runs.environment(whole.parent), "TMPDIR": str(folder)}, "cwd": folder}
 
 
+# A whole run takes half a minute: one kind of bucket for each fact; the tests above are for both.
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 def test_a_run_in_a_bucket_killed_and_resumed_elsewhere_equals_a_local_one(bucket, whole, tmp_path):
     url, recipe = f"{bucket}/killed/run", whole.parent / "recipe.py"
     first = subprocess.Popen(
@@ -249,6 +251,7 @@ def test_a_run_in_a_bucket_killed_and_resumed_elsewhere_equals_a_local_one(bucke
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_two_processes_without_a_shared_disk_write_one_run(bucket, whole, tmp_path):
     url, port = f"{bucket}/two/run", portpicker.pick_unused_port()
     arguments = [f"--config={whole.parent / 'recipe.py'}", f"--workdir={url}", "--config.mesh.fsdp=2"]

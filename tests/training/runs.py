@@ -62,6 +62,12 @@ def main(tmp_path: Path, *arguments: object, timeout: float = 300) -> subprocess
     )
 
 
+def start(tmp_path: Path, *arguments: object) -> subprocess.Popen:
+    """``main.py`` with its output and errors in one pipe."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(*arguments), env=environment(tmp_path), cwd=tmp_path, **pipes)
+
+
 def metrics(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl without timings."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ from clip_jax.data.views import pair_views
 from clip_jax.devices.sharding import to_devices
 from clip_jax.models.clip import CLIP
 from clip_jax.objectives import contrastive
+from clip_jax.objectives.objective import Ema
 from clip_jax.training.learner import Learner
 from clip_jax.training.optimizer import adamw
 from clip_jax.training.schedule import schedule
@@ -65,7 +66,7 @@ def learner_of(
         optimizer=optimizer,
         rate=rates,
         mesh=mesh,
-        decays={AVERAGE: ema_decay} if ema_decay else {},
+        averages={AVERAGE: Ema(ema_decay)} if ema_decay else {},
         **options,
     )
 

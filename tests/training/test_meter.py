@@ -24,6 +24,7 @@ def run_on(device_kind, devices, batch_size):
     peak = hardware.peak_flops(device_kind)
     return {
         "batch_size": batch_size,
+        "seen": lambda step: step * batch_size,
         "flops": lambda step: step * batch_size * flops.training(PRESET.architecture),
         "peak_flops": None if peak is None else peak * devices,
     }
@@ -59,3 +60,14 @@ def test_every_chip_of_the_table_is_known_by_what_jax_calls_it():
         assert chip.device_kinds
         for kind in chip.device_kinds:
             assert hardware.peak_flops(kind) == chip.flops / chip.devices_per_chip
+
+
+def test_pairs_that_a_selection_leaves_out_are_counted_beside_those_that_are_trained(clock):
+    """Ten steps of 64 pairs, the last five of which are chosen from 256 each, in 4 s after the compiler's step."""
+    options = run_on("TPU v99", 1, 64) | {"seen": lambda step: 64 * min(step, 5) + 256 * max(step - 5, 0)}
+    measured = meter.Meter(**options, first_step=0)
+    assert "train/pairs_seen" not in measured.read(5, {"loss": 1.0})
+    clock.seconds += 4
+    line = measured.read(10, {"loss": 1.0})
+    assert (line["train/pairs"], line["train/pairs_seen"]) == (640, 320 + 1280)
+    assert (line["train/pairs_per_second"], line["train/pairs_seen_per_second"]) == (80, 320)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.data import stream
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.errors import UserError
 from clip_jax.storage import lock, run_folder
 from clip_jax.storage.checkpoints import latest_step
-from clip_jax.training import loop, restart
+from clip_jax.training import budget, loop, restart
 from tests.data.shards import jpeg, sample, write_shard
 from tests.training import runs
 
@@ -57,7 +56,7 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
 
 def test_both_ways_out_of_bad_data_work(tmp_path, monkeypatch):
     """Every fifth image is a web page: the run keeps what it saved, and a higher bound or mended data continue it."""
-    monkeypatch.setattr(stream, "JUDGED_AFTER", 3 * 16)
+    monkeypatch.setattr(budget, "JUDGED_AFTER", 3 * 16)
     recipe, photos = str(runs.write_recipe(tmp_path)), tmp_path / "photos"
     photos.mkdir()
     for i in range(40):
@@ -111,6 +110,21 @@ def test_a_finished_run_is_made_longer_and_says_what_becomes_of_its_schedule(sma
     assert rates[13] == pytest.approx(peak / 2 * (1 + math.cos(math.pi * (12 - 3) / (15 - 3))), rel=1e-4)
     with pytest.raises(UserError, match="a run of 15 steps, and this would make it 12; it can be made longer"):
         loop.run(workdir=str(copy), recipe=None, overrides={"steps": "12"})
+
+
+def test_a_cooldown_starts_from_a_finished_run_of_a_constant_rate(small_run, tmp_path):
+    """Warm-up, stable, decay: as many short runs as wanted from one long one (Hägele et al. 2024, section 3)."""
+    recipe, workdir = str(small_run.parent / "recipe.py"), str(tmp_path / "run")
+    constant = {"optimizer.schedule": "constant", "steps": "5", "eval.held_out.source": ""}
+    assert loop.run(workdir=workdir, recipe=recipe, overrides=constant) == 0
+    cooldown = {"optimizer.schedule": "wsd", "optimizer.cooldown_steps": "4", "optimizer.cooldown_form": "1-sqrt"}
+    with pytest.raises(UserError, match=r"other settings .*optimizer\.cooldown_steps.*optimizer\.schedule"):
+        loop.run(workdir=workdir, recipe=None, overrides=cooldown)  # of the five steps, it would change the last three
+    assert loop.run(workdir=workdir, recipe=None, overrides=cooldown | {"steps": "9"}) == 0
+    rates = [line["train/learning_rate"] / 5e-4 for line in runs.metrics(tmp_path / "run")]
+    expected = [1 / 3, 2 / 3, 1, 1, 1, *(1 - math.sqrt(k / 4) for k in range(4))]
+    assert rates == pytest.approx(expected, rel=1e-5)
+    assert loop.run(workdir=workdir, recipe=None, overrides={}) == 0  # it is now the run's own schedule
 
 
 def copy_with_data(small_run, tmp_path) -> tuple[Path, Path]:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import portpicker
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,11 +107,10 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_have_the_metrics_of_one_over_10_steps(one_process, tmp_path, processes):
+def test_four_processes_have_the_metrics_of_one_over_10_steps(one_process, tmp_path):
     recipe, expected = one_process
-    mesh = " ".join(MESH).format(8 // processes).split()
-    run_together(tmp_path, processes, f"--config={recipe}", f"--workdir={tmp_path}", "--config.steps=10", *mesh)
+    mesh = " ".join(MESH).format(2).split()
+    run_together(tmp_path, 4, f"--config={recipe}", f"--workdir={tmp_path}", "--config.steps=10", *mesh)
     found = runs.metrics(tmp_path)
     assert [line["step"] for line in found if "train/loss" in line] == list(range(1, 11))
     for ours, theirs in zip(found, expected, strict=True):
@@ -156,29 +156,32 @@ def samples_of(workdir) -> dict[tuple[int, int], int]:
 
 
 @pytest.mark.slow
-def test_a_mixture_from_a_failing_server_killed_twice_and_moved_to_two_processes_has_the_same_samples(tmp_path):
+def test_a_mixture_killed_twice_and_moved_to_two_processes_has_the_samples_of_an_undisturbed_run(tmp_path):
+    """The undisturbed run reads shards and a table from the disk; the other one from a server that fails."""
     recipe = runs.write_recipe(tmp_path)
     rows = {"image": [jpeg(i) for i in range(20)], "caption": [f"picture {i}" for i in range(20)]}
-    pq.write_table(pa.table(rows), tmp_path / "own.parquet")
-    with serve(tmp_path / "train") as server:
-        server.every = 20
-        shards = f"{server.url}/train-{{00000..00001}}.tar"
-        train = (
-            f'(("tar:{shards}", 1.0, "captions.de=1,caption=2"), ("parquet:{tmp_path}/own.parquet", 4.0, "caption"), '
-        )
-        arguments = (
+    pq.write_table(pa.table(rows), tmp_path / "train" / "own.parquet")
+
+    def arguments(place: str, name: str) -> tuple[str, ...]:
+        shards = f'("tar:{place}/train-{{00000..00001}}.tar", 1.0, "captions.de=1,caption=2")'
+        train = f'({shards}, ("parquet:{place}/own.parquet", 4.0, "caption"), ("shapes:heldout", 0.1))'
+        return (
             f"--config={recipe}",
-            f'--config.data.train={train}("shapes:heldout", 0.1))',
+            f"--config.data.train={train}",
             "--config.eval.held_out.source=",
             "--config.mesh.cpu_devices=2",
+            f"--workdir={tmp_path / name}",
         )
-        whole, killed = tmp_path / "whole", tmp_path / "killed"
-        done = runs.main(tmp_path, *arguments, f"--workdir={whole}")
-        assert done.returncode == 0, done.stderr
-        kill_when(start(tmp_path, *arguments, f"--workdir={killed}"), lambda: lines(killed) >= 4)
-        kill_when(start(tmp_path, *arguments, f"--workdir={killed}"), lambda: lines(killed) >= 8)
+
+    done = runs.main(tmp_path, *arguments(tmp_path / "train", "whole"))
+    assert done.returncode == 0, done.stderr
+    killed = tmp_path / "killed"
+    with serve(tmp_path / "train") as server:
+        server.every = 20
+        kill_when(start(tmp_path, *arguments(server.url, "killed")), lambda: lines(killed) >= 4)
+        kill_when(start(tmp_path, *arguments(server.url, "killed")), lambda: lines(killed) >= 8)
         run_together(tmp_path, 2, f"--workdir={killed}", "--config.mesh.cpu_devices=1")
         assert len(server.requests) > 100
-    expected, found = samples_of(whole), samples_of(killed)
+    expected, found = samples_of(tmp_path / "whole"), samples_of(killed)
     assert found == expected and len(expected) == 12 * 16
-    assert {sample // 50 for sample in expected.values()} > {0, 1}
+    assert {np.searchsorted([50, 70], sample, "right") for sample in expected.values()} == {0, 1, 2}

@@ -39,7 +39,7 @@ def loads(monkeypatch, architecture):
 def test_a_teachers_weights_are_loaded_sharded_and_identified(monkeypatch):
     params = loads(monkeypatch, presets.preset(NAME).architecture)
     made = learner({})
-    constants = made.load_constants()["distillation"]
+    constants = made.load_constants()["distillation"]["0"]
     jax.tree.map(np.testing.assert_array_equal, constants["params"]["image"], params["image"])
     kernel = constants["params"]["image"]["patch_embedding"]
     assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 4

@@ -38,12 +38,14 @@ KINDS = {
     ),
     "tfds": Kind(
         open_tfds,
-        ("tfds_dir",),
+        ("tfds_dir", "long_reads"),
         "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
     ),
     "parquet": Kind(open_parquet, ("image", "caption"), "a table of images or paths with captions: parquet:FILES"),
     "csv": Kind(open_csv, ("image", "caption"), "a table of paths with captions, .csv or .tsv: csv:FILES"),
-    "array_record": Kind(open_array_record, ("image", "caption"), "ArrayRecord files of tf.train.Example records"),
+    "array_record": Kind(
+        open_array_record, ("image", "caption", "long_reads"), "ArrayRecord files of tf.train.Example records"
+    ),
     "folder": Kind(open_folder, ("caption", "links_to", "max_bad_share"), "images with a .txt each: folder:DIR"),
 }
 

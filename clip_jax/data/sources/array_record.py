@@ -1,7 +1,8 @@
-"""ArrayRecord files of ``tf.train.Example`` records, through the array_record library and without TensorFlow.
+"""ArrayRecord files of ``tf.train.Example`` records, without TensorFlow.
 
 What TFDS and many pipelines write: a record maps names to lists of bytes. For a dataset that TFDS prepared, ``tfds:``
-knows more (splits, classes); this reads the files themselves.
+knows more (splits, classes); this reads the files themselves. The array_record library reads local files, and
+``array_record_ranges.py`` those behind a URL.
 """
 
 import hashlib
@@ -10,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from clip_jax.data.sources import captions, identity, patterns
+from clip_jax.data.sources import array_record_ranges, captions, identity, patterns
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
+from clip_jax.storage import remote
 
 IMAGES = ("image", "image/encoded", "jpg", "png", "webp", "image_bytes")
 CAPTIONS = ("caption", "captions", "captions/text", "text", "texts", "title", "image/caption")
@@ -30,6 +32,7 @@ class ArrayRecords:
     """index -> bytes; safe to call from several threads."""
     former_fingerprint: str = ""
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -54,19 +57,17 @@ class ArrayRecords:
         return Sample(example[self.image][0], found.texts, key, shares=found.shares)
 
 
-def open_array_record(where: str, *, image: str = "", caption: str = "txt") -> Source:
-    """Local files, by the names that ``patterns.py`` takes. Raises UserError."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
+def open_array_record(where: str, *, image: str = "", caption: str = "txt", long_reads: bool = False) -> Source:
+    """Files by the names that ``patterns.py`` takes; ``long_reads``: neighbors in a remote file are read together.
 
+    Raises UserError.
+    """
     files = patterns.files(where, (".array_record", ".arrayrecord", ".riegeli"))
-    if remote := [file for file in files if "://" in file]:
-        raise UserError(f"{remote[0]}: the ArrayRecord library reads local files only; copy them, or pack tar shards")
-    try:
-        records = ArrayRecordDataSource(files)
-        count = len(records)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"array_record:{where}: not ArrayRecord files ({str(error).splitlines()[0]})") from error
-    if not count:
+    distant = [file for file in files if remote.is_remote(file)]
+    if distant and len(distant) < len(files):
+        raise UserError(f"array_record:{where}: some files are local and some are not; make two sources of a mixture")
+    records = array_record_ranges.open_ranges(files, long_reads=long_reads) if distant else _local(where, files)
+    if not len(records):
         raise UserError(f"array_record:{where}: no records")
     try:
         names = _read(records, 0, f"array_record:{where}[0]")
@@ -86,7 +87,19 @@ def open_array_record(where: str, *, image: str = "", caption: str = "txt") -> S
         image=image,
         captions=wanted,
         records=records,
+        notes=records.notes if distant else (),
     )
+
+
+def _local(where: str, files: list[str]) -> Any:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    try:
+        records = ArrayRecordDataSource(files)
+        len(records)
+        return records
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"array_record:{where}: not ArrayRecord files ({str(error).splitlines()[0]})") from error
 
 
 def _pick(where: str, names: dict[str, Any], usual: list[str] | tuple[str, ...], setting: str) -> str:
@@ -99,13 +112,19 @@ def _pick(where: str, names: dict[str, Any], usual: list[str] | tuple[str, ...],
     return found
 
 
-def _read(records: Any, index: int, key: str) -> dict[str, list[bytes]]:
+def record(records: Any, index: int, key: str) -> bytes:
+    """The record. Raises BadSampleError, and OSError where it may be readable later."""
     try:
-        return example(records[index])
+        return records[index]
     except RuntimeError as error:  # the library raises nothing else, for bad checksums and failed reads alike
         if "Corrupted" in str(error):
             raise BadSampleError(f"corrupted record ({error})", key) from error
         raise OSError(f"{key}: {error}") from error
+
+
+def _read(records: Any, index: int, key: str) -> dict[str, list[bytes]]:
+    try:
+        return example(record(records, index, key))
     except (IndexError, UnicodeDecodeError) as error:
         raise BadSampleError("not a tf.train.Example", key) from error
 

@@ -70,7 +70,7 @@ def gather(wanted: Sequence[Field], get: Callable[[str], Any]) -> Captions:
 
 def of_files(wanted: Sequence[Field], txt: bytes, json_: bytes) -> Captions:
     """The captions in the files beside an image, empty for one that is not there. Raises ValueError."""
-    about = json.loads(json_ or b"{}") if any(name not in TEXT_FILE for name, _ in wanted) else {}
+    about = _parsed(json_ or b"{}") if any(name not in TEXT_FILE for name, _ in wanted) else {}
 
     def get(name: str) -> Any:
         if name not in TEXT_FILE:
@@ -79,6 +79,14 @@ def of_files(wanted: Sequence[Field], txt: bytes, json_: bytes) -> Captions:
         return text.splitlines() if name == LINES else text
 
     return gather(wanted, get)
+
+
+def _parsed(data: bytes) -> Any:
+    """Raises ValueError, for too many brackets in each other too."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def clean(captions: Iterable[str]) -> tuple[str, ...]:
@@ -99,8 +107,8 @@ def at(value: Any, path: str) -> Any:
 def paths(data: bytes) -> list[str]:
     """The dotted paths in a JSON file that have text; empty for what is not JSON."""
     try:
-        return sorted(_paths(json.loads(data)))
-    except ValueError:
+        return sorted(_paths(_parsed(data)))
+    except (ValueError, RecursionError):
         return []
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from clip_jax.storage import atomic, ranges
+from clip_jax.storage import atomic, ranges, remote
 from clip_jax.storage.ranges import Read
 
 PIECE = 512
@@ -30,9 +30,10 @@ def sampled(read: Read, size: int, pieces: int, offset: int = 0) -> str:
 
 
 def of_files(files: Sequence[str | Path]) -> list[str]:
-    """The digest of each file, remembered in the user's cache folder. Raises OSError."""
-    files = [os.path.abspath(file) for file in files]
-    common = os.fsencode(os.path.commonpath(files))
+    """The digest of each file, remembered in the user's cache folder. Raises OSError; UserError for a remote file."""
+    files = [str(file) if remote.is_remote(str(file)) else os.path.abspath(file) for file in files]
+    # The folder of all files has one memory. A URL has a path's separators, and is relative.
+    common = os.fsencode(os.path.commonpath([file.lstrip("/") for file in files]))
     memory = cache_folder() / "file_digests" / hashlib.sha256(common).hexdigest()[:24]
     try:
         known = {name: tuple(entry) for name, *entry in json.loads(memory.read_text())}

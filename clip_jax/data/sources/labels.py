@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 
 from clip_jax.errors import UserError
 from clip_jax.storage import ranges
+from clip_jax.storage.remote import RefusedError
 
 FILE = "classnames.txt"
 """One line per class, beside the shards, as CLIP_benchmark and OpenCLIP have it."""
@@ -92,13 +93,9 @@ def _find(folders: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for file in (os.path.join(folder, FILE) for folder in folders):
         try:
             known = ranges.stat(file)
-        except FileNotFoundError:
-            continue
-        except UserError as error:
+        except (FileNotFoundError, RefusedError):
             # A bucket that may not be listed forbids what is not there. An outage must not pass for no classes.
-            if isinstance(error.__cause__, FileNotFoundError | PermissionError):
-                continue
-            raise
+            continue
         found[file] = _names(file, ranges.reader(file, known)(0, known.size))
     return found
 

@@ -105,6 +105,8 @@ def _unread(member: Any, kind: str) -> str:
     parts = member.name.split("/")
     if parts[-1].startswith(".") or "__MACOSX" in parts:
         return "hidden files"
+    if ".." in parts:  # nothing is extracted, but the name may be written out by ``pack``
+        return "names with .. in them"
     if not member.regular:
         return "links (tar --dereference --hard-dereference stores what they lead to)"
     if not kind:

@@ -19,6 +19,7 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 BRACES = re.compile(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}")
 COMMA = re.compile(r",(?![^{}]*\})")
 """A comma outside of braces."""
+NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")
 MAX_FILES = 10_000_000
 MAX_RUN = 8
 """Parts between commas that are tried as one file name."""
@@ -54,8 +55,7 @@ def _find(pattern: str, suffixes: Sequence[str]) -> list[str]:
         return [file for path in braces(pattern) for file in _remote(path, suffixes)]
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        names = [n for n in os.listdir(pattern) if n.endswith(tuple(suffixes)) and not n.startswith(".")]
-        return [os.path.join(pattern, name) for name in sorted(names)]
+        return [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if _is_shard(name, suffixes)]
     if os.path.exists(pattern):
         return [pattern]
     folder, rest = _existing_folder(pattern)
@@ -96,8 +96,17 @@ def _refuse(pattern: str, suffixes: Sequence[str]) -> list[str]:
 def _remote(path: str, suffixes: Sequence[str]) -> list[str]:
     if path.startswith("http"):  # a ? begins a signature there
         return remote.glob(path) if "*" in path else [path]
-    path = path if path.endswith(tuple(suffixes)) else f"{path.rstrip('/')}/*{suffixes[0]}"
-    return remote.glob(path) if glob.has_magic(path) else [path]
+    if glob.has_magic(path):
+        return remote.glob(path)
+    if _is_shard(path, suffixes):
+        return [path]
+    folder = path.rstrip("/")
+    return [f"{folder}/{name}" for name in remote.children(folder)[1] if _is_shard(name, suffixes)]
+
+
+def _is_shard(name: str, suffixes: Sequence[str]) -> bool:
+    """Whether a visible file ends in a suffix, perhaps with the number of its shard after it, as TFDS writes them."""
+    return not name.startswith(".") and NUMBERED.sub("", name).endswith(tuple(suffixes))
 
 
 def braces(pattern: str) -> list[str]:

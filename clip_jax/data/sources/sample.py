@@ -21,6 +21,8 @@ class Sample(NamedTuple):
     """Further fields of a source by name: boxes, further views of the same example. Read-only."""
     shares: tuple[float, ...] = ()
     """How often training takes each caption, summing to 1; empty if all are taken equally often."""
+    index: int = -1
+    """Its number in the source, where the stream has read it."""
 
 
 def notes(source: "Source") -> tuple[str, ...]:

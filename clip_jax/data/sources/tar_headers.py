@@ -13,6 +13,8 @@ from clip_jax.storage.ranges import Read
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
 MAX_NAME_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 50
+"""A header may name any size, and offsets have 64 bits."""
 
 
 class Member(NamedTuple):
@@ -57,10 +59,12 @@ def members(read: Read, start: int = 0, stop: int | None = None) -> Iterator[Mem
             if kind in (b"x", b"L") and size <= MAX_NAME_BYTES:
                 data = read(offset, size)
                 longer |= _records(data) if kind == b"x" else {"path": data.partition(b"\0")[0]}
-            offset += -(-size // BLOCK) * BLOCK
+            offset += -(-min(size, MAX_FILE_BYTES) // BLOCK) * BLOCK
             continue
         if "size" in longer:
             size = int(longer["size"])
+        if size > MAX_FILE_BYTES:
+            raise TarError(f"a member of {size} bytes at byte {first}")
         name = longer["path"] if "path" in longer else _name(header)
         yield (found := Member(name.decode("utf-8", "surrogateescape"), kind in REGULAR, first, offset, size))
         # Links and devices may give the size of what they stand for; they have no data.

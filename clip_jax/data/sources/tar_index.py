@@ -36,7 +36,7 @@ from clip_jax.storage import ranges, remote
 from clip_jax.storage.ranges import Read, Stat
 
 COLUMNS = 2 + len(KINDS)
-RULES = 2
+RULES = 3
 """To be increased when the rules for pairs or the digest change: indexes with another number are not read."""
 
 FOLDER = ".clip_jax_index"

@@ -56,9 +56,7 @@ class Scene(NamedTuple):
 
 def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "side side 3"]:
     """The picture: uint8, the same bytes wherever IEEE arithmetic holds."""
-    ramp = np.linspace(-1, 1, image_size, dtype=np.float32)
-    across, down = np.float32(scene.light[0]) * ramp, np.float32(scene.light[1]) * ramp
-    canvas = (down[:, None] + across)[:, :, None] + np.float32(scene.background)
+    canvas = background(scene, image_size)
     for each in scene.objects:
         stencil = _stencil(each.shape, each.texture, each.radius * image_size, image_size)
         # Centers are rounded to whole pixels, or no two objects would share a stencil.
@@ -70,6 +68,13 @@ def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "side side 3"]:
         patch += stencil.tint * np.float32(each.rgb)
         patch += stencil.white
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+
+
+def background(scene: Scene, image_size: int) -> Float[np.ndarray, "side side 3"]:
+    """The picture without its objects, in 0..255."""
+    ramp = np.linspace(-1, 1, image_size, dtype=np.float32)
+    across, down = np.float32(scene.light[0]) * ramp, np.float32(scene.light[1]) * ramp
+    return (down[:, None] + across)[:, :, None] + np.float32(scene.background)
 
 
 class _Stencil(NamedTuple):
@@ -86,15 +91,15 @@ def _stencil(shape: str, texture: str, radius: float, image_size: int) -> _Stenc
     centers = np.arange(-half, half, dtype=np.float32) + np.float32(0.5)
     x, y = np.broadcast_arrays(centers[None, :], centers[:, None])
     distance = SHAPES[shape](x / radius, y / radius) * radius
-    coverage = _soften(distance)
+    coverage = soften(distance)
     # The outline, darker than the fill, closes the silhouette where white texture meets the light background.
-    outline = _soften(-distance - image_size / 64)
-    white = _soften(TEXTURES[texture](x, y, image_size / 64)) * (1 - outline)
+    outline = soften(-distance - image_size / 64)
+    white = soften(TEXTURES[texture](x, y, image_size / 64)) * (1 - outline)
     planes = (1 - coverage, coverage * (1 - white) * (1 - 0.45 * outline), coverage * white * 255)
     return _Stencil(*(plane[:, :, None].astype(np.float32) for plane in planes))
 
 
-def _soften(distance: Field) -> Field:
+def soften(distance: Field) -> Field:
     """How much of a pixel lies inside an edge at this distance from its center."""
     return np.clip(0.5 - distance, 0, 1)
 

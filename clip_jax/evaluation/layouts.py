@@ -1,0 +1,185 @@
+"""Reads published sets in the layouts in which they are distributed: Winoground, SugarCrepe, multi-label tar shards.
+
+    DIR/examples.jsonl, DIR/images/ex_0_img_0.png       Winoground (facebook/winoground with its images.zip unpacked)
+    DIR/add_att.json ... swap_obj.json, DIR/val2017/    SugarCrepe (its folder data, with COCO's images beside)
+    DIR/test/0.tar with .jpg and .npy                   CLIP_benchmark's multi-label sets (wds_voc2007_multilabel)
+
+Only what is there is read: nothing is downloaded, and no array is unpickled.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from clip_jax.data.images import ENDINGS
+from clip_jax.data.sources.captions import clean
+from clip_jax.data.sources.sample import BadSampleError, Sample
+from clip_jax.errors import UserError
+
+SUGAR_CREPE = tuple(f"{how}_{what}" for how in ("add", "replace", "swap") for what in ("att", "obj", "rel"))
+IMAGE_FOLDERS = ("images", "val2017", "coco/val2017", ".")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Image files with captions; the number and the order of an image's captions have a meaning to its protocol."""
+
+    name: str
+    fingerprint: str
+    files: tuple[Path, ...] = field(repr=False)
+    captions: tuple[tuple[str, ...], ...] = field(repr=False)
+    groups: tuple[str, ...] = field(repr=False)
+    """The part of the set to which each image belongs."""
+
+    class_names = ()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.files[index]
+        try:
+            return Sample(file.read_bytes(), self.captions[index], file.name)
+        except FileNotFoundError as error:
+            raise BadSampleError("no such file", str(file)) from error
+
+
+def is_winoground(folder: Path) -> bool:
+    return (folder / "examples.jsonl").is_file() or (folder / "data" / "examples.jsonl").is_file()
+
+
+def open_winoground(folder: Path) -> Captioned:
+    """Images 2i and 2i + 1 are those of example i, each with its caption. Raises UserError."""
+    root = folder if (folder / "examples.jsonl").is_file() else folder / "data"
+    lines = (root / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [_row(line, f"{root}/examples.jsonl, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    files, texts, groups = [], [], []
+    for i, row in enumerate(rows, 1):
+        where = f"{root}/examples.jsonl, line {i}"
+        for k in "01":
+            files.append(_image(root, _text(row, f"image_{k}", where)))
+            texts.append((_text(row, f"caption_{k}", where),))
+            groups.append(str(row.get("collapsed_tag") or row.get("tag") or ""))
+    return _captioned("winoground", folder, files, texts, groups)
+
+
+def is_sugar_crepe(folder: Path) -> bool:
+    return bool(_sugar_crepe_files(folder))
+
+
+def open_sugar_crepe(folder: Path) -> Captioned:
+    """Every image with its true and its false caption, in this order; groups are the tasks. Raises UserError."""
+    files, texts, groups = [], [], []
+    for path in _sugar_crepe_files(folder):
+        content = _row(path.read_text(encoding="utf-8"), str(path))
+        for key, row in content.items():
+            where = f"{path}, {key}"
+            files.append(_image(folder, _text(row, "filename", where)))
+            texts.append((_text(row, "caption", where), _text(row, "negative_caption", where)))
+            groups.append(path.stem)
+    return _captioned("sugar_crepe", folder, files, texts, groups)
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Images of tar shards, each with any number of classes."""
+
+    name: str
+    fingerprint: str
+    class_names: tuple[str, ...]
+    places: tuple[tuple[Path, int, int], ...] = field(repr=False)
+    """Shard, offset and size of every image."""
+    positive: Bool[np.ndarray, "images classes"] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, offset, size = self.places[index]
+        with shard.open("rb") as file:
+            file.seek(offset)
+            return Sample(file.read(size), ("",), f"{shard.name}[{index}]")
+
+
+def open_multi_label(name: str, shards: Sequence[Path], class_names: tuple[str, ...]) -> MultiLabel:
+    """Members ``KEY.npy`` are a 0 or 1 for each class. Raises UserError for a pair that is not complete or not so."""
+    places, rows, digest = [], [], hashlib.sha256(json.dumps(class_names).encode())
+    for shard in shards:
+        images, labels = {}, {}
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                key, _, ending = member.name.rpartition(".")
+                if ending == "npy":
+                    labels[key] = _labels(archive.extractfile(member).read(), f"{shard}, {member.name}", class_names)
+                elif ending in ENDINGS:
+                    images[key] = (shard, member.offset_data, member.size)
+                digest.update(f"{member.name} {member.size}".encode())
+        if images.keys() != labels.keys():
+            alone = sorted(images.keys() ^ labels.keys())[0]
+            raise UserError(f"{shard}: {alone} has no image or no .npy with its labels")
+        places += images.values()
+        rows += [labels[key] for key in images]
+    positive = np.stack(rows) if rows else np.zeros((0, len(class_names)), bool)
+    digest.update(positive.tobytes())
+    return MultiLabel(f"benchmark:{name}", digest.hexdigest()[:24], class_names, tuple(places), positive)
+
+
+def _labels(data: bytes, where: str, class_names: tuple[str, ...]) -> Bool[np.ndarray, " classes"]:
+    try:
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{where}: not an array ({error})") from error
+    if found.shape != (len(class_names),) or not np.isin(found, (0, 1)).all():
+        shape = list(found.shape)
+        raise UserError(f"{where}: {found.dtype}{shape}; it needs a 0 or 1 for each of {len(class_names)} classes")
+    return found.astype(bool)
+
+
+def _captioned(
+    kind: str, folder: Path, files: list[Path], texts: list[tuple[str, ...]], groups: list[str]
+) -> Captioned:
+    if not any(file.is_file() for file in files):
+        raise UserError(f"{folder}: none of its {len(files)} images is there, such as {files[0] if files else 'any'}")
+    content = [
+        [f.name, f.stat().st_size if f.is_file() else -1, t, g] for f, t, g in zip(files, texts, groups, strict=True)
+    ]
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+    return Captioned(f"{kind}:{folder.name}", fingerprint, tuple(files), tuple(texts), tuple(groups))
+
+
+def _sugar_crepe_files(folder: Path) -> list[Path]:
+    named = [root / f"{task}.json" for root in (folder, folder / "data") for task in SUGAR_CREPE]
+    return [path for path in named if path.is_file()]
+
+
+def _image(root: Path, name: str) -> Path:
+    """The file of an image whose name may lack its ending, in one of the usual folders; the first if there is none."""
+    endings = ("",) if "." in name else tuple(f".{ending}" for ending in ("png", "jpg", "jpeg"))
+    options = [root / folder / (name + ending) for folder in IMAGE_FOLDERS for ending in endings]
+    return next((path for path in options if path.is_file()), options[0])
+
+
+def _row(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: not an object with fields")
+    return found
+
+
+def _text(row: Any, name: str, where: str) -> str:
+    value = row.get(name) if isinstance(row, dict) else None
+    found = clean([value]) if isinstance(value, str) else ()
+    if not found:
+        raise UserError(f"{where}: no text in the field {name}")
+    return found[0]
