@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import SingleDeviceSharding
 
 from clip_jax.devices.hardware import Chip
-from clip_jax.planning.profile import Share, merge, share
+from clip_jax.planning.profile import Share, merge, share, without_scores
 from clip_jax.planning.program import executed, is_program, parse
 
 KERNEL = 'custom_call_target="tpu_custom_call"'
@@ -68,7 +68,7 @@ def estimate(hlo: str) -> Estimate:
             shapes = _signature(" ".join(operands), instruction.shape)
             kernels[shapes] += times
             shares.append(share(instruction, computation, computations, times, 0, shapes))
-    return Estimate(cycles, dict(kernels), merge(shares))
+    return Estimate(cycles, dict(kernels), merge(without_scores(shares)))
 
 
 def kernel_cycles(program: ClosedJaxpr, device: jax.Device) -> dict[str, int]:
