@@ -5,7 +5,6 @@ The compiler schedules every fusion, product, copy and Pallas kernel and writes 
 ``collectives`` counts, transfers to the host, the input pipeline, and stalls that depend on data.
 """
 
-import dataclasses
 import functools
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+from jax.experimental.layout import Format, Layout
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.sharding import SingleDeviceSharding
 
@@ -21,8 +21,6 @@ from clip_jax.planning.profile import Share, merge, share, without_scores
 from clip_jax.planning.program import executed, is_program, parse
 
 KERNEL = 'custom_call_target="tpu_custom_call"'
-LONG_GRID = 8
-"""Steps along the first axis of a kernel's grid that are compiled to estimate longer ones."""
 _SHAPE = re.compile(r"\b[a-z]+\d+\[[\d,]*\]")
 _TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "s32"}
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -85,25 +83,16 @@ def kernel_cycles(program: ClosedJaxpr, device: jax.Device) -> dict[str, int]:
 
 
 def _cycles_alone(call: JaxprEqn, device: jax.Device) -> int:
-    """The cycles of one execution; of a kernel with a long grid, extrapolated from two short ones.
+    """The cycles of one execution. The layouts are the kernel's own: with the flag, a large copy takes minutes."""
 
-    With the flag the compiler walks through all steps of the grid, which takes minutes for a hundred.
-    """
-    mapping = call.params["grid_mapping"]
-    steps = mapping.grid[0] if mapping.grid else 1
+    def row_major(variables) -> list[Format]:
+        return [Format(Layout(tuple(range(v.aval.ndim))), SingleDeviceSharding(device)) for v in variables]
 
-    def cycles(steps: int) -> int:
-        grid = {"grid_mapping": dataclasses.replace(mapping, grid=(steps, *mapping.grid[1:]))} if mapping.grid else {}
-        run = functools.partial(call.primitive.bind, **call.params | grid)
-        sharding = SingleDeviceSharding(device)
-        arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in call.invars]
-        kernel = re.search(rf"^.*{KERNEL}.*$", jax.jit(run).lower(*arguments).compile().as_text(), re.MULTILINE)
-        return max(int(n) for n in _CYCLES.findall(kernel[0]))
-
-    if steps <= LONG_GRID:
-        return cycles(steps)
-    few, many = cycles(LONG_GRID // 2), cycles(LONG_GRID)
-    return few + (many - few) * (steps - LONG_GRID // 2) // (LONG_GRID - LONG_GRID // 2)
+    run = functools.partial(call.primitive.bind, **call.params)
+    run = jax.jit(run, in_shardings=row_major(call.invars), out_shardings=row_major(call.outvars))
+    arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in call.invars]
+    kernel = re.search(rf"^.*{KERNEL}.*$", run.lower(*arguments).compile().as_text(), re.MULTILINE)
+    return max(int(n) for n in _CYCLES.findall(kernel[0]))
 
 
 def signature(call: JaxprEqn) -> str:
