@@ -6,7 +6,7 @@ part of that product.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from clip_jax.planning.program import Computations, Instruction, shape_bytes, taps
@@ -62,6 +62,12 @@ def merge(shares: Iterable[Share]) -> tuple[Share, ...]:
         sums = (getattr(old, name) + getattr(share, name) for name in ("cycles", "flops", "hbm_bytes"))
         found[key] = Share(*key, *sums, kernels)
     return tuple(sorted(found.values(), key=lambda share: -share.cycles))
+
+
+def without_scores(shares: Sequence[Share]) -> list[Share]:
+    """What is left of the attention outside its kernel is element-wise work: no scores are there."""
+    fused = {share.part for share in shares if share.kind == KERNEL}
+    return [s._replace(kind=ELEMENTS) if s.kind == SCORES and s.part in fused else s for s in shares]
 
 
 def with_kernels(shares: Iterable[Share], each: dict[str, int]) -> tuple[Share, ...]:

@@ -72,7 +72,7 @@ def test_a_program_is_sorted_by_part_and_kind_with_its_flops_and_bytes():
         ("optimizer", "optimizer"): 5,
         ("contrastive", "contrastive loss"): 4,
         ("captioning", "vocabulary loss"): 3,
-        ("image tower", "attention scores"): 2,
+        ("image tower", "element-wise"): 2,
     }
     product = found["image tower", "matrix products"]
     assert product.flops == 2 * 2 * 100 * 128 * 512
@@ -83,6 +83,11 @@ def test_a_program_is_sorted_by_part_and_kind_with_its_flops_and_bytes():
     assert found["image tower", "saves and copies"].hbm_bytes == 2 * 4 * 8 + 4
     filled = {(s.part, s.kind): s.cycles for s in with_kernels(found.values(), {KERNEL: 50})}
     assert filled["image tower", "attention kernel"] == 50
+
+
+def test_what_xla_computes_of_the_attention_is_scores():
+    found = {(s.part, s.kind): s.cycles for s in estimate(PROGRAM.replace("tpu_custom_call", "other")).profile}
+    assert found["image tower", "attention scores"] == 2
 
 
 def test_a_batched_product_counts_each_entry_of_the_batch_once():
