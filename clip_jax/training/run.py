@@ -205,7 +205,9 @@ def make_order(config: ConfigDict, train: Source) -> Order | MixedOrder:
 def open_evaluation(config: ConfigDict, name: str, image_size: int) -> Source:
     """The source of a named evaluation, with a caption setting of its own."""
     evaluation = config.eval[name]
-    return _open(config, evaluation.source, evaluation.caption or config.data.caption, image_size)
+    source, caption = evaluation.source, evaluation.caption or config.data.caption
+    boxes = config.data.boxes if evaluation.protocol == "grounding" and has_boxes(source) else ""
+    return _open(config, source, caption, image_size, boxes)
 
 
 def check_labels(config: ConfigDict, train: Source) -> None:
