@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
     """The same for the encoders of the evaluations, with the training state beside them; None: not compiled."""
     cycles: int | None = None
     """The compiler's estimate of a step on one core, without transfers between devices; None: it made none."""
-    text_buckets: Mapping[int, int] = {}
+    text_buckets: dict[int, int] | None = None
     """Peak memory of the step for each shorter length of texts (``config.data.text_buckets``)."""
     profile: tuple[Share, ...] = ()
     """Where these cycles go, the slowest first."""
