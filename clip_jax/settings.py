@@ -60,6 +60,9 @@ def defaults() -> ConfigDict:
                 "image_embeddings": "",
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect ratio
+                # Lengths in tokens, (16, 32, 77): each batch has the shortest one that holds its texts; (): all are as
+                # long as the context. For causal text towers that pool at the end token.
+                "text_buckets": (),
                 # Of the crop, as torchvision's transforms; docs/data.md has the settings of published recipes.
                 "augment": {
                     "flip": 0.0,  # probability of a mirrored image; captions with left and right become wrong

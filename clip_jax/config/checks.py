@@ -133,6 +133,9 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
             example = '({"image/*": 0.1},)'
             raise UserError(f"{where}: optimizer.rate_factors: {factors} is not patterns with factors, as in {example}")
     _check_mixture(given, where)
+    lengths = given["data.text_buckets"]
+    if not all(type(length) is int and length > 1 for length in lengths) or sorted(set(lengths)) != list(lengths):
+        raise UserError(f"{where}: data.text_buckets={lengths}: lengths in tokens from the shortest up: (16, 32, 77)")
     jitter = given["data.augment.jitter"]
     if jitter and not (_are_numbers(jitter, 4, above=-1e-9) and jitter[3] <= 0.5):
         meaning = "brightness, contrast, saturation and hue, at least 0 and the hue at most 0.5; or ()"

@@ -14,6 +14,7 @@ from clip_jax.errors import UserError, nearest
 MAY_CHANGE = (
     "model.image.image_size",
     "model.text.context_length",
+    "data.text_buckets",
     "model.patch_dropout",
     "model.frozen",
     "model.remat",

@@ -55,8 +55,18 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "free_hbm_bytes": request["free_hbm_bytes"],
         "transfers": [t._asdict() for t in moved],
         "evaluation_hbm_bytes": evaluation_bytes(config, learner),
+        "text_buckets": bucket_bytes(config, learner),
         **estimate(hlo)._asdict(),
     } | _seconds(started)
+
+
+def bucket_bytes(config: ConfigDict, learner: Learner) -> dict[int, int]:
+    """The peak memory of the step for each bucket of text lengths but the last one, which is the full length."""
+    peaks = {}
+    for length in config.data.text_buckets[:-1]:
+        compiled = learner.lower(config.batch_size, length).compile()
+        peaks[length] = compiled.memory_analysis().peak_memory_in_bytes
+    return peaks
 
 
 def evaluation_bytes(config: ConfigDict, learner: Learner) -> int | None:

@@ -41,6 +41,8 @@ class Compiled(NamedTuple):
     """The same for the encoders of the evaluations, with the training state beside them; None: not compiled."""
     cycles: int | None = None
     """The compiler's estimate of a step on one core, without transfers between devices; None: it made none."""
+    text_buckets: dict[int, int] | None = None
+    """Peak memory of the step for each shorter length of texts (``config.data.text_buckets``)."""
     profile: tuple[Share, ...] = ()
     """Where these cycles go, the slowest first."""
     kernels: dict[str, int] | None = None
@@ -81,6 +83,7 @@ def compile_step(config: ConfigDict, machines: Machines) -> Compiled:
             answer["cycles"] += sum(times * each[shapes] for shapes, times in kernels.items())
             shares, answer["kernels"] = with_kernels(shares, each), {shapes: each[shapes] for shapes in kernels}
     transfers = tuple(Transfer(**t) for t in answer["transfers"])
+    answer["text_buckets"] = {int(length): peak for length, peak in answer.get("text_buckets", {}).items()}
     return Compiled(**answer | {"transfers": transfers, "profile": tuple(shares)})
 
 

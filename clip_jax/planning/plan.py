@@ -259,6 +259,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "cost": plan.cost,
         "warnings": plan.warnings,
         "evaluation": evaluation_json(plan),
+        "text_buckets": {n: size * per_chip for n, size in (plan.chosen_compiled.text_buckets or {}).items()},
         "versions": versions(plan),
     }
 

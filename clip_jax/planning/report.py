@@ -34,6 +34,9 @@ def _memory(plan: Plan) -> Rows:
         rows.append(("what fits", _what_fits(plan, per_chip)))
     if plan.chosen_compiled.evaluation_hbm_bytes is not None:
         rows.append(("evaluation", _evaluation(plan, per_chip)))
+    if buckets := plan.chosen_compiled.text_buckets:
+        listed = ", ".join(f"{length} tokens {_gib(peak * per_chip)}" for length, peak in buckets.items())
+        rows.append(("text buckets", f"{listed}; compiled as well, times and FLOPs are of the full length"))
     rows += [("warning", warning) for warning in plan.warnings]
     chosen, counts = plan.chosen, parameter_counts(plan.chosen.state.params)
     shape, config = chosen.learner.mesh.shape, chosen.config

@@ -162,9 +162,16 @@ class Learner:
 
     # Step
 
-    def lower(self, batch_size: int) -> jax.stages.Lowered:
-        """The step for a global batch, ready to compile; the mesh's devices need not be there."""
-        return self.step().lower(self.abstract_state(), self.batch_spec(batch_size), self.abstract_constants())
+    def lower(self, batch_size: int, text_length: int | None = None) -> jax.stages.Lowered:
+        """The step for a global batch, ready to compile; the mesh's devices need not be there.
+
+        ``text_length``: for texts that are cut to a bucket (``text_buckets.py``), in tokens.
+        """
+        batch = self.batch_spec(batch_size)
+        if text_length is not None:
+            text = batch["text"]
+            batch["text"] = jax.ShapeDtypeStruct((text.shape[0], text_length), text.dtype, sharding=text.sharding)
+        return self.step().lower(self.abstract_state(), batch, self.abstract_constants())
 
     def step(self) -> Step:
         """The jitted training step ``(state, batch, constants) -> (state, metrics)``; the state is donated."""

@@ -28,7 +28,7 @@ from clip_jax.reports.gallery import Gallery, make_gallery
 from clip_jax.storage import run_folder
 from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir, latest_step
 from clip_jax.storage.run_folder import Folder
-from clip_jax.training import console, initialize, restart, stop, stored_images
+from clip_jax.training import console, initialize, restart, stop, stored_images, text_buckets
 from clip_jax.training.recorder import Recorder
 from clip_jax.training.run import Phase, Run, constants_of, description, make_run
 from clip_jax.training.state import TrainState
@@ -188,6 +188,8 @@ def batches(run: Run, phase: Phase, start: int, recorder: Recorder) -> Iterator[
     for step in range(start + 1, phase.stop + 1):
         with recorder.meter.waiting():
             batch = dict(next(host_batches))
+            if data.text_buckets:
+                batch["text"] = text_buckets.cut(batch["text"], phase.preset.architecture.text, data.text_buckets)
         recorder.examples(step, rows, batch.pop("index"), batch.pop("faults"))
         yield step, to_devices(batch, run.mesh, size)
 

@@ -17,7 +17,7 @@ from clip_jax.models.compute import Compute
 from clip_jax.objectives import OBJECTIVES
 from clip_jax.objectives.objective import Ema
 from clip_jax.presets import Preset
-from clip_jax.training import muon, rates, stored_images
+from clip_jax.training import muon, rates, stored_images, text_buckets
 from clip_jax.training import optimizer as optimizers
 from clip_jax.training.learner import Learner
 from clip_jax.training.schedule import Schedule, schedule
@@ -48,6 +48,7 @@ def make_learner(
     """
     check_batch(config, mesh)
     preset = configs.resolve_preset(config, None if tokenizer is None else tokenizer.vocab_size)
+    text_buckets.check(config, preset.architecture)
     model, rate = make_model(config, preset, mesh), make_schedule(config, steps, examples)
     objectives = {
         name: with_teacher(

@@ -88,7 +88,7 @@ def answer(monkeypatch):
     free = tpu("v5e-256").chip.free_hbm_per_device
     monkeypatch.setattr(compiling, "is_installed", lambda: True)
     monkeypatch.setattr(compiling, "version", lambda: "0.0.42")
-    compiled = Compiled(True, free // 2, free, 1.0, cycles=1_503_000_000)
+    compiled = Compiled(True, free // 2, free, 1.0, cycles=1_503_000_000, text_buckets={16: 2**30, 32: 2**31})
     monkeypatch.setattr(compiling, "compile_step", lambda *_: compiled)
 
 
@@ -109,6 +109,7 @@ def test_the_plan_says_that_it_is_the_compilers_estimate(answer, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "about 32,7" in printed and "the TPU compiler's estimate of its own program; not measured" in printed
     assert "no step is faster than" in printed
+    assert "text buckets 16 tokens 1.00 GiB, 32 tokens 2.00 GiB; compiled as well" in printed
     assert main([*L14, "--mfu=0.1"]) == 0
     assert "not measured" not in capsys.readouterr().out
 
