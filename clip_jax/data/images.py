@@ -62,6 +62,11 @@ def decode(data: bytes | np.ndarray, min_size: int | None = None, exif: bool = F
     return turned(image, orientation(data)) if exif else image
 
 
+def file_format(data: bytes) -> str:
+    """Pillow's name of the format of a file that it can read: ``JPEG``, ``PNG``."""
+    return Image.open(io.BytesIO(data), formats=_formats()).format
+
+
 def orientation(file: bytes | Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1, which turns nothing, where there is none."""
     try:
