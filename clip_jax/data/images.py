@@ -174,9 +174,10 @@ def crop_box(
     width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """A random (left, top, right, bottom) in whole pixels."""
+    logarithms = np.log(ratio).tolist()
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        aspect = float(np.exp(rng.uniform(*logarithms)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
