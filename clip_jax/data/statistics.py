@@ -1,5 +1,4 @@
-"""Statistics of a source, from evenly spaced examples: sizes, shapes, captions in characters, words and tokens, scripts,
-duplicates and unusable examples.
+"""Statistics of a source, from evenly spaced examples: sizes, captions, scripts, duplicates and unusable examples.
 
 Captions are counted by script, not by language: a script follows from Unicode's tables alone, while a detector of
 languages is unreliable for captions of three words, and would be one more library.

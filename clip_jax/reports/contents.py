@@ -71,8 +71,7 @@ def page(title: str, parts: Sequence[tuple[str, Statistics]], batch: Batch | Non
     """A complete HTML document: each source with its name, then the batch."""
     body = f"<h1>{escape(title)}</h1>"
     for name, found in parts:
-        heading = "" if name == title else f"{name}: "
-        body += document.section(f"{heading}contents", _table(rows(found)))
+        body += document.section("Contents" if name == title else name, _table(rows(found)))
         if found.bad:
             items = "".join(f"<li>{escape(line)}</li>" for line in found.bad)
             body += document.section("Unusable examples", f"<ul>{items}</ul>", "The first ones, with their reasons.")
