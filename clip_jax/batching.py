@@ -48,7 +48,7 @@ def encode_in_batches(
     chunks = [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
     rows = map(np.asarray, chunks) if decode is None else _decoded(chunks, decode, workers or _cores())
     out = []
-    with _bar(len(inputs), sys.stderr.isatty() and len(chunks) >= LONG if progress is None else progress) as advance:
+    with bar(len(inputs), sys.stderr.isatty() and len(chunks) >= LONG if progress is None else progress) as advance:
         for batch in rows:
             filled = min(batch_size, 1 << (len(batch) - 1).bit_length())
             out.append(np.asarray(encode(batch[np.arange(filled) % len(batch)]))[: len(batch)])
@@ -80,12 +80,12 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+def bar(total: int, shown: bool, title: str = "encoding") -> Iterator[Callable[[int], None]]:
     """Yields ``advance(count)``, which moves a progress bar on standard error."""
     if not shown:
         yield lambda count: None
         return
-    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.advance(task, count)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=sys.stderr.isatty()) as shown_bar:
+        task = shown_bar.add_task("", total=total)
+        yield lambda count: shown_bar.advance(task, count)

@@ -74,6 +74,11 @@ def decode(data: bytes | np.ndarray, min_size: int | None = None, exif: bool = F
     return turned(image, orientation(data)) if exif else image
 
 
+def file_format(data: bytes) -> str:
+    """Pillow's name of the format of a file that it can read: ``JPEG``, ``PNG``."""
+    return Image.open(io.BytesIO(data), formats=_formats()).format
+
+
 def orientation(file: bytes | Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1, which turns nothing, where there is none."""
     try:
@@ -187,9 +192,10 @@ def crop_box(
     width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """A random (left, top, right, bottom) in whole pixels."""
+    logarithms = np.log(ratio).tolist()
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        aspect = float(np.exp(rng.uniform(*logarithms)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

@@ -1,13 +1,15 @@
-"""Any source as tar shards: the same bytes each time, resumable, several shards at a time.
+"""Any source as tar shards or ArrayRecord files: the same bytes each time, resumable, several shards at a time.
 
-A sample is its image, a ``.txt`` (its first caption), a ``.json`` (``captions``: all of them; ``key``: its name in the
-source) and, where it has a label, a ``.cls``. Files of JPEG, PNG and WebP are kept as they are.
+In a tar shard, a sample is its image, a ``.txt`` (its first caption), a ``.json`` (``captions``: all of them; ``key``:
+its name in the source) and, where it has a label, a ``.cls``. ``packing_records.py`` has ArrayRecord files. Files of
+JPEG, PNG and WebP are kept as they are.
 """
 
 import collections
 import io
 import json
 import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from clip_jax.data import images
+from clip_jax.data import images, packing_records
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.stream import read
 from clip_jax.errors import UserError
@@ -36,32 +38,57 @@ class Packed(NamedTuple):
     """Examples left out of the new ones, by reason."""
 
 
-def pack(source: Source, to: Path, *, per_shard: int, max_size: int, workers: int) -> Packed:
-    """Writes ``to/00000.tar`` and so on. An interrupted call is continued by the same call.
+def pack(
+    source: Source,
+    to: Path,
+    *,
+    per_shard: int,
+    max_size: int,
+    workers: int,
+    form: str = "tar",
+    advance: Callable[[int], None] = lambda count: None,
+) -> Packed:
+    """Writes ``to/00000.tar`` and so on, or a TFDS dataset (``form="array_record"``) named by the folder.
 
-    ``max_size``: images whose shorter side has more pixels are resized to it; 0 keeps all. Raises UserError.
+    An interrupted call is continued by the same call. ``max_size``: images whose shorter side has more pixels are
+    resized to it; 0 keeps all. ``advance`` is called with the number of examples that are done. Raises UserError.
     """
     settings = {"source": source.name, "fingerprint": source.fingerprint, "per_shard": per_shard, "max_size": max_size}
+    settings |= {} if form == "tar" else {"format": form}
+    shards = -(-len(source) // per_shard)
+    if form == "tar":
+        if shards > 100_000:
+            raise UserError(f"{to}: {shards:,} shards; raise --per-shard to at least {-(-len(source) // 100_000):,}")
+    else:
+        to = packing_records.folder(to)
+
+    def shard(number: int) -> Path:
+        return _shard(to, number) if form == "tar" else packing_records.file(to, number, shards)
+
+    def write(number: int) -> tuple[int, collections.Counter]:
+        faults: collections.Counter = collections.Counter()
+        indices = range(number * per_shard, min((number + 1) * per_shard, len(source)))
+        examples = _examples(source, indices, max_size, faults, advance)
+        with atomic.replacing(shard(number)) as temporary:
+            (_write_tar if form == "tar" else packing_records.write)(temporary, examples)
+        return len(indices) - faults.total(), faults
+
     try:
         to.mkdir(parents=True, exist_ok=True)
         _check_same(to, settings)
         atomic.write_text(to / SETTINGS, json.dumps(settings, indent=1))
-        if source.class_names:
+        if source.class_names and form == "tar":
             atomic.write_text(to / "classnames.txt", "\n".join(source.class_names) + "\n")
-        starts = range(0, len(source), per_shard)
-        missing = [start for start in starts if not _shard(to, start // per_shard).exists()]
-
-        def write(start: int) -> tuple[int, collections.Counter]:
-            return _write(
-                source, range(start, min(start + per_shard, len(source))), _shard(to, start // per_shard), max_size
-            )
-
+        missing = [number for number in range(shards) if not shard(number).exists()]
+        advance(len(source) - sum(min(per_shard, len(source) - number * per_shard) for number in missing))
         with ThreadPoolExecutor(workers) as pool:
             done = list(pool.map(write, missing))
+        if form != "tar":
+            packing_records.write_metadata(to, source, shards)
     except OSError as error:
         raise UserError(f"{to}: cannot be written ({error.strerror or error})") from error
     faults = sum((found for _, found in done), collections.Counter())
-    return Packed(len(starts), len(starts) - len(missing), sum(count for count, _ in done), faults)
+    return Packed(shards, shards - len(missing), sum(count for count, _ in done), faults)
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -71,44 +98,46 @@ def _shard(folder: Path, number: int) -> Path:
 def _check_same(to: Path, settings: dict[str, Any]) -> None:
     file = to / SETTINGS
     if not file.exists():
-        if any(to.glob("*.tar")):
-            raise UserError(f"{to}: has .tar files that were not packed by this command; name another folder")
+        if any(to.glob("*.tar")) or any(to.glob("*.array_record*")):
+            raise UserError(f"{to}: has shards that were not packed by this command; name another folder")
         return
     other = json.loads(file.read_text())
-    if changed := [name for name in settings if settings[name] != other.get(name)]:
+    if changed := [name for name in {**other, **settings} if settings.get(name) != other.get(name)]:
         raise UserError(f"{to}: was packed with another {' and '.join(changed)}; name another folder")
 
 
-def _write(source: Source, indices: range, to: Path, max_size: int) -> tuple[int, collections.Counter]:
-    count, faults = 0, collections.Counter()
-    with atomic.replacing(to) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for index in indices:
-            try:
-                sample = read(source, index)
-                members = _members(sample, max_size)
-            except BadSampleError as error:
-                faults[error.reason] += 1
-                continue
-            except images.BadImageError as error:
-                faults[str(error)] += 1
-                continue
-            for extension, data in members.items():
-                member = tarfile.TarInfo(f"{index:09d}.{extension}")
+def _examples(
+    source: Source, indices: range, max_size: int, faults: collections.Counter, advance: Callable[[int], None]
+) -> Iterator[tuple[int, Sample, str, bytes]]:
+    """Number, example, format and bytes of the image; those that cannot be used are counted."""
+    for index in indices:
+        try:
+            sample = read(source, index)
+            image = images.decode(sample.image)  # what cannot be decoded is found now
+            yield index, sample, *_encoded(sample.image, image, max_size)
+        except BadSampleError as error:
+            faults[error.reason] += 1
+        except images.BadImageError as error:
+            faults[str(error)] += 1
+        advance(1)
+
+
+def _write_tar(to: Path, examples: Iterable[tuple[int, Sample, str, bytes]]) -> None:
+    with tarfile.open(to, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for index, sample, extension, image in examples:
+            for ending, data in _members(sample, extension, image).items():
+                member = tarfile.TarInfo(f"{index:09d}.{ending}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-            count += 1
-    return count, faults
 
 
-def _members(sample: Sample, max_size: int) -> dict[str, bytes]:
-    image = images.decode(sample.image)  # what cannot be decoded is found now
-    extension, data = _encoded(sample.image, image, max_size)
+def _members(sample: Sample, extension: str, image: bytes) -> dict[str, bytes]:
     about = {"captions": list(sample.captions), "key": sample.key}
     if sample.shares:
         about["shares"] = list(sample.shares)
     label = {"cls": str(sample.label).encode()} if sample.label >= 0 else {}
     return {
-        extension: data,
+        extension: image,
         "json": json.dumps(about, ensure_ascii=False).encode(),
         "txt": sample.captions[0].encode(),
     } | label

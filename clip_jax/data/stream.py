@@ -5,6 +5,7 @@ half of the decoder's speed. Batch k, with its crops and its choice among captio
 random numbers come from (seed, position), never from a worker or a host.
 """
 
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,23 @@ def _read(source: Source, index: int) -> Sample:
     raise AssertionError("unreachable")
 
 
+_thread = threading.local()
+
+
+def _generator_of_thread(key: int) -> np.random.Generator:
+    """``Generator(Philox(key=key))``, valid until the next call in this thread.
+
+    A new one takes five times as long, because NumPy also draws entropy for it.
+    """
+    if not hasattr(_thread, "generator"):
+        _thread.generator = np.random.Generator(np.random.Philox(key=0))
+        _thread.state = _thread.generator.bit_generator.state
+    state = _thread.state
+    state["state"]["key"][0] = key
+    _thread.generator.bit_generator.state = state
+    return _thread.generator
+
+
 @dataclass(frozen=True)
 class TrainingBatches:
     """Batch k of a run, or a process's rows of it."""
@@ -72,7 +90,7 @@ class TrainingBatches:
 
     def _fill(self, position: int, index: int, arrays: Mapping[str, np.ndarray], counts: np.ndarray) -> int:
         """Fills one row. A bad example is replaced by another one, which follows from the position alone."""
-        rng = np.random.Generator(np.random.Philox(key=fold(self.order.seed, position, 2)))
+        rng = _generator_of_thread(fold(self.order.seed, position, 2))
         for attempt in range(REPLACEMENT_ATTEMPTS):
             key = str(index)
             try:

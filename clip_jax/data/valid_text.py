@@ -18,6 +18,8 @@ def valid(text: str) -> str:
 
 def shown(name: str | bytes | PurePath) -> str:
     """A file's name for messages, in full on one line: bytes that are not UTF-8 and control characters as ``\\xe9``."""
+    if isinstance(name, str) and name.isprintable():  # which half of a surrogate pair is not
+        return name
     raw = name if isinstance(name, bytes) else os.fsencode(name)
     text = raw.decode("utf-8", "backslashreplace")
     return "".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in text)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from clip_jax import config as configs
 from clip_jax.data.augment import Augment
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.data.views import pair_views
+from clip_jax.data.views import View, pair_views
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.errors import UserError
 from clip_jax.models.attention_choice import choose_attention
@@ -57,17 +57,7 @@ def make_learner(
         for name, kind in OBJECTIVES.items()
         if config.objectives[name].weight > 0
     }
-    views = pair_views(
-        image_size=preset.architecture.image.image_size,
-        context_length=preset.architecture.text.context_length,
-        tokenizer=tokenizer,
-        crop_scale=config.data.crop_scale,
-        crop_ratio=config.data.crop_ratio,
-        interpolation=preset.preprocess.interpolation,
-        exif=preset.preprocess.exif,
-        resize=config.data.resize,
-        augment=Augment(**config.data.augment),
-    )
+    views = training_views(config, preset, tokenizer)
     for objective in objectives.values():
         views |= objective.views
     frozen = (*config.model.frozen, *rates.frozen_patterns(config.optimizer.rate_factors))
@@ -90,6 +80,21 @@ def make_learner(
         rate_factors=tuple(config.optimizer.rate_factors),
         patch_dropout=config.model.patch_dropout,
         seed=config.seed,
+    )
+
+
+def training_views(config: ConfigDict, preset: Preset, tokenizer: Tokenizer | None) -> dict[str, View]:
+    """How the pairs of a run become arrays: the caption's tokens, and the image at the model's size."""
+    return pair_views(
+        image_size=preset.architecture.image.image_size,
+        context_length=preset.architecture.text.context_length,
+        tokenizer=tokenizer,
+        crop_scale=config.data.crop_scale,
+        crop_ratio=config.data.crop_ratio,
+        interpolation=preset.preprocess.interpolation,
+        exif=preset.preprocess.exif,
+        resize=config.data.resize,
+        augment=Augment(**config.data.augment),
     )
 
 

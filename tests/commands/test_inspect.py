@@ -1,6 +1,15 @@
 """``clip-jax inspect`` counts what is in a source, and shows it."""
 
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
 from clip_jax.commands import main
+from clip_jax.data.statistics import script
 from tests.data.shards import jpeg, sample, write_shard
 
 
@@ -20,6 +29,7 @@ def test_it_counts_sizes_captions_duplicates_and_faults(tmp_path, capsys):
     assert shown["images"].startswith("1 repeat")
     assert shown["width (px)"].startswith("40 / 40 / 40 /") and shown["width (px)"].endswith("/ 100")
     assert shown["width / height"].endswith("/ 5")
+    assert shown["formats"] == "JPEG 100.0%" and shown["scripts"] == "Latin 100.0%"
     page = html.read_text()
     assert page.count("data:image/jpeg") == 6 and "&lt;b&gt;wide&lt;/b&gt;" in page and "0.tar/000000005" in page
 
@@ -30,3 +40,50 @@ def test_a_source_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main(["inspect", "shapes:train", "--examples=0"]) == 2
     assert main(["inspect", "shapes:heldout", "--examples=3", f"--html={tmp_path}/no/such/page.html"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def table(text):
+    lines = [line.strip() for line in text.splitlines()]
+    return {name.strip(): value.strip() for name, _, value in (line.partition("  ") for line in lines)}
+
+
+def test_tokens_are_counted_against_the_context_length(tmp_path, capsys):
+    (tmp_path / "merges.txt").write_text("#version: x\nc a\nca t</w>\n")
+    captions = ["cat", "cat cat", "cat cat cat", "x"]  # 1, 2, 3 and 1 tokens, and two around them
+    path = write_shard(tmp_path / "0.tar", [sample(i, caption) for i, caption in enumerate(captions)])
+    command = ["inspect", f"tar:{path}", "--tokenizer=clip", f"--vocab={tmp_path}/merges.txt", "--context-length=4"]
+    assert main(command) == 0
+    shown = table(capsys.readouterr().out)
+    assert shown["cut captions"] == "1 (25.0%) have more than 4 tokens"
+    assert shown["caption (tokens)"].startswith("3 / ") and shown["caption (tokens)"].endswith(" / 5")
+    assert main(["inspect", f"tar:{path}", "--vocab=x"]) == 2 and main(["inspect"]) == 2
+    assert main(["inspect", f"tar:{path}", "--config=demo"]) == 2
+
+
+def test_a_recipe_is_shown_with_the_batch_that_a_run_trains_on_first(tmp_path, capsys):
+    html = tmp_path / "page.html"
+    small = ["--config.batch_size=8", "--config.model.image.image_size=32", "--examples=5"]
+    assert main(["inspect", "--config=demo", *small, f"--html={html}"]) == 0
+    shown = table(capsys.readouterr().out)
+    assert shown["pairs"] == "8, of which 8 were made" and shown["images"] == "32x32 pixels"
+    page = html.read_text().partition("The first batch")[2]
+    found = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", page)]
+    assert [image.size for image in found] == [(32, 32)] * 8 and np.std([np.asarray(image) for image in found]) > 5
+    words = re.findall(r"<figcaption>([^<]+)<br>", page)
+    assert len(words) == 8 and all(" " in text for text in words) and len(set(words)) > 4
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("a cat", "Latin"),
+        ("кот на столе", "Cyrillic"),
+        ("猫", "Han (Chinese)"),
+        ("机の上の猫", "Japanese"),
+        ("고양이 cat", "Hangul (Korean)"),
+        ("12 🙂", "no letters"),
+        ("ᠮᠣᠩ", "other"),
+    ],
+)
+def test_captions_are_counted_by_their_script(text, name):
+    assert script(text) == name

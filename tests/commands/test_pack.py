@@ -1,5 +1,6 @@
 """``clip-jax pack``: the shards hold what the source held, however often the command was interrupted."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -55,3 +56,44 @@ def test_large_images_are_resized_and_scenes_become_png(tmp_path):
     again = open_source(f"tar:{tmp_path}/scenes")
     assert len(again) == 512
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(again[7].image))), scenes[7].image)
+
+
+def test_array_record_files_are_a_tfds_dataset_with_the_same_samples(tmp_path, capsys):
+    samples = [{"jpg": jpeg(i), "cls": str(i % 2).encode(), "txt": f"zw\u00f6lf {i}".encode()} for i in range(7)]
+    samples[2]["jpg"] = b"<html>"
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in" / "0.tar", samples)
+    (tmp_path / "in" / "classnames.txt").write_text("cat\ndog\n")
+    command = ["pack", f"tar:{tmp_path}/in", "--format=array_record", "--per-shard=3"]
+    assert main([*command, f"--to={tmp_path}/out/my_pairs"]) == 0
+    assert "tfds:my_pairs" in capsys.readouterr().out
+    before = [s for i, s in enumerate(open_source(f"tar:{tmp_path}/in")) if i != 2]
+    found = list(open_source("tfds:my_pairs", tfds_dir=str(tmp_path / "out")))
+    assert [(s.image, s.captions, s.label) for s in found] == [(s.image, s.captions, s.label) for s in before]
+    files = list(open_source(f"array_record:{tmp_path}/out/my_pairs/1.0.0/*.array_record*"))
+    assert [(s.image, s.captions) for s in files] == [(s.image, s.captions) for s in before]
+    assert main([*command, f"--to={tmp_path}/out/My-Pairs"]) == 2
+    assert "name of a TFDS dataset" in capsys.readouterr().err
+
+
+def test_a_killed_call_leaves_no_half_of_a_shard_and_is_continued(tmp_path, monkeypatch):
+    source = open_source(f"tar:{write_shard(tmp_path / '0.tar', [sample(i) for i in range(10)])}")
+    options = {"per_shard": 4, "max_size": 0, "workers": 1, "form": "array_record"}
+    packing.pack(source, tmp_path / "whole", **options)
+
+    def killed(count, seen=[0]):  # noqa: B006
+        seen[0] += count
+        if seen[0] >= 6:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        packing.pack(source, tmp_path / "cut", **options, advance=killed)
+    folder = tmp_path / "cut" / "1.0.0"
+    assert [path.name for path in folder.glob("*array_record*")] == ["cut-train.array_record-00000-of-00003"]
+    assert packing.pack(source, tmp_path / "cut", **options).earlier == 1
+
+    def records(name):
+        files = sorted((tmp_path / name / "1.0.0").glob("*.array_record-*"))
+        return [file.read_bytes() for file in files]
+
+    assert records("cut") == records("whole") and len(records("cut")) == 3

@@ -53,6 +53,10 @@ class Tokenizer:
             row[: len(ids)] = ids
         return rows
 
+    def length(self, text: str) -> int:
+        """The tokens of a text before it is cut, with start and end."""
+        return len(self.codec.encode(valid(text))) + (1 if self.start_id is None else 2)
+
     def decode(self, row: Sequence[int]) -> str:
         """The text of one row, up to its first end token."""
         ids = [int(i) for i in row]
