@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
             picture = images.decode(data, exif=subject.embedder.preprocess.exif)
         except (OSError, images.BadImageError) as error:
             raise UserError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
-        picture.thumbnail((SIDE, SIDE))
+        scale = SIDE / max(picture.size)
+        picture = picture.resize([max(1, round(scale * side)) for side in picture.size])
         found = dense.upsample(make(data) @ classes.T, picture.height, picture.width)
         share = np.bincount(found.argmax(axis=2).ravel(), minlength=len(labels)) / found[..., 0].size
         with atomic.replacing(output / name) as temporary:
