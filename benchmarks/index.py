@@ -150,9 +150,9 @@ def synthetic(folder: Path) -> dict[str, float]:
     with open(place / "rows", "wb") as file:
         file.truncate(24 * SYNTHETIC)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     index = tar_index.load(place)
-    found = {"open 2e9 s": time.perf_counter() - began}
+    found = {"open 2e9 s": time.perf_counter() - began, "open 2e9 CPU s": time.process_time() - cpu}
     order, orders, cold, warm = Order(SYNTHETIC, BATCH, seed=0), [], [], []
     for step in range(50):
         began = time.perf_counter()

@@ -38,11 +38,12 @@ Written by `python benchmarks/plans.py` on {date} with jax {jax} and libtpu {lib
 
 Each row is the real training step of a recipe, compiled by the TPU compiler for the slice that the recipe's docstring
 names; each later phase has a row of its own. *HBM per chip* is the compiler's peak memory, arguments included; where
-*fits* says *estimated*, the plan was not compiled. *Estimate* is the plan's own figure without the compiler. *Pairs/s*
-and *MFU* are upper bounds ([how to read a plan](planning.md)). None of these steps was run on a TPU.
+*fits* says *estimated*, the plan was not compiled, and there is no time by the compiler. *Estimate* is the plan's own
+figure of the memory without the compiler. *About* is the compiler's estimate of its own program, *at most* the bound of
+the hardware ([how to read a plan](planning.md)). None of these steps was run on a TPU.
 """
 COLUMNS = ("plan", "slice", "batch", "micro-batch", "remat", "mesh (data x fsdp)", "HBM per chip", "fits", "estimate")
-SPEED = ("pairs/s, at most", "MFU, at most", "bound by")
+SPEED = ("attention", "step, about", "pairs/s, about", "MFU, about", "pairs/s, at most", "MFU, at most", "bound by")
 
 
 def cases() -> dict[str, tuple[str, str, int, list[str]]]:
@@ -81,7 +82,13 @@ def estimate(recipe: str, machine: str, slices: int, overrides: list[str]) -> st
 
 def row(name: str, result: dict, case: tuple) -> list[str]:
     settings, hbm = result["settings"], result["hbm_bytes_per_chip"] / GIB
-    bound = result.get("at_most", result)  # cached plans from before the compiler's time have only the bounds
+    bound, about = result["at_most"], ["", "", ""]
+    if result["compiler"]:
+        about = [
+            f"{result['step_seconds'] * 1e3:,.0f} ms",
+            f"{result['pairs_per_second']:,.0f}",
+            f"{result['mfu']:.0%}",
+        ]
     return [
         name,
         result["machines"],
@@ -92,6 +99,8 @@ def row(name: str, result: dict, case: tuple) -> list[str]:
         f"{hbm:.2f} of {result['free_hbm_bytes_per_chip'] / GIB:.2f} GiB",
         ("yes" if result["fits"] else "**no**") + (", estimated" if not result["compiled"] else ""),
         estimate(*case),
+        settings["model.attention"],
+        *about,
         f"{bound['pairs_per_second']:,.0f}",
         f"{bound['mfu']:.0%}",
         result["bound"],

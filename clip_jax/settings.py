@@ -49,6 +49,8 @@ def defaults() -> ConfigDict:
                 # caption or captions.de, or a column of a table. Several have shares: captions.en=3,captions.de=1.
                 "caption": "txt",
                 "image": "",  # tables: the column of the images' paths or bytes; empty: found by its usual names
+                # Boxes with texts: a dotted path into the example's JSON, or a column; empty: none are read.
+                "boxes": "",
                 "truncated": "stop",  # at a truncated tar shard; or keep the pairs before the cut
                 "links_to": "",  # a folder into which links of an image folder may lead; empty: only within itself
                 "tfds_dir": "",  # where TFDS datasets are; empty: TFDS's own default
@@ -58,6 +60,13 @@ def defaults() -> ConfigDict:
                 "image_embeddings": "",
                 "crop_scale": (0.9, 1.0),  # area of the random crop (OpenCLIP's default)
                 "crop_ratio": (3 / 4, 4 / 3),  # its aspect ratio
+                # Of the crop, as torchvision's transforms; docs/data.md has the settings of published recipes.
+                "augment": {
+                    "flip": 0.0,  # probability of a mirrored image; captions with left and right become wrong
+                    "jitter": (),  # largest change of brightness, contrast, saturation, hue: (0.4, 0.4, 0.4, 0.1)
+                    "jitter_probability": 1.0,
+                    "gray": 0.0,  # probability of an image without colors
+                },
                 # Of random crops; evaluation always has Pillow's. simd: the same filter, several times as fast, rounded
                 # differently; pip install 'clip-jax-tpu[fast]'.
                 "resize": "pillow",
@@ -238,6 +247,9 @@ RANGES = {
     "micro_batch": SIZES,
     "ema_decay": Range(0, 1, below_high=True),
     "data.samples": SIZES,
+    "data.augment.flip": Range(0, 1),
+    "data.augment.jitter_probability": Range(0, 1, above_low=True),
+    "data.augment.gray": Range(0, 1),
     "data.shuffle_block": Range(1),
     "data.shuffle_window": Range(1),
     "data.max_bad_share": Range(0, 1),

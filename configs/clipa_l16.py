@@ -4,11 +4,10 @@ python main.py --config='configs/clipa_l16.py:tar:/data/train-*.tar' --workdir=r
 The vocabulary is BERT's: from the Hugging Face cache or hub, or --config.tokenizer.vocab=PATH.
 
 Both stages are CLIPA-L/16 (I37, T8) of the authors' scripts (github.com/UCSC-VLAA/CLIPA, scripts/exp/gpu/vit_l16):
-2.56B pairs at 1.024e-3 after 51.2M pairs of warm-up, crops of at least 0.4, then 131M pairs. The second rate is their
-8e-7 for 256 pairs. What is different here:
+2.56B pairs at 1.024e-3 after 51.2M pairs of warm-up, crops of at least 0.4, color jitter and gray images, then 131M
+pairs. The second rate is their 8e-7 for 256 pairs. What is different here:
 - a phase keeps the batch, which their script lowers to 7,168; their JAX configuration keeps 32,768 as well;
 - the second stage decays linearly from its rate; theirs warms up again for 26M pairs and decays as a cosine;
-- no color jitter (0.32, 0.32, 0.32, 0.08 for 0.8 of the images) and no gray images (0.2);
 - the towers are those of CLIPA's JAX code and of the published L/14, with learned positions in place of fixed ones; the
   script has CLIP's text tower.
 Planned for v5e-256 (docs/plans.md); not trained here.
@@ -26,6 +25,9 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.batch_size = 32_768
     config.data.train = data
     config.data.crop_scale = (0.4, 1.0)
+    config.data.augment.jitter = (0.32, 0.32, 0.32, 0.08)
+    config.data.augment.jitter_probability = 0.8
+    config.data.augment.gray = 0.2
     config.data.workers = 16
 
     config.model.name = "ViT-L/16-CLIPA"

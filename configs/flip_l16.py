@@ -6,10 +6,11 @@ The vocabulary is BERT's: from the Hugging Face cache or hub, or --config.tokeni
 From the paper: the towers (table 9, section 3.1: averaged patches, texts of 32 word pieces, no causal mask), the rate
 of 4e-6 for 256 pairs, decay, beta2 and the warm-up of 51.2M pairs (table 10), the batch of 64k (section 4.2), 32 epochs
 of 400M pairs, and the unmasked stage of 0.32 epochs at 4e-8 for 256 pairs (section 4.1, appendix A.1). The crops of at
-least 0.5 are those of the authors' code (github.com/facebookresearch/flip). What is different here:
+least 0.5 and the mirrored images are those of the authors' code (github.com/facebookresearch/flip). What is different
+here:
 - the unmasked stage decays linearly from its rate; the paper's warms up again for 25.6M pairs and decays as a cosine;
-- images are not flipped, positions are learned and the logit scale begins at 1 / 0.07; the code's positions are fixed
-  and its scale begins at 100;
+- positions are learned and the logit scale begins at 1 / 0.07; the code's positions are fixed and its scale begins at
+  100;
 - bfloat16; the paper trained in float32.
 Planned for v5e-256 (docs/plans.md); not trained here.
 Expect: train/loss about ln(65536) = 11.1 at the first step; zero-shot ImageNet top-1 0.743 (table 2, LAION-400M).
@@ -26,6 +27,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.batch_size = 65_536
     config.data.train = data
     config.data.crop_scale = (0.5, 1.0)
+    config.data.augment.flip = 0.5
     config.data.workers = 16
 
     config.model.name = "ViT-L/16-CLIPA"

@@ -87,7 +87,7 @@ def test_every_command_of_the_documents_runs(clone, shared_data):
             resumes = "--config=" not in command
             small = " --config.batch_size=8 --config.data.max_bad_share=1.0"
             big = small + " --config.model.image.layers=1 --config.model.text.layers=1" if "clip_vit" in command else ""
-            needs_merges = "clip_vit" in command or "emoji" in command
+            needs_merges = "clip_vit" in command or "emoji.py" in command
             vocabulary = (
                 f" --config.tokenizer.vocab={shared_data}/clip_bpe/bpe_simple_vocab_16e6.txt.gz" if needs_merges else ""
             )

@@ -28,6 +28,8 @@ def test_the_recipes_are_there():
     assert {r.stem for r in RECIPES} >= {
         "demo",
         "emoji",
+        "emoji_multilingual",
+        "icons",
         "coco_captions",
         "clip_vit_b32",
         "clip_vit_b16",

@@ -57,7 +57,10 @@ def make_app(finder: Finder, source: Source | None, k: int, hosts: Sequence[str]
         found = index.source_indices(finder.folder)
         size = len(found) if found is not None else sum(map(len, _vectors_or_none(finder)))
         if not size and not parts.get("problem"):
-            status, parts = 503, {"problem": f"The index is empty; clip-jax embed --output={finder.folder} fills it."}
+            status, parts = (
+                503,
+                {"problem": f"The index is empty; clip-jax embed --output={finder.folder.name} fills it."},
+            )
         text = search_page.page(
             finder.folder.name, size, pictures=source is not None, max_characters=MAX_CHARACTERS, **parts
         )
@@ -69,7 +72,7 @@ def make_app(finder: Finder, source: Source | None, k: int, hosts: Sequence[str]
         """``encode`` makes the query's embedding; ``bad`` is the status if it cannot."""
         if not _vectors_or_none(finder, among):
             what = "" if among == "image" else " of captions"
-            line = f"The index is empty{what}; clip-jax embed --output={finder.folder} fills it."
+            line = f"The index is empty{what}; clip-jax embed --output={finder.folder.name} fills it."
             return show(503, text=text, among=among, problem=line)
         try:
             hits = search(encode, among)

@@ -133,6 +133,15 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
             example = '({"image/*": 0.1},)'
             raise UserError(f"{where}: optimizer.rate_factors: {factors} is not patterns with factors, as in {example}")
     _check_mixture(given, where)
+    jitter = given["data.augment.jitter"]
+    if jitter and not (_are_numbers(jitter, 4, above=-1e-9) and jitter[3] <= 0.5):
+        meaning = "brightness, contrast, saturation and hue, at least 0 and the hue at most 0.5; or ()"
+        raise UserError(f"{where}: data.augment.jitter={jitter}: {meaning}")
+    for key in ("data.image_embeddings", "objectives.distillation.stored"):
+        if given[key] and (jitter or given["data.augment.flip"] or given["data.augment.gray"]):
+            raise UserError(f"{where}: data.augment has no effect with {key}, which is for known images; leave it out")
+    if not jitter and given["data.augment.jitter_probability"] != 1:
+        raise UserError(f"{where}: data.augment.jitter_probability has no effect without data.augment.jitter")
     for name in evaluations:
         templates.check(f"{where}: eval.{name}.templates", given[f"eval.{name}.templates"])
     for key, highest, meaning in (

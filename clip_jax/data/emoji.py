@@ -32,6 +32,8 @@ SIDE = 136  # the bitmaps' width; they are 128 high
 PER_SHARD = 600
 TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 HELD_OUT_SHARE = 10  # one in ten
+LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "ja", "ko", "pt", "ru", "tr", "zh")
+"""Of the names in ``captions``; an emoji without a name in one of them lacks that one."""
 VARIATION = "\ufe0f"  # asks for the emoji rather than the text form; fonts and CLDR disagree on where it stands
 
 
@@ -40,6 +42,8 @@ class Emoji(NamedTuple):
     name: str
     keywords: tuple[str, ...]
     png: bytes
+    captions: Mapping[str, str]
+    """Language -> name."""
 
 
 def read_emoji(font: Path, annotations: Path) -> list[Emoji]:
@@ -55,20 +59,25 @@ def read_emoji(font: Path, annotations: Path) -> list[Emoji]:
         raise UserError(f"{font}: has no bitmaps (CBDT); take the edition of Noto Color Emoji that has them")
     bitmaps, characters, ligatures = loaded["CBDT"].strikeData[0], loaded.getBestCmap(), _ligatures(loaded)
     found = {}
-    for text, (name, keywords) in sorted(_names(annotations).items()):
+    others = {language: _names(annotations, language) for language in LANGUAGES}
+    for text, (name, keywords) in sorted(others["en"].items()):
         glyph = _glyph(text.replace(VARIATION, ""), characters, ligatures)
         if name and glyph in bitmaps and hasattr(bitmaps[glyph], "imageData"):
-            found[text.replace(VARIATION, "")] = (name, keywords, bitmaps[glyph].imageData)
+            captions = {language: names[text][0] for language, names in others.items() if names.get(text, ("",))[0]}
+            found[text.replace(VARIATION, "")] = (name, keywords, bitmaps[glyph].imageData, captions)
     latin = [text for text in found if len(text) == 1 and ord(text) < 0x100]  # digits, #, *, (c) and (r)
     return [Emoji(text, *rest) for text, rest in sorted(found.items()) if text not in latin]
 
 
-def _names(annotations: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Emoji -> (name, keywords). The derived file has sequences: tones, flags, keycaps."""
+def _names(annotations: Path, language: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Emoji -> (name, keywords). The derived file has sequences: tones, flags, keycaps. Only English must be there."""
     names: dict[str, str] = {}
     keywords: dict[str, tuple[str, ...]] = {}
     for folder in ("annotations", "annotationsDerived"):
-        for element in ElementTree.parse(annotations / folder / "en.xml").iter("annotation"):
+        file = annotations / folder / f"{language}.xml"
+        if not file.is_file():
+            continue
+        for element in ElementTree.parse(file).iter("annotation"):
             text, value = element.get("cp", ""), element.text or ""
             if element.get("type") == "tts":
                 names[text] = value
@@ -122,7 +131,12 @@ def write_shards(emoji: Sequence[Emoji], folder: Path) -> Iterator[str]:
             with tarfile.open(folder / f"{split}-{number:05}.tar", "w") as tar:
                 for index, one in enumerate(chosen[start : start + PER_SHARD], start=start):
                     codes = "-".join(f"{ord(character):x}" for character in one.text)
-                    record = {"caption": one.name, "codepoints": codes, "keywords": one.keywords}
+                    record = {
+                        "caption": one.name,
+                        "captions": one.captions,
+                        "codepoints": codes,
+                        "keywords": one.keywords,
+                    }
                     for suffix, data in (
                         ("jpg", jpeg(one.png)),
                         ("txt", one.name.encode()),

@@ -50,8 +50,8 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
     exif: bool = False,
-) -> np.ndarray:
-    """uint8[size, size, 3], read-only: what ``images.random_resized_crop`` gives, from the same draws.
+) -> images.Crop:
+    """What ``images.random_resized_crop`` gives, from the same draws.
 
     The crop is drawn from the size in a JPEG's header, and the file is then decoded as small as this crop allows.
     """
@@ -59,8 +59,9 @@ def random_resized_crop(
     whole = None if isinstance(data, np.ndarray) else images.jpeg_size(data)
     if whole is None:
         pixels = np.asarray(images.decode(data, exif=exif))
-        box = images.crop_box(pixels.shape[1], pixels.shape[0], rng, scale, ratio)
-        return resize(pixels, box, size, interpolation)
+        width, height = pixels.shape[1], pixels.shape[0]
+        box = images.crop_box(width, height, rng, scale, ratio)
+        return images.Crop(resize(pixels, box, size, interpolation), images.relative(box, width, height))
     width, height = whole[::-1] if turn in (5, 6, 7, 8) else whole  # these swap the sides
     box = images.crop_box(width, height, rng, scale, ratio)
     sides = min(box[2] - box[0], box[3] - box[1])
@@ -71,7 +72,8 @@ def random_resized_crop(
         pixels, factor = np.asarray(images.decode(data)), 1
     if turn in images.TURNS:
         pixels = np.asarray(images.turned(Image.fromarray(pixels), turn))
-    return resize(pixels, [side / factor for side in box], size, interpolation)
+    resized = resize(pixels, tuple(side / factor for side in box), size, interpolation)
+    return images.Crop(resized, images.relative(box, width, height))
 
 
 def resize(pixels: np.ndarray, box: tuple[float, ...], size: int, interpolation: str) -> np.ndarray:

@@ -10,6 +10,7 @@ and Hugging Face's preprocessing use. Both release the interpreter lock. No step
 
 import functools
 import io
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -40,6 +41,17 @@ INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampl
 
 class BadImageError(ValueError):
     """An image that cannot be used; the message is the reason."""
+
+
+class Crop(NamedTuple):
+    """A part of an image, resized."""
+
+    pixels: np.ndarray
+    """uint8[size, size, 3]; may be read-only."""
+    box: tuple[float, float, float, float]
+    """Left, top, right and bottom of the part, as fractions of the image."""
+    flipped: bool = False
+    """Whether the part is mirrored, left to right."""
 
 
 def decode(data: bytes | np.ndarray, min_size: int | None = None, exif: bool = False) -> Image.Image:
@@ -157,8 +169,8 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
     exif: bool = False,
-) -> np.ndarray:
-    """uint8[size, size, 3]: a random part of the image of relative area ``scale`` and aspect ``ratio``, resized.
+) -> Crop:
+    """A random part of the image of relative area ``scale`` and aspect ``ratio``, resized to ``size`` x ``size``.
 
     The crop is sampled as in torchvision's RandomResizedCrop (ten tries, then the central part), which OpenCLIP uses.
     """
@@ -166,8 +178,14 @@ def random_resized_crop(
     wanted = int(np.ceil(size / (scale[0] * ratio[0]) ** 0.5))
     image = decode(data, min_size=wanted, exif=exif)
     width, height = image.size
-    left, top, right, bottom = crop_box(width, height, rng, scale, ratio)
-    return np.asarray(resize_part(image, (size, size), INTERPOLATIONS[interpolation], (left, top, right, bottom)))
+    box = crop_box(width, height, rng, scale, ratio)
+    pixels = np.asarray(resize_part(image, (size, size), INTERPOLATIONS[interpolation], box))
+    return Crop(pixels, relative(box, width, height))
+
+
+def relative(box: tuple[int, int, int, int], width: int, height: int) -> tuple[float, float, float, float]:
+    """A box in pixels as fractions of the image."""
+    return box[0] / width, box[1] / height, box[2] / width, box[3] / height
 
 
 def crop_box(

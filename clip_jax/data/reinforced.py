@@ -55,7 +55,7 @@ def crop(image: bytes | np.ndarray, size: int, index: int, view: int, manifest: 
     """uint8[size, size, 3]: the same part of an image, whatever the size. Raises BadImageError."""
     rng = np.random.Generator(np.random.Philox(key=fold(manifest["seed"], index, view)))
     scale, ratio = manifest["crop_scale"], manifest["crop_ratio"]
-    return random_resized_crop(image, size, rng, scale=scale, ratio=ratio, interpolation=interpolation)
+    return random_resized_crop(image, size, rng, scale=scale, ratio=ratio, interpolation=interpolation).pixels
 
 
 def views(

@@ -97,7 +97,7 @@ class TrainingBatches:
                 found = _read(self.source, index)._replace(index=index)
                 sample, key = faults.with_short_captions(found), found.key
                 for name in PAIR:
-                    self.views[name].fill(sample, rng, arrays)
+                    sample = self.views[name].fill(sample, rng, arrays) or sample
                 for name, view in self.views.items():
                     if name not in PAIR:
                         view.fill(sample, self._generator(position, name, attempt), arrays)

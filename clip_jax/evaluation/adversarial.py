@@ -23,7 +23,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from clip_jax.devices.sharding import process_rows, to_devices
-from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.embed import decode_batch, readable
 from clip_jax.evaluation.subject import Ensemble, Result, Task, judge_probabilities, labelled, top1_hits
@@ -68,10 +67,13 @@ def _gradient(log_probability: Callable, x: Array) -> Array:
 
 
 def protocol(task: Task, models: Ensemble) -> Result:
-    """Accuracy by attack and radius. Raises UserError for an ensemble of models that see images of different sizes."""
-    if len({(model.embedder.image_size, model.embedder.preprocess) for model, _ in models}) > 1:
-        raise UserError(f"{task.name}: the models of the ensemble resize images differently; evaluate them one by one")
+    """Accuracy by attack and radius; ``mean`` is None for an ensemble whose models do not see the same pixels."""
     embedded, clean = labelled(task.source, models), top1_hits(task, models)
+    wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
+    skipped = embedded.skipped.total()
+    if len({(model.embedder.image_size, model.embedder.preprocess) for model, _ in models}) > 1:
+        metrics = {"mean": None, "clean": float(clean.mean())}
+        return Result(metrics, "mean", len(clean), skipped, wanted, {"clean": clean}, {}, {})
     attack, embedder = make_attack(task, models), models[0][0].embedder
     found: dict[tuple[str, int], list[np.ndarray]] = {(kind, e): [] for kind in ("fgsm", "pgd") for e in EPSILONS}
     rows = process_rows(embedder.mesh, embedder.batch_size)
@@ -99,8 +101,6 @@ def protocol(task: Task, models: Ensemble) -> Result:
         curves[f"{kind}, by radius in 255ths"] = [[0, float(clean.mean())], *points]
         hits += right
     metrics = {"mean": (metrics["fgsm"] + metrics["pgd"]) / 2, "clean": float(clean.mean())} | metrics
-    wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
-    skipped = embedded.skipped.total()
     return Result(metrics, "mean", len(clean), skipped, wanted, {"mean": np.concatenate(hits)}, curves, {})
 
 

@@ -52,7 +52,12 @@ class Approximate(NamedTuple):
 
 
 def open_index(
-    path: Path, vectors: Vectors, queries: Float[np.ndarray, "queries dim"], factory: str, recall: float, mesh: Mesh
+    path: Path,
+    vectors: Vectors,
+    queries: Float[np.ndarray, "queries dim"],
+    factory: str,
+    recall: float,
+    mesh: Mesh | None = None,
 ) -> Approximate:
     """Reads the index at ``path``, or builds and writes it if there is none for these vectors and settings.
 
@@ -98,7 +103,12 @@ def build(vectors: Vectors, factory: str) -> Any:
 
 
 def measure(
-    index: Any, factory: str, vectors: Vectors, queries: Float[np.ndarray, "queries dim"], recall: float, mesh: Mesh
+    index: Any,
+    factory: str,
+    vectors: Vectors,
+    queries: Float[np.ndarray, "queries dim"],
+    recall: float,
+    mesh: Mesh | None = None,
 ) -> Approximate:
     """The fewest lists, a power of two, with at least this recall, or all; against exact search."""
     exact = search(queries, vectors, K, mesh).number

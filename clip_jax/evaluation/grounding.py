@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Float
 
 from clip_jax.data import images
+from clip_jax.data.sources.boxes import Sides
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.stream import read
 from clip_jax.devices.sharding import process_rows, to_devices
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Embedder, Variables
-from clip_jax.objectives.grounding import Sides, prompt, read_box
+from clip_jax.objectives.grounding import prompt, read_box
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 

@@ -32,6 +32,8 @@ HIDDEN = -1e30
 """A finite stand-in for the score of a key that a query does not see: a column of -inf alone would become NaN."""
 UNROLLED_SCORES = 12 * 256**2
 """Scores per program. Fewer leave the units idle between programs; more take minutes to compile."""
+UNROLLED_HEADS = 16
+"""Heads per program, for the same reason: short sequences have few scores."""
 QUERIES = 512
 """Queries per tile: the tiles of one head, a few arrays of keys x queries in float32, must fit in 16 MiB."""
 
@@ -117,7 +119,7 @@ def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
     """One program handles a few images and columns of 128 lanes, unrolled, so that their work overlaps."""
     batch, width = arrays[0].shape[0], arrays[0].shape[2]
     queries, keys, lanes = _whole(shape.queries), _whole(shape.keys), max(LANES, shape.dim)
-    budget = max(1, UNROLLED_SCORES // (queries * keys * (lanes // shape.dim)))
+    budget = max(1, min(UNROLLED_HEADS, UNROLLED_SCORES // (queries * keys)) // (lanes // shape.dim))
     columns = _divisor(width // lanes, budget)
     images = _divisor(batch, budget // columns) if columns == width // lanes else 1
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from clip_jax.data.sources.boxes import Sides
 from clip_jax.data.sources.sample import Sample
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.views import Arrays, View
@@ -26,8 +27,6 @@ from clip_jax.objectives.objective import MeshLike, Objective, ObjectiveSpec, Ro
 from clip_jax.presets import Preprocess
 
 NAME = "grounding"
-Sides = tuple[float, float, float, float]
-"""Left, top, right and bottom of a box, as fractions of the image."""
 SCALE = 500
 TASKS = {"refer": "ARef:", "describe": "GCap:"}
 

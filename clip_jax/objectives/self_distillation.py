@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from clip_jax.data import images
+from clip_jax.data.augment import Augment, augment
 from clip_jax.data.sources.sample import Sample
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.views import Arrays, View
@@ -94,6 +95,8 @@ def check(settings: Settings, model: CLIP) -> None:
         low, high = settings[key] if len(settings[key]) == 2 else (0, 0)
         if not 0 < low <= high <= 1:
             raise UserError(f"{where}: {key}={settings[key]}: two areas, 0 < smallest <= largest <= 1")
+    if settings["jitter"] and (len(settings["jitter"]) != 4 or min(settings["jitter"]) < 0):
+        raise UserError(f"{where}: jitter={settings['jitter']}: brightness, contrast, saturation and hue, or ()")
     if settings["local"] > 0 and settings["local_size"] < image.patch_size:
         raise UserError(f"{where}: local_size={settings['local_size']} is smaller than a patch ({image.patch_size})")
     if settings["masked"] > 0 and settings["targets"] == "masked" and not masked_patches(settings, model):
@@ -115,9 +118,10 @@ def view_shapes(settings: Settings, model: CLIP) -> dict[str, tuple[int, ...]]:
 
 
 def view(settings: Settings, model: CLIP, preprocess: Preprocess) -> View:
-    """One global crop and the local ones, of one decoded image; half of them are mirrored."""
+    """One global crop and the local ones, of one decoded image, each with augmentations of its own."""
     shapes = view_shapes(settings, model)
     scales = {f"{NAME}/global": settings["global_scale"], f"{NAME}/local": settings["local_scale"]}
+    how = Augment(0.5, tuple(settings["jitter"]), 0.8 if settings["jitter"] else 1.0, settings["gray"])
     # Scaled decoding keeps the pixels that the smallest crop needs.
     needed = max(int(np.ceil(shape[-2] / (scales[name][0] * 3 / 4) ** 0.5)) for name, shape in shapes.items())
 
@@ -126,8 +130,7 @@ def view(settings: Settings, model: CLIP, preprocess: Preprocess) -> View:
         for name, shape in shapes.items():
             for out in arrays[name].reshape(-1, *shape[-3:]):
                 options = dict(scale=scales[name], interpolation=preprocess.interpolation)
-                crop = images.random_resized_crop(image, shape[-2], rng, **options)
-                out[:] = crop[:, ::-1] if rng.random() < 0.5 else crop
+                out[:] = augment(images.random_resized_crop(image, shape[-2], rng, **options), rng, how).pixels
 
     return View({name: (shape, np.dtype(np.uint8)) for name, shape in shapes.items()}, fill)
 
@@ -286,6 +289,8 @@ SPEC = ObjectiveSpec(
         "local_size": 96,  # pixels
         "local_scale": (0.05, 0.4),  # area of a local crop
         "global_scale": (0.4, 1.0),  # area of the global crop
+        "jitter": (0.4, 0.4, 0.2, 0.1),  # brightness, contrast, saturation, hue of 0.8 of the crops (DINO); (): none
+        "gray": 0.2,  # share of the crops without colors (DINO)
         "prototypes": 32_768,
         "hidden": 2048,  # width of the heads
         "bottleneck": 256,  # width before the prototypes
@@ -298,6 +303,7 @@ SPEC = ObjectiveSpec(
         "local": (0, 1000),
         "masked": (0, 1000),
         "mask_share": (0, 1),
+        "gray": (0, 1),
         "momentum": (0, 1),
         "local_crops": (1, 64),
         "local_size": (1, 10_000),

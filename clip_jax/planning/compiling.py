@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -44,8 +43,8 @@ class Compiled(NamedTuple):
     """The compiler's estimate of a step on one core, without transfers between devices; None: it made none."""
     profile: tuple[Share, ...] = ()
     """Where these cycles go, the slowest first."""
-    kernels: Mapping[str, int] = {}
-    """Cycles of one execution of each Pallas kernel, by shapes."""
+    kernels: dict[str, int] | None = None
+    """Cycles of one execution of each Pallas kernel, by shapes; None: the step has none."""
 
 
 def is_installed() -> bool:

@@ -118,7 +118,7 @@ def kernels(program: Any, compiled: Compiled | None, machines: Machines | None, 
         rng = np.random.default_rng(0)
         inputs = [jnp.asarray(rng.normal(size=v.aval.shape), v.aval.dtype) for v in call.invars]
         run = jax.jit(functools.partial(call.primitive.bind, **call.params))
-        cycles = None if compiled is None else compiled.kernels.get(shapes)
+        cycles = None if compiled is None else (compiled.kernels or {}).get(shapes)
         seconds = None if cycles is None else cycles / clock(machines.chip)
         found.append(Measurement(f"kernel {shapes}", timed(functools.partial(run, *inputs)), seconds, why))
     return found

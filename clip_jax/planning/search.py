@@ -35,9 +35,10 @@ FSDP_SIZES = (8, 16, 32, 64, 128, 256)
 FITTING = 3
 """Candidates that fit are compiled until there are this many, and the fastest is taken."""
 
-SLOWDOWN = {"compute": 1.35, "hbm": 3.0}
-"""The compiler's time for what is counted under a resource, relative to its peak rate: matrix products, and norms,
-copies and element-wise work (docs/planning.md has the profiles)."""
+SLOWDOWN = {"compute": 2.4}
+"""The compiler's time relative to the peak rate of the resource under which the plan counts it. Norms, copies and
+element-wise work grow with the products that they lie between, so that a step of a B/16 takes 2.4 times the time of its
+products at peak; what is saved and read again costs little beside it (benchmarks/RESULTS.md)."""
 
 STEPS = 1_000_000
 """A placeholder for the length of the run and the size of its dataset, neither of which changes any shape."""

@@ -23,7 +23,7 @@ padding:0;margin:8px 0 0}
 .hits small{display:block;font-size:12px}
 .hits a{color:inherit}
 """
-AMONG = {"image": "pictures", "text": "captions"}
+AMONG = {"image": "in pictures", "text": "in captions"}
 
 
 class Results(NamedTuple):

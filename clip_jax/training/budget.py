@@ -22,8 +22,9 @@ JUDGED_AFTER = 1000
 class Budget:
     """The counts since the last log line, and those of the last ``WINDOW`` examples."""
 
-    def __init__(self, max_share: float, batch_size: int, first_step: int):
-        self._max_share, self._batch, self._step = max_share, batch_size, first_step
+    def __init__(self, max_share: float, seen: Callable[[int], int], first_step: int):
+        """``seen(step)``: the examples of all steps up to one."""
+        self._max_share, self._seen, self._step = max_share, seen, first_step
         self._since = np.zeros(len(COLUMNS), np.int32)
         self._window: collections.deque[tuple[int, np.ndarray]] = collections.deque()
 
@@ -44,7 +45,7 @@ class Budget:
 
         ``first`` names an example of this process.
         """
-        self._window.append(((step - self._step) * self._batch, counts))
+        self._window.append((self._seen(step) - self._seen(self._step), counts))
         self._step = step
         while sum(read for read, _ in self._window) - self._window[0][0] >= WINDOW:
             self._window.popleft()
@@ -78,6 +79,7 @@ def sum_over_processes(values: np.ndarray) -> jax.Array | np.ndarray:
 
 @functools.cache
 def _sum(processes: int) -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    mesh = Mesh(np.array(jax.devices()).reshape(processes, -1), ("process", "device"))
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices).reshape(processes, -1), ("process", "device"))
     add = jax.jit(lambda rows: rows.sum(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
     return NamedSharding(mesh, PartitionSpec("process")), add

@@ -1,6 +1,7 @@
 """What a run prints: the header, one line per evaluation, and at the end the results and the report."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 
 from clip_jax.command_line import program
 from clip_jax.data.sources.mixture import Mixture
-from clip_jax.data.sources.sample import notes
+from clip_jax.data.sources.sample import BadSampleError, notes
+from clip_jax.data.stream import read
 from clip_jax.devices import xla_flags
 from clip_jax.devices.sharding import batch_shards
 from clip_jax.models.attention_choice import choose_attention
@@ -20,6 +22,9 @@ from clip_jax.reports import history, page, terminal
 from clip_jax.reports.gallery import Gallery
 from clip_jax.training.metrics import FILE
 from clip_jax.training.run import Run
+
+READ_CAPTIONS = 200
+SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 
 
 def header(run: Run) -> list[tuple[str, str]]:
@@ -43,6 +48,7 @@ def header(run: Run) -> list[tuple[str, str]]:
         ("steps", f"{run.steps} ({run.steps * batch / run.phases[0].batches.order.epoch:.1f} epochs)"),
         ("data", f"{train.name}, {len(train)} examples"),
         *(("", note) for note in notes(train)),
+        *(("", note) for note in mirrored_captions(run)),
     ]
     for number, phase in enumerate(run.phases[1:], start=2):
         size = phase.preset.architecture.image.image_size
@@ -53,6 +59,27 @@ def header(run: Run) -> list[tuple[str, str]]:
         rows.append((evaluation.name, f"{evaluation.protocol}: {source.name}, {len(source)} examples{classes}"))
         rows += [("", note) for note in notes(source)]
     return [*rows, ("folder", str(run.folder))]
+
+
+def mirrored_captions(run: Run) -> tuple[str, ...]:
+    """A warning where images are mirrored and some captions, of examples spread over the data, say left or right."""
+    flip, train = run.config.data.augment.flip, run.train
+    if flip == 0:
+        return ()
+    count = min(READ_CAPTIONS, len(train))
+    found = []
+    for index in range(count):
+        try:
+            captions = read(train, index * len(train) // count).captions
+        except BadSampleError:  # counted when training meets it
+            continue
+        found += [caption for caption in captions if SIDES.search(caption)][:1]
+    if not found:
+        return ()
+    return (
+        f"config.data.augment.flip={flip}: captions of {len(found)} of {count} examples say left or right "
+        f'("{found[0][:80]}") and are wrong for mirrored images; turn it off with 0',
+    )
 
 
 def repeated_pairs(run: Run) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ class Learner:
     def trained_architecture(self) -> Architecture:
         """The architecture with the image tokens that training keeps, if any, for counting FLOPs."""
         architecture = self.model.architecture
-        if "image_embedding" in self.views:
+        if "image_embedding" in self.views["image"].arrays:
             return replace(architecture, image=architecture.image.stored())
         if not self.patch_dropout:
             return architecture

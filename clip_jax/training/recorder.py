@@ -30,7 +30,7 @@ class Recorder:
         if first_process:
             metric_files.truncate(run.workdir / metric_files.FILE, first_step)
         self._run, self._reported = run, 0
-        self._budget = budget.Budget(run.config.data.max_bad_share, run.config.batch_size, first_step)
+        self._budget = budget.Budget(run.config.data.max_bad_share, run.seen, first_step)
         self._log = metric_files.Writer(
             run.workdir,
             enabled=first_process,

@@ -13,7 +13,7 @@ from clip_jax import __version__, presets, version
 from clip_jax import config as configs
 from clip_jax.data.faults import Faults
 from clip_jax.data.order import MixedOrder, Order, fold, mix
-from clip_jax.data.sources import open_source
+from clip_jax.data.sources import has_boxes, open_source
 from clip_jax.data.sources.mixture import Mixture, open_mixture
 from clip_jax.data.sources.sample import Source
 from clip_jax.data.stream import TrainingBatches
@@ -174,9 +174,15 @@ def resolve_preset(config: ConfigDict, tokenizer: Tokenizer) -> Preset:
 def open_training(config: ConfigDict, image_size: int) -> Source:
     train = config.data.train
     if isinstance(train, str):
-        return _open(config, train, config.data.caption, image_size)
+        return _open(config, train, config.data.caption, image_size, config.data.boxes)
     # A caption setting of its own is the third part of an entry.
-    opened = [_open(config, where, *(caption or [config.data.caption]), image_size) for where, _, *caption in train]
+    boxes = config.data.boxes
+    if boxes and not any(has_boxes(where) for where, *_ in train):
+        raise UserError(f"config.data.boxes={boxes}: no source of config.data.train can have boxes; leave it out")
+    opened = [
+        _open(config, where, *(caption or [config.data.caption]), image_size, boxes if has_boxes(where) else "")
+        for where, _, *caption in train
+    ]
     return open_mixture(opened, [weight for _, weight, *_ in train])
 
 
@@ -199,7 +205,9 @@ def make_order(config: ConfigDict, train: Source) -> Order | MixedOrder:
 def open_evaluation(config: ConfigDict, name: str, image_size: int) -> Source:
     """The source of a named evaluation, with a caption setting of its own."""
     evaluation = config.eval[name]
-    return _open(config, evaluation.source, evaluation.caption or config.data.caption, image_size)
+    source, caption = evaluation.source, evaluation.caption or config.data.caption
+    boxes = config.data.boxes if evaluation.protocol == "grounding" and has_boxes(source) else ""
+    return _open(config, source, caption, image_size, boxes)
 
 
 def check_labels(config: ConfigDict, train: Source) -> None:
@@ -222,7 +230,7 @@ def check_stored(learner: Learner, train: Source) -> None:
             )
 
 
-def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Source:
+def _open(config: ConfigDict, where: str, caption: str, image_size: int, boxes: str = "") -> Source:
     opened = open_source(
         where,
         image_size=image_size,
@@ -233,6 +241,7 @@ def _open(config: ConfigDict, where: str, caption: str, image_size: int) -> Sour
         max_bad_share=config.data.max_bad_share,
         long_reads=config.data.shuffle_block > 1,
         tfds_dir=config.data.tfds_dir,
+        boxes=boxes,
     )
     if not len(opened):
         raise UserError(f"{where}: no examples")

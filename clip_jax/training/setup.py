@@ -6,6 +6,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
+from clip_jax.data.augment import Augment
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.views import View, pair_views
 from clip_jax.devices.sharding import batch_shards
@@ -92,6 +93,7 @@ def training_views(config: ConfigDict, preset: Preset, tokenizer: Tokenizer | No
         interpolation=preset.preprocess.interpolation,
         exif=preset.preprocess.exif,
         resize=config.data.resize,
+        augment=Augment(**config.data.augment),
     )
 
 

@@ -73,7 +73,7 @@ def recipe(tmp_path, body: str) -> str:
             "    config.tokenizer.train_captions = 7\n",
             "tokenizer.train_captions has no effect with tokenizer.kind=clip",
         ),
-        ("    del config.data\n", "data.caption is missing"),
+        ("    del config.data\n", "data.augment.flip is missing"),
         ("    config.checkpoint.every_steps = 0\n", "must be positive"),
         ("    raise KeyError('x')\n", "KeyError"),
         ("    return None\n", "get_config() returns NoneType, not a config"),
@@ -324,7 +324,7 @@ def test_how_a_phase_is_computed_may_change_on_a_restart_and_nothing_else_of_it(
 
 def test_what_a_message_to_a_run_that_stopped_advises_may_change_on_a_restart():
     """The settings are read out of the messages, so that new advice is tried too."""
-    files = ("training/stop", "training/restart", "data/stream", "data/sources/folder_files", "data/sources/tar_index")
+    files = ("training/stop", "training/restart", "training/budget", "data/sources/folder_files", "data/sources/tar_index")
     files += ("data/sources/left_out",)
     advised, config = set(), valid()
     for file in files:

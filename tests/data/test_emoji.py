@@ -47,6 +47,8 @@ def sources(tmp_path, monkeypatch):
     for folder, text in (("annotations", ANNOTATIONS), ("annotationsDerived", DERIVED)):
         (tmp_path / "common" / folder).mkdir(parents=True)
         (tmp_path / "common" / folder / "en.xml").write_text(text, encoding="utf-8")
+    korean = f'<ldml><annotations><annotation cp="{BEAR}" type="tts">곰</annotation></annotations></ldml>'
+    (tmp_path / "common/annotations/ko.xml").write_text(korean, encoding="utf-8")
     return tmp_path / "font.ttf", tmp_path / "common"
 
 
@@ -69,13 +71,17 @@ def test_the_shards_are_read_by_the_trainer(sources, tmp_path, capsys, monkeypat
     assert sorted(sample.captions[0] for sample in samples) == ["bear", "polar bear", "waving hand"]
     picture = Image.open(io.BytesIO(samples[0].image))
     assert picture.size == (136, 136) and picture.getpixel((0, 0))[1] > 240 and picture.getpixel((68, 68))[1] < 30
+    korean = open_source(f"tar:{tmp_path}/out/train-*.tar", caption="captions.en,captions.ko")
+    assert {frozenset(sample.captions) for sample in korean} == {
+        frozenset(names) for names in (["bear", "곰"], ["polar bear"], ["waving hand"])
+    }
     (held_out,) = open_source(f"tar:{tmp_path}/out/heldout-*.tar", image_size=128)
     assert held_out.captions == ("waving hand: dark skin tone",)
 
 
 def test_a_tenth_of_the_emoji_with_a_tone_is_held_out():
     def held_out(text):
-        return emoji.is_held_out(emoji.Emoji(text, "", (), b""))
+        return emoji.is_held_out(emoji.Emoji(text, "", (), b"", {}))
 
     toned = [f"{chr(code)}{tone}" for code in range(0x1F400, 0x1F600) for tone in sorted(emoji.TONES)]
     assert 0.08 < sum(map(held_out, toned)) / len(toned) < 0.12

@@ -28,7 +28,7 @@ needs_library = pytest.mark.skipif(
 def both(pillow, simd, size: int, seed: int = 0, **options) -> tuple[np.ndarray, np.ndarray]:
     """int64[size, size, 3] of both settings, from the same draws."""
     return tuple(
-        crop(data, size, np.random.default_rng(seed), **options).astype(int)
+        crop(data, size, np.random.default_rng(seed), **options).pixels.astype(int)
         for crop, data in ((images.random_resized_crop, pillow), (fast_crops.random_resized_crop, simd))
     )
 
@@ -60,7 +60,7 @@ def test_a_fine_checkerboard_becomes_gray(size):
     board = np.indices((512, 512)).sum(axis=0) % 2 * np.uint8(255)
     board = np.repeat(board[..., None].astype(np.uint8), 3, axis=2)
     for seed in range(3):
-        crop = fast_crops.random_resized_crop(board, size, np.random.default_rng(seed), scale=(0.5, 1.0))
+        crop = fast_crops.random_resized_crop(board, size, np.random.default_rng(seed), scale=(0.5, 1.0)).pixels
         inner = crop[2:-2, 2:-2].astype(int)  # at the edges half of the filter is cut off
         assert np.abs(inner - 127.5).max() < 12
         assert abs(inner.mean() - 127.5) < 1
@@ -77,10 +77,10 @@ def test_a_jpeg_is_decoded_at_the_smallest_fraction_that_its_crop_allows(monkeyp
     monkeypatch.setattr(images, "decode_jpeg", spy)
     data = jpeg(0, (1003, 1501))
     for size, shape in ((400, (1501, 1003)), (200, (751, 502)), (128, (376, 251)), (64, (188, 126)), (32, (188, 126))):
-        crop = fast_crops.random_resized_crop(data, size, np.random.default_rng(0), ratio=(1.0, 1.0))
+        crop = fast_crops.random_resized_crop(data, size, np.random.default_rng(0), ratio=(1.0, 1.0)).pixels
         assert crop.shape == (size, size, 3)
         assert decoded.pop().shape[:2] == shape
-    small = fast_crops.random_resized_crop(data, 64, np.random.default_rng(0), scale=(0.01, 0.02))
+    small = fast_crops.random_resized_crop(data, 64, np.random.default_rng(0), scale=(0.01, 0.02)).pixels
     assert small.shape == (64, 64, 3) and decoded.pop().shape[:2] == (1501, 1003)
 
 
@@ -136,7 +136,7 @@ def test_what_is_no_image_is_a_bad_image_and_harmless_warnings_are_none():
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1e-7, 1e7)])
 def test_every_shape_has_a_crop_of_the_wanted_size(shape, ratio):
     pixels = np.full((*shape, 3), 90, np.uint8)
-    crop = fast_crops.random_resized_crop(pixels, 64, np.random.default_rng(0), ratio=ratio)
+    crop = fast_crops.random_resized_crop(pixels, 64, np.random.default_rng(0), ratio=ratio).pixels
     assert crop.shape == (64, 64, 3) and (crop == 90).all()
 
 

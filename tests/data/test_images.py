@@ -26,7 +26,7 @@ def test_every_mode_becomes_rgb(mode, format_):
 
 
 def test_a_crop_has_the_wanted_size_and_depends_on_the_generator_alone():
-    crops = [images.random_resized_crop(jpeg(0), 24, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    crops = [images.random_resized_crop(jpeg(0), 24, np.random.default_rng(seed)).pixels for seed in (1, 1, 2)]
     assert crops[0].shape == (24, 24, 3) and crops[0].dtype == np.uint8
     assert np.array_equal(crops[0], crops[1]) and not np.array_equal(crops[0], crops[2])
 
@@ -142,7 +142,7 @@ def test_a_strip_never_becomes_larger_than_the_bound(shape, resize, monkeypatch)
     pixels = np.zeros((*shape, 3), np.uint8)
     pixels[shape[0] // 2 :, shape[1] // 2 :] = 255
     assert images.resize_and_crop(pixels, 64, resize=resize).shape == (64, 64, 3)
-    assert images.random_resized_crop(pixels, 64, np.random.default_rng(0)).shape == (64, 64, 3)
+    assert images.random_resized_crop(pixels, 64, np.random.default_rng(0)).pixels.shape == (64, 64, 3)
     assert max(made) <= images.MAX_PIXELS
 
 
@@ -168,7 +168,7 @@ def test_a_jpeg_with_harmless_warnings_is_decoded_as_pillow_does(number):
     data = stray_zeros(jpeg(3, (320, 256)))[number]
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(images.decode(data)), expected)
-    assert images.random_resized_crop(data, 24, np.random.default_rng(0)).shape == (24, 24, 3)
+    assert images.random_resized_crop(data, 24, np.random.default_rng(0)).pixels.shape == (24, 24, 3)
     assert images.resize_and_crop(data, 24).shape == (24, 24, 3)
 
 
@@ -195,7 +195,8 @@ def test_images_are_turned_by_their_exif_orientation_where_this_is_asked_for(ori
     for given in (data, opened):
         np.testing.assert_array_equal(images.resize_and_crop(given, 16, exif=True), expected)
     crops = [
-        images.random_resized_crop(x, 32, np.random.default_rng(0), exif=True) for x in (data, np.asarray(upright))
+        images.random_resized_crop(x, 32, np.random.default_rng(0), exif=True).pixels
+        for x in (data, np.asarray(upright))
     ]
     np.testing.assert_array_equal(*crops)
 
@@ -206,5 +207,7 @@ def test_training_crops_from_jpegs_decoded_smaller_are_near_those_of_the_whole_i
         data = photo.read_bytes()
         whole = np.asarray(images.decode(data))
         for size in (64, 128, 224):
-            scaled, exact = (images.random_resized_crop(x, size, np.random.default_rng(0)) for x in (data, whole))
+            scaled, exact = (
+                images.random_resized_crop(x, size, np.random.default_rng(0)).pixels for x in (data, whole)
+            )
             assert np.abs(scaled.astype(int) - exact).mean() < 11

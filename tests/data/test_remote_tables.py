@@ -47,7 +47,8 @@ def pairs(source) -> list:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_on_a_failing_server_is_the_local_one(server, table):
+def test_a_table_on_a_failing_server_is_the_local_one(server, table, monkeypatch):
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 100)  # several reads for each table
     write_tables(server.folder)
     local = open_source(table.format(server.folder))
     server.every = 3

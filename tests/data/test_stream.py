@@ -176,6 +176,16 @@ def test_every_reason_has_a_kind():
     assert all(kind(beginning) == name for name, beginnings in KINDS.items() for beginning in beginnings)
 
 
+def test_a_bad_sample_of_a_mixture_is_replaced_by_one_of_its_source(tmp_path):
+    parts = [open_source(write_shards(tmp_path / "good", 30)), faulty(tmp_path)]
+    order = mix([30, 20], (1.0, 1.0), batch_size=10, seed=0)
+    make = dataclasses.replace(batches(open_mixture(parts, (1.0, 1.0))), order=order)
+    for step in range(10):
+        used = make(step, np.arange(10))["index"]
+        assert not {33, 37} & set(used.tolist()) and ((used < 30) == (order.batch(step) < 30)).all()
+    assert make.faults.reasons.total() >= 4
+
+
 def test_nothing_usable_ends_with_one_line(tmp_path):
     source = open_tar(str(write_shard(tmp_path / "0.tar", [{"jpg": b"no", "txt": b"words"}] * 3)))
     with pytest.raises(UserError, match="100 examples in a row could not be used"):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from clip_jax.commands import main
-from clip_jax.devices.sharding import make_mesh
 from clip_jax.errors import UserError
 from clip_jax.evaluation import approximate
 from clip_jax.evaluation.search import search
@@ -33,12 +32,12 @@ def test_with_all_lists_and_whole_vectors_it_is_exact_search():
 
 
 def test_the_fewest_lists_that_reach_the_recall_are_searched_and_similarities_are_exact():
-    vectors, queries, mesh = [unit(2000, 1, 16)], unit(40, 2, 16), make_mesh(1)
+    vectors, queries = [unit(2000, 1, 16)], unit(40, 2, 16)
     index = approximate.build(vectors, "IVF32,SQ8")
-    found = approximate.measure(index, "IVF32,SQ8", vectors, queries, 0.9, mesh)
+    found = approximate.measure(index, "IVF32,SQ8", vectors, queries, 0.9)
     assert 1 < found.probes < 32 and 0.9 <= found.recall <= 1
     fewer = found._replace(probes=found.probes // 2)
-    exact = search(queries, vectors, 10, mesh).number
+    exact = search(queries, vectors, 10).number
     assert approximate.recall_of(approximate.nearest(fewer, vectors, queries, 10).number, exact) < 0.9
     hits = approximate.nearest(found, vectors, queries, 10)
     expected = np.einsum("qd,qkd->qk", queries, vectors[0][hits.number])
@@ -49,7 +48,7 @@ def test_the_fewest_lists_that_reach_the_recall_are_searched_and_similarities_ar
 def test_few_vectors_and_ones_that_are_not_finite():
     vectors, queries = [unit(50, 0, 8)], unit(2, 1, 8)
     vectors[0][7] = np.nan
-    built = approximate.measure(approximate.build(vectors, "IVF1,SQ8"), "", vectors, queries, 0.95, make_mesh(1))
+    built = approximate.measure(approximate.build(vectors, "IVF1,SQ8"), "", vectors, queries, 0.95)
     hits = approximate.nearest(built, vectors, queries, 60)
     assert 7 not in hits.number and (hits.number[:, 49:] == -1).all() and np.isneginf(hits.similarity[:, 49:]).all()
     with pytest.raises(UserError, match="IVFx: not an index of faiss"):
@@ -60,7 +59,7 @@ def test_few_vectors_and_ones_that_are_not_finite():
 
 def test_an_index_is_built_once_and_again_after_a_change(tmp_path, monkeypatch):
     vectors, queries, path = [unit(200, 0, 8)], unit(5, 1, 8), tmp_path / "a.faiss"
-    given = (vectors, queries, "", 0.9, make_mesh(1))
+    given = (vectors, queries, "", 0.9)
     built = approximate.open_index(path, *given)
     monkeypatch.setattr(approximate, "build", lambda *_: pytest.fail("built again"))
     again = approximate.open_index(path, *given)

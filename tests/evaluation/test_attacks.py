@@ -1,6 +1,7 @@
 """Words, adversarial pixels and cues: attacks by hand, models that only read or only see textures, a constant model."""
 
 import collections
+import types
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,8 @@ def test_a_word_is_painted_inside_the_picture_and_is_that_of_a_wrong_class():
         changed = (painted != pixels).any(axis=2)
         assert painted.shape == pixels.shape and painted.dtype == np.uint8
         assert changed.any() and not changed[0].any() and not changed[:, -1].any()
-        assert {0, 255} <= set(painted.ravel().tolist()) or size < 0.1
+    wide = typographic.paint(np.full((64, 200, 3), 120, np.uint8), "word", 0.2, "key")
+    assert {0, 255} <= set(wide.ravel().tolist())
     wrong = [typographic.wrong_class(3, 5, str(i)) for i in range(60)]
     assert set(wrong) == {0, 1, 2, 4} and typographic.wrong_class(3, 5, "a") == typographic.wrong_class(3, 5, "a")
     small, large = (
@@ -125,6 +127,14 @@ def test_fgsm_and_pgd_of_a_linear_loss_end_in_the_corner_of_the_ball():
     inside = ((pixels > 4) & (pixels < 251))[3] & ((pixels > 4) & (pixels < 251))[4]
     np.testing.assert_allclose(moved[3][inside], moved[4][inside], atol=1e-4)
     assert not np.allclose(moved[0], moved[1], atol=0.1)
+
+
+def test_an_ensemble_whose_models_see_different_pixels_is_not_attacked():
+    models = [Fixed(lambda source, i: source[i].label) for _ in range(2)]
+    for model, size in zip(models, (32, 64), strict=True):
+        model.embedder = types.SimpleNamespace(image_size=size, preprocess=presets.HALF)
+    found = runner.run(TASK._replace(protocol="adversarial"), models)
+    assert found.metrics == {"mean": None, "clean": 1.0} and found.curves == {}
 
 
 def subject(batch_size, devices=2):

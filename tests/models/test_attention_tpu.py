@@ -16,6 +16,8 @@ from clip_jax.models.attention import cudnn, xla
 from clip_jax.models.attention_choice import choose_attention
 from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.clip import CLIP
+from clip_jax.models.compute import Compute
+from clip_jax.models.transformer import add_bias
 from clip_jax.training.setup import make_model
 from tests.models.test_clip import SMALL, computed, value_and_gradients
 from tests.training import runs
@@ -103,6 +105,17 @@ def test_a_model_with_it_has_the_same_parameters_embeddings_and_gradients(remat,
     assert float(found) == pytest.approx(float(expected), abs=1e-5)
     for gradient, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         np.testing.assert_allclose(gradient, other, atol=1e-5 * max(1.0, float(np.abs(other).max())))
+
+
+def test_the_gradient_of_a_bias_on_a_tpu_is_the_sum_over_batch_and_tokens():
+    compute = Compute(mesh=described("tpu"))
+    x, bias, weights = (
+        jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(2, 5, 7), (7,), (2, 5, 7)])
+    )
+    found, backward = jax.vjp(lambda x, bias: add_bias(x, bias, compute), x, bias)
+    np.testing.assert_array_equal(found, x + bias)
+    for gradient, expected in zip(backward(weights), (weights, weights.sum((0, 1))), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 def described(platform, tensor=1):

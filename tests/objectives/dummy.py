@@ -22,7 +22,7 @@ def make(settings, model, preprocess, tokenizer):
     architecture, size, dim = model.architecture, model.architecture.image.image_size, model.architecture.embed_dim
 
     def fill(sample, rng, arrays):
-        arrays["crop"][:] = images.random_resized_crop(sample.image, size, rng, scale=(0.3, 0.6))
+        arrays["crop"][:] = images.random_resized_crop(sample.image, size, rng, scale=(0.3, 0.6)).pixels
 
     def init(key):
         return {"kernel": nn.LogicallyPartitioned(0.1 * jax.random.normal(key, (dim, dim)), ("embed", "joint"))}

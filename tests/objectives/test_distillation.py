@@ -110,7 +110,7 @@ def test_stored_embeddings_are_those_of_the_crops_that_training_takes(small_run,
     index = 23
     sample = read(source, index)._replace(index=index)
     seen = set()
-    for seed in range(6):
+    for seed in range(20):
         arrays = {"image": np.zeros((size, size, 3), np.uint8), "text": np.zeros(32, np.int32)}
         arrays |= {f"teacher_{side}": np.zeros(teacher.embed_dim, np.float16) for side in ("image", "text")}
         for view in made.values():

@@ -1,7 +1,6 @@
 """Grounded captions: texts of boxes and back, what counts in the loss, and the error of the boxes that are found."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from clip_jax import presets
+from clip_jax.data.sources.boxes import Box
 from clip_jax.data.sources.sample import Sample
 from clip_jax.data.tokenizers.tokenizer import Tokenizer
 from clip_jax.devices.sharding import make_mesh
@@ -21,11 +21,6 @@ from clip_jax.objectives.objective import Rows
 from tests.models.test_clip import SMALL, params_of
 
 LENGTH = 40
-
-
-class Box(NamedTuple):
-    sides: tuple[float, ...]
-    text: str
 
 
 class Letters:

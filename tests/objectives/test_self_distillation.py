@@ -149,7 +149,7 @@ def test_the_teacher_is_an_average_of_the_tower_or_of_the_heads_alone_and_the_ce
 
 
 def test_crops_of_the_view_are_parts_of_the_image():
-    model, settings, _, _ = case()
+    model, settings, _, _ = case(jitter=(), gray=0.0)
     image = np.zeros((80, 60, 3), np.uint8)
     image[..., 0], image[..., 1] = np.arange(80)[:, None] * 3, np.arange(60) * 4
     view = self_distillation.view(settings, model, presets.HALF)
@@ -166,6 +166,7 @@ def test_crops_of_the_view_are_parts_of_the_image():
         ({"local_size": 7}, "smaller than a patch"),
         ({"mask_share": 0.0}, "masks no patch"),
         ({"local_scale": (0.5, 0.4)}, "two areas"),
+        ({"jitter": (0.4, 0.4)}, "brightness, contrast"),
     ],
 )
 def test_settings_that_make_no_sense_are_reported(settings, said):

@@ -1,9 +1,13 @@
 """The TPU compiler's answers: what it says is read rightly, and a real small step is compiled for a slice elsewhere."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
+from clip_jax import config as configs
 from clip_jax.commands import main
 from clip_jax.devices.hardware import GIB, tpu
 from clip_jax.planning import compiling
@@ -78,3 +82,60 @@ def test_a_step_that_does_not_fit_says_what_it_wanted_and_what_would_fit(capsys)
     assert not answer["fits"] and answer["hbm_bytes_per_chip"] > answer["free_hbm_bytes_per_chip"]
     assert answer["found"]["hbm_bytes_per_chip"] < answer["free_hbm_bytes_per_chip"]
     assert answer["found"]["changes"]
+
+
+KERNELS = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from clip_jax.devices.hardware import tpu
+from clip_jax.models.attention_tpu import TPUAttention
+from clip_jax.planning import compiling
+
+# (tokens, heads, features, type, causal, with a mask): the towers' lengths, odd ones, and the longest
+CASES = [
+    (77, 2, 64, jnp.bfloat16, True, False),
+    (197, 2, 64, jnp.bfloat16, False, False),
+    (257, 1, 72, jnp.float32, False, False),
+    (1100, 1, 128, jnp.float32, False, True),
+]
+for name in ("v4-8", "v5e-1", "v5p-8", "v6e-1", "tpu7x-8"):
+    device = topologies.get_topology_desc(platform="tpu", **compiling.topology(tpu(name))).devices[0]
+    for tokens, heads, dim, dtype, causal, masked in CASES:
+        x = jax.ShapeDtypeStruct((2, tokens, heads, dim), dtype, sharding=SingleDeviceSharding(device))
+        mask = jax.ShapeDtypeStruct((2, tokens, tokens), bool, sharding=SingleDeviceSharding(device))
+
+        def both(query, key, value, gradient, mask):
+            attend = lambda *arrays: TPUAttention()(*arrays, causal=causal, mask=mask if masked else None)
+            mixed, backward = jax.vjp(attend, query, key, value)
+            return mixed, backward(gradient)
+
+        jax.jit(both).lower(x, x, x, x, mask).compile()
+        print(name, tokens, flush=True)
+"""
+
+
+@pytest.mark.slow
+@needs_the_compiler
+def test_the_attention_kernel_compiles_for_every_generation_of_chips():
+    environment = os.environ | compiling.environment(tpu("v5e-1"))
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 5 * 4
+
+
+@pytest.mark.slow
+@needs_the_compiler
+def test_a_small_step_takes_fewer_cycles_with_the_kernel_than_with_xlas_attention():
+    small = {"model.image.layers": "1", "model.text.layers": "1", "batch_size": "16", "steps": "10"}
+    small["optimizer.warmup_steps"] = "0"
+
+    def compiled(attention):
+        config = configs.load("configs/clip_vit_b16.py", small | {"model.attention": attention})
+        return compiling.compile_step(config, tpu("v5e-1"))
+
+    kernel, xla = compiled("auto"), compiled("xla")
+    assert kernel.kernels and not xla.kernels
+    assert kernel.cycles < xla.cycles
+    assert kernel.hbm_bytes <= xla.hbm_bytes
+    assert sum(share.cycles for share in kernel.profile) == kernel.cycles

@@ -19,26 +19,26 @@ def counts(**kinds: int) -> np.ndarray:
 
 
 def test_the_share_is_of_the_last_10_000_examples():
-    kept = budget.Budget(0.01, batch_size=1000, first_step=100)
+    kept = budget.Budget(0.01, lambda step: 1000 * step, first_step=100)
     for step in range(101, 150):  # 10 of each 1,000, which is not more than 1 %
         kept.check(step, counts(empty_captions=6, undecodable_images=4, cut_captions=500), "")
     with pytest.raises(
         UserError, match=r"^101 of the last 10000 examples of all processes could not be used \(61 empty"
     ):
         kept.check(150, counts(empty_captions=7, undecodable_images=4), "0.tar/7.jpg: empty caption")
-    forgotten = budget.Budget(0.01, batch_size=1000, first_step=0)
+    forgotten = budget.Budget(0.01, lambda step: 1000 * step, first_step=0)
     forgotten.check(1, counts(empty_captions=10), "")
     for step in range(2, 12):
         forgotten.check(step, counts(), "")
     forgotten.check(12, counts(empty_captions=100), "")
-    few = budget.Budget(0.01, batch_size=100, first_step=0)
+    few = budget.Budget(0.01, lambda step: 100 * step, first_step=0)
     few.check(9, counts(empty_captions=90), "")  # of 900
     with pytest.raises(UserError, match=r"first: 0.tar/7.jpg.*raise config\.data\.max_bad_share$"):
         few.check(10, counts(), "0.tar/7.jpg: empty caption")
 
 
 def test_counts_are_of_all_rows_since_the_last_line():
-    kept = budget.Budget(0.01, batch_size=4, first_step=0)
+    kept = budget.Budget(0.01, lambda step: 4 * step, first_step=0)
     for _ in range(3):
         kept.add(np.stack([counts(empty_captions=1), counts(cut_captions=2)]))
     assert budget.as_metrics(kept.counts()) == {"bad_examples": 3, "empty_captions": 3, "cut_captions": 6}

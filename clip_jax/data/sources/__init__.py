@@ -17,7 +17,7 @@ from clip_jax.data.sources.tar import open_tar
 from clip_jax.data.sources.tfds import open_tfds
 from clip_jax.errors import UserError, nearest
 
-__all__ = ["KINDS", "BadSampleError", "Sample", "Source", "open_source"]
+__all__ = ["KINDS", "BadSampleError", "Sample", "Source", "has_boxes", "open_source"]
 
 
 class Kind(NamedTuple):
@@ -33,7 +33,7 @@ KINDS = {
     "shapes": Kind(open_shapes, ("image_size",), "the bundled dataset: shapes:train, shapes:heldout, shapes:zero_shot"),
     "tar": Kind(
         open_tar,
-        ("caption", "truncated", "max_bad_share", "long_reads"),
+        ("caption", "truncated", "max_bad_share", "long_reads", "boxes"),
         "webdataset shards: tar:FOLDER, tar:FOLDER/train-*.tar, tar:FOLDER/{0000..0099}.tar",
     ),
     "tfds": Kind(
@@ -41,13 +41,21 @@ KINDS = {
         ("tfds_dir", "long_reads"),
         "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
     ),
-    "parquet": Kind(open_parquet, ("image", "caption"), "a table of images or paths with captions: parquet:FILES"),
-    "csv": Kind(open_csv, ("image", "caption"), "a table of paths with captions, .csv or .tsv: csv:FILES"),
+    "parquet": Kind(
+        open_parquet, ("image", "caption", "boxes"), "a table of images or paths with captions: parquet:FILES"
+    ),
+    "csv": Kind(open_csv, ("image", "caption", "boxes"), "a table of paths with captions, .csv or .tsv: csv:FILES"),
     "array_record": Kind(
         open_array_record, ("image", "caption", "long_reads"), "ArrayRecord files of tf.train.Example records"
     ),
     "folder": Kind(open_folder, ("caption", "links_to", "max_bad_share"), "images with a .txt each: folder:DIR"),
 }
+
+
+def has_boxes(where: str) -> bool:
+    """Whether boxes of a source of this kind can be read; those of ``shapes`` need no setting."""
+    kind = KINDS.get(where.partition(":")[0])
+    return kind is not None and "boxes" in kind.options
 
 
 def open_source(where: str, **options: Any) -> Source:
@@ -62,4 +70,7 @@ def open_source(where: str, **options: Any) -> Source:
     if unknown := options.keys() - {option for kind in KINDS.values() for option in kind.options}:
         raise TypeError(f"open_source: no kind of source takes {', '.join(sorted(unknown))}")
     kind = KINDS[name]
+    if options.get("boxes") and not has_boxes(where):
+        having = ", ".join(other for other, its in KINDS.items() if "boxes" in its.options)
+        raise UserError(f"{where}: config.data.boxes={options['boxes']}: {having} sources can have boxes; leave it out")
     return kind.open(rest, **{option: value for option, value in options.items() if option in kind.options})

@@ -112,6 +112,24 @@ def paths(data: bytes) -> list[str]:
         return []
 
 
+def has(data: bytes, path: str) -> bool:
+    """Whether a JSON file has something at a dotted path."""
+    try:
+        return at(json.loads(data), path) is not None
+    except ValueError:
+        return False
+
+
+def lists(data: bytes) -> list[str]:
+    """The fields at the top of a JSON file that are lists of objects; empty for what is not JSON."""
+    try:
+        about = json.loads(data)
+    except ValueError:
+        return []
+    fields = about.items() if isinstance(about, dict) else ()
+    return [name for name, value in fields if isinstance(value, list) and any(isinstance(v, dict) for v in value)]
+
+
 def check_paths(where: str, wanted: Sequence[Field], files: Iterable[bytes]) -> tuple[str, ...]:
     """A note for each path of ``wanted`` at which none of some JSON files has text.
 

@@ -18,7 +18,8 @@ class Sample(NamedTuple):
     label: int = -1
     """The class, for zero-shot classification; -1 if there is none."""
     extras: Mapping[str, Any] = {}
-    """Further fields of a source by name: boxes, further views of the same example. Read-only."""
+    """Further fields of a source by name. Read-only. ``boxes``: ``boxes.py``'s, of the whole image; in the view of
+    an objective, as they lie in the image of the pair."""
     shares: tuple[float, ...] = ()
     """How often training takes each caption, summing to 1; empty if all are taken equally often."""
     index: int = -1

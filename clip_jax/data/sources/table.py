@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip_jax.data.sources import boxes as box_files
 from clip_jax.data.sources import captions, identity, patterns
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
@@ -59,6 +60,8 @@ class Table:
     """Arrow record batches with the columns image, file and those of the captions."""
     starts: tuple[int, ...] = field(repr=False)
     """The first row of each batch, and the number of all."""
+    boxes: str = ""
+    """The column of the boxes, or a dotted path into one; empty: boxes are not read."""
     former_fingerprint: str = ""
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -85,7 +88,8 @@ class Table:
         if isinstance(image, str):
             key = image if remote.is_remote(image) else os.path.join(self.folders[values["file"]], image)
             image = _file(key)
-        return Sample(image, found.texts, key, shares=found.shares)
+        extras = {"boxes": box_files.parse(captions.at(values, self.boxes), key)} if self.boxes else {}
+        return Sample(image, found.texts, key, extras=extras, shares=found.shares)
 
 
 def _file(where: str) -> bytes:
@@ -103,34 +107,35 @@ def _file(where: str) -> bytes:
         raise BadSampleError("no such file", where) from error
 
 
-def open_parquet(where: str, *, image: str = "", caption: str = "txt") -> Source:
+def open_parquet(where: str, *, image: str = "", caption: str = "txt", boxes: str = "") -> Source:
     """Parquet files, by the names that ``patterns.py`` takes. Raises UserError."""
-    return _open("parquet", where, image, caption)
+    return _open("parquet", where, image, caption, boxes)
 
 
-def open_csv(where: str, *, image: str = "", caption: str = "txt") -> Source:
+def open_csv(where: str, *, image: str = "", caption: str = "txt", boxes: str = "") -> Source:
     """CSV or TSV files: a header line with a tab in it is separated by tabs, as OpenCLIP's are. Raises UserError."""
-    return _open("csv", where, image, caption)
+    return _open("csv", where, image, caption, boxes)
 
 
-def _open(kind: str, where: str, image: str, caption: str) -> Source:
+def _open(kind: str, where: str, image: str, caption: str, boxes: str) -> Source:
     import pyarrow as pa
 
     named = patterns.files(where, SUFFIXES[kind])
     files = [file if remote.is_remote(file) else os.path.abspath(file) for file in named]
     wanted = captions.named(caption)
+    more = [boxes] if boxes else []
     with ThreadPoolExecutor(identity.THREADS) as pool:
         stats = list(pool.map(ranges.stat, files))
-    settings = [files, stats, image, caption, RULES]
+    settings = [files, stats, image, caption, RULES, *more]
     copy = identity.cache_folder() / "tables" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
     if not copy.is_dir():
-        columns = [_columns(kind, file, image, wanted) for file in files]
+        columns = [_columns(kind, file, image, wanted, boxes) for file in files]
         _copy(kind, files, stats, columns, copy)
     mapped = pa.ipc.open_file(pa.memory_map(str(copy / "rows.arrow")))
     names = [name for name in mapped.schema.names if name not in ("image", "file")]
     batches = tuple(mapped.get_batch(i) for i in range(mapped.num_record_batches))
     folders = tuple(os.path.dirname(file) for file in files)
-    content = [identity.of_files(files), [os.path.splitext(f)[1] for f in files], image, caption]
+    content = [identity.of_files(files), [os.path.splitext(f)[1] for f in files], image, caption, *more]
     behind = _behind_paths(batches, folders)
     first = next(iter(batches[0].column("image").slice(0, 1).to_pylist()), None)
     first = first.get("path") if isinstance(first, dict) and not first.get("bytes") else first
@@ -140,6 +145,7 @@ def _open(kind: str, where: str, image: str, caption: str) -> Source:
         fingerprint=_digest([*content, behind] if behind else content),
         folders=folders,
         captions=wanted or captions.fields(names[0]),
+        boxes=boxes,
         batches=batches,
         starts=tuple(itertools.accumulate((batch.num_rows for batch in batches), initial=0)),
         former_fingerprint=_digest(content) if behind else "",
@@ -172,7 +178,7 @@ def _behind_paths(batches: tuple[Any, ...], folders: tuple[str, ...]) -> list[st
     return [digests.get(file, "") for file in files]
 
 
-def _columns(kind: str, file: str, image: str, wanted: tuple[captions.Field, ...]) -> dict[str, str]:
+def _columns(kind: str, file: str, image: str, wanted: tuple[captions.Field, ...], boxes: str) -> dict[str, str]:
     """Name in the copy -> column of the file."""
     import pyarrow.parquet as pq
 
@@ -198,11 +204,13 @@ def _columns(kind: str, file: str, image: str, wanted: tuple[captions.Field, ...
             )
         return found
 
-    texts = [name if name in names else name.partition(".")[0] for name, _ in wanted] or [
-        pick("", CAPTION_COLUMNS, "config.data.caption")
-    ]
+    def column(path: str) -> str:
+        return path if path in names else path.partition(".")[0]
+
+    texts = [column(name) for name, _ in wanted] or [pick("", CAPTION_COLUMNS, "config.data.caption")]
     texts = [pick(name, (), "config.data.caption") for name in texts]
-    return {"image": pick(image, IMAGE_COLUMNS, "config.data.image"), **{name: name for name in texts}}
+    more = [pick(column(boxes), (), "config.data.boxes")] if boxes else []
+    return {"image": pick(image, IMAGE_COLUMNS, "config.data.image"), **{name: name for name in (*texts, *more)}}
 
 
 def _copy(kind: str, files: list[str], stats: list[Stat], columns: list[dict[str, str]], to: Path) -> None:

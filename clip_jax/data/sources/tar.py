@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from clip_jax.data.sources import boxes as box_files
 from clip_jax.data.sources import captions, labels, patterns, tar_headers, tar_index
 from clip_jax.data.sources.captions import Captions
 from clip_jax.data.sources.left_out import MAX_SHARE
@@ -27,7 +28,7 @@ from clip_jax.data.sources.sample import BadSampleError, Sample
 from clip_jax.data.sources.tar_headers import BLOCK
 from clip_jax.data.sources.tar_index import Index
 from clip_jax.data.valid_text import shown
-from clip_jax.errors import UserError
+from clip_jax.errors import UserError, nearest
 from clip_jax.storage import ranges
 from clip_jax.storage.ranges import Read, Stat
 from clip_jax.storage.remote import Chunks
@@ -50,6 +51,8 @@ class TarSource:
     captions: tuple[captions.Field, ...]
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    boxes: str = ""
+    """A dotted path in the JSON; empty: boxes are not read."""
     index: Index = field(repr=False, default=None)
     chunks: Chunks | None = field(repr=False, default=None)
     """The cache for long reads of remote shards; None: each sample is read on its own."""
@@ -61,7 +64,8 @@ class TarSource:
         key, data = self.read(i)
         label = labels.parse(data["cls"]) if self.class_names else -1
         found = self._captions(data, key, label)
-        return Sample(data["image"], found.texts, key, label, shares=found.shares)
+        extras = {"boxes": self._boxes(data, key)} if self.boxes else {}
+        return Sample(data["image"], found.texts, key, label, extras, found.shares)
 
     def read(self, i: int) -> tuple[str, dict[str, bytes]]:
         """Shard and name of the image; and the sample's members by kind. Raises OSError."""
@@ -82,6 +86,13 @@ class TarSource:
             raise BadSampleError("empty caption", key)
         return found if found.texts else Captions((self.class_names[label],), ())
 
+    def _boxes(self, data: dict[str, bytes], key: str) -> tuple[box_files.Box, ...]:
+        try:
+            about = json.loads(data.get("json", b"{}"))
+        except ValueError as error:
+            raise BadSampleError("unreadable JSON", key) from error
+        return box_files.parse(captions.at(about, self.boxes), key)
+
 
 def open_tar(
     where: str,
@@ -90,9 +101,10 @@ def open_tar(
     truncated: str = "stop",
     max_bad_share: float = MAX_SHARE,
     long_reads: bool = False,
+    boxes: str = "",
     class_names: Sequence[str] | None = None,
 ) -> TarSource:
-    """Shards by the names that ``patterns.py`` takes; ``caption`` as in ``captions.py``.
+    """Shards by the names that ``patterns.py`` takes; ``caption`` as in ``captions.py``, ``boxes`` a path in the JSON.
 
     ``long_reads``: neighbors are read together, so that a remote shard is read in long pieces. ``class_names``: what
     the labels count, in place of a ``classnames.txt`` beside the shards; then every sample needs a label.
@@ -107,7 +119,7 @@ def open_tar(
     folders = sorted({os.path.dirname(shard) for shard in shards})
     names, more = labels.class_names(where, folders, index.labels(), len(index), class_names)
     # What is in the shards, not where they are or how they are called: a copy is the same data.
-    content = json.dumps([[shard.digest for shard in index.shards], caption, names])
+    content = json.dumps([[shard.digest for shard in index.shards], caption, names, *([boxes] if boxes else [])])
     source = TarSource(
         name=f"tar:{where}",
         fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
@@ -116,26 +128,42 @@ def open_tar(
         captions=wanted,
         class_names=names,
         notes=(*left_out.notes(), *more),
+        boxes=boxes,
         index=index,
         chunks=Chunks() if long_reads else None,
     )
+    if boxes:
+        _check_boxes(where, source)
     return dataclasses.replace(source, notes=(*source.notes, *_check_captions(where, source)))
+
+
+def _tried(source: TarSource, count: int) -> Iterator[bytes]:
+    """The JSON of some samples, spread over all of them."""
+    for i in np.unique(np.linspace(0, len(source) - 1, count, dtype=np.int64)):
+        _, data = source.read(int(i))
+        if "json" in data:
+            yield data["json"]
+
+
+def _check_boxes(where: str, source: TarSource) -> None:
+    """Raises UserError if none of the samples that are tried has the field."""
+    files = list(_tried(source, TRIED))
+    if not any(captions.has(data, source.boxes) for data in files):
+        there = sorted({name for data in files for name in captions.lists(data)})
+        way_out = f"; lists there are {', '.join(there)}" if there else ""
+        raise UserError(
+            f"{where}: config.data.boxes={source.boxes}: none of the {len(files)} .json that were tried has this field"
+            f"{nearest(source.boxes, there)}{way_out}"
+        )
 
 
 def _check_captions(where: str, source: TarSource) -> tuple[str, ...]:
     """Notes; UserError where no sample can have a caption by the setting. With labels there is the class name."""
     index = source.index
-
-    def tried(count: int) -> Iterator[bytes]:
-        for i in np.unique(np.linspace(0, len(index) - 1, count, dtype=np.int64)):
-            _, data = source.read(int(i))
-            if "json" in data:
-                yield data["json"]
-
     files = {field: "txt" if field.name in captions.TEXT_FILE else "json" for field in source.captions}
     wanted = [field for field in source.captions if index.having(files[field])]
     if any(files[field] == "json" for field in wanted):
-        return captions.check_paths(where, wanted, tried(TRIED))
+        return captions.check_paths(where, wanted, _tried(source, TRIED))
     if wanted:
         return ()
     if source.class_names:
@@ -143,7 +171,7 @@ def _check_captions(where: str, source: TarSource) -> tuple[str, ...]:
     if "txt" not in files.values():
         names = ", ".join(field.name for field in source.captions)
         raise UserError(f"{where}: config.data.caption={names}, and no sample has a .json")
-    found = sorted({name for data in tried(4) for name in captions.paths(data)})
+    found = sorted({name for data in _tried(source, 4) for name in captions.paths(data)})
     way_out = "set config.data.caption to a path in the .json" + (f" ({', '.join(found)})" if found else "")
     if not index.having("json"):
         file = os.path.join(os.path.dirname(source.shards[0]), labels.FILE)

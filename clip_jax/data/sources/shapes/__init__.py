@@ -15,9 +15,10 @@ import hashlib
 import itertools
 from dataclasses import dataclass
 
+from clip_jax.data.sources.boxes import Box
 from clip_jax.data.sources.sample import Sample
-from clip_jax.data.sources.shapes.captions import TEMPLATES, write_caption
-from clip_jax.data.sources.shapes.rendering import Scene, render
+from clip_jax.data.sources.shapes.captions import TEMPLATES, write_caption, write_name
+from clip_jax.data.sources.shapes.rendering import Scene, box, render
 from clip_jax.data.sources.shapes.scenes import HELD_OUT, SEEN, draw_scene, generator, held_out_scenes
 from clip_jax.errors import UserError, nearest
 
@@ -86,7 +87,8 @@ class Shapes:
     def __getitem__(self, index: int) -> Sample:
         scene, captions = self.describe(index)
         label = index % len(CLASS_NAMES) if self.split == "zero_shot" else -1
-        return Sample(render(scene, self.image_size), captions, f"{self.name}/{index}", label)
+        boxes = tuple(Box(box(each, self.image_size), write_name(each)) for each in scene.objects)
+        return Sample(render(scene, self.image_size), captions, f"{self.name}/{index}", label, {"boxes": boxes})
 
     def describe(self, index: int) -> tuple[Scene, tuple[str, ...]]:
         """The scene of sample ``index`` and its captions, without rendering it."""

@@ -47,6 +47,11 @@ def write_caption(rng: random.Random, scene: Scene, detail: float) -> str:
     return frame.format(_relate(rng, objects, detail))
 
 
+def write_name(each: SceneObject) -> str:
+    """The text of an object's box: everything but its position."""
+    return f"a {each.size} {each.texture} {each.color} {each.shape}"
+
+
 def _describe_one(rng: random.Random, only: SceneObject, detail: float, with_position: bool, frame: str) -> str:
     if only.texture in _TEXTURE_CLAUSES and rng.random() < 0.3 * detail:
         noun = f"{_noun(rng, only, detail, texture=False)} {_TEXTURE_CLAUSES[only.texture]}"

@@ -61,13 +61,42 @@ def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "side side 3"]:
         stencil = _stencil(each.shape, each.texture, each.radius * image_size, image_size)
         # Centers are rounded to whole pixels, or no two objects would share a stencil.
         half = len(stencil.keep) // 2
-        left = min(max(round(each.x * image_size), half), image_size - half) - half
-        top = min(max(round(each.y * image_size), half), image_size - half) - half
+        left, top = (middle - half for middle in _center(each, image_size))
         patch = canvas[top : top + 2 * half, left : left + 2 * half]
         patch *= stencil.keep
         patch += stencil.tint * np.float32(each.rgb)
         patch += stencil.white
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+
+
+def box(each: SceneObject, image_size: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of an object in the picture of that size, as fractions of its side."""
+    x, y = _center(each, image_size)
+    radius = each.radius * image_size
+    left, top, right, bottom = _extent(each.shape)
+    sides = (x + radius * left, y + radius * top, x + radius * right, y + radius * bottom)
+    return tuple(min(max(side / image_size, 0.0), 1.0) for side in sides)
+
+
+def _center(each: SceneObject, image_size: int) -> tuple[int, int]:
+    """Where an object is drawn, in whole pixels: all of its stencil lies in the picture."""
+    half = _half(each.radius * image_size)
+    return tuple(min(max(round(side * image_size), half), image_size - half) for side in (each.x, each.y))
+
+
+def _half(radius: float) -> int:
+    """Half of the side of a stencil: the radius and the soft edge, in whole pixels."""
+    return math.ceil(radius + 0.5)
+
+
+@functools.cache
+def _extent(shape: str) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a shape in units of its radius, to 1/256."""
+    steps = np.linspace(-1, 1, 513, dtype=np.float32)
+    x, y = np.broadcast_arrays(steps[None, :], steps[:, None])
+    inside = SHAPES[shape](x, y) <= 0
+    across, down = (steps[np.flatnonzero(inside.any(axis))] for axis in (0, 1))
+    return float(across[0]), float(down[0]), float(across[-1]), float(down[-1])
 
 
 def background(scene: Scene, image_size: int) -> Float[np.ndarray, "side side 3"]:
@@ -87,7 +116,7 @@ class _Stencil(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _stencil(shape: str, texture: str, radius: float, image_size: int) -> _Stencil:
-    half = math.ceil(radius + 0.5)
+    half = _half(radius)
     centers = np.arange(-half, half, dtype=np.float32) + np.float32(0.5)
     x, y = np.broadcast_arrays(centers[None, :], centers[:, None])
     distance = SHAPES[shape](x / radius, y / radius) * radius
