@@ -238,3 +238,16 @@ def test_a_set_that_is_not_whole_is_one_line(write, spoil, message, run, tmp_pat
     assert main(["evaluate", f"--model={run}", f"--data={tmp_path / 'set'}", f"--output={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_segment_draws_a_sheet_per_image_and_shares_that_sum_to_1(run, tmp_path, capsys):
+    for name in ("a/x.jpg", "b/x.jpg", "b/y.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(len(name)))
+    command = ["segment", f"--model={run}", "--labels=a red circle,a blue star", f"--output={tmp_path / 'out'}"]
+    assert main([*command, f"--image={tmp_path / 'b'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and sum(float(line.split("%")[0]) for line in lines[1:3]) == pytest.approx(100, abs=0.2)
+    assert Image.open(tmp_path / "out/y.png").width > 4 * 320
+    assert main([*command, f"--image={tmp_path / 'a'}", f"--image={tmp_path / 'b'}"]) == 2
+    assert "two files have the same name" in capsys.readouterr().err

@@ -38,8 +38,10 @@ def test_equal_vectors_are_found_in_their_order_and_k_may_exceed_the_index():
 
 def test_the_largest_by_chunks_are_those_of_a_full_sort_with_many_equal_values():
     rng = np.random.default_rng(0)
-    for values in (rng.normal(size=(7, 64)), rng.integers(0, 4, (7, 64)), np.zeros((7, 64))):
-        values = np.where(rng.random((7, 64)) < 0.1, -np.inf, values).astype(np.float32)
+    few = np.zeros((7, 64))
+    few[:, 40], few[:, [2, 41]] = 5, 3  # the earlier of the equal values is in the chunk with the lower maximum
+    for values in (rng.normal(size=(7, 64)), rng.integers(0, 4, (7, 64)), np.zeros((7, 64)), few):
+        values = np.where(rng.random((7, 64)) < 0.1 * (values < 3), -np.inf, values).astype(np.float32)
         found, where = top_k(jnp.asarray(values), 5, chunk=8)
         expected = np.argsort(-values, axis=1, kind="stable")[:, :5]
         assert np.asarray(where).tolist() == expected.tolist()
