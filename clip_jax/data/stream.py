@@ -95,13 +95,14 @@ class TrainingBatches:
             key = str(index)
             try:
                 found = _read(self.source, index)._replace(index=index)
-                sample, key = faults.with_short_captions(found), found.key
+                short, key = faults.with_short_captions(found), found.key
+                sample = short
                 for name in PAIR:
                     sample = self.views[name].fill(sample, rng, arrays) or sample
                 for name, view in self.views.items():
                     if name not in PAIR:
                         view.fill(sample, self._generator(position, name, attempt), arrays)
-                counts[faults.COLUMNS.index(faults.CUT)] += sample is not found
+                counts[faults.COLUMNS.index(faults.CUT)] += short is not found
                 return index
             except images.BadImageError as error:
                 self.faults.count(BadSampleError(str(error), key), counts)
