@@ -28,7 +28,7 @@ from clip_jax.reports.gallery import Gallery, make_gallery
 from clip_jax.storage import run_folder
 from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir, latest_step
 from clip_jax.storage.run_folder import Folder
-from clip_jax.training import console, initialize, restart, stop
+from clip_jax.training import console, initialize, restart, stop, stored_images
 from clip_jax.training.recorder import Recorder
 from clip_jax.training.run import Phase, Run, constants_of, description, make_run
 from clip_jax.training.state import TrainState
