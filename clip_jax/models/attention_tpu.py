@@ -74,7 +74,9 @@ def _attend(query: Queries, key: Keys, value: Keys, mask: Mask | None, *, causal
 
     seen = None
     if mask is not None:
-        seen = jnp.broadcast_to(mask, (mask.shape[0], queries, keys)).swapaxes(1, 2).astype(jnp.float32)
+        # A mask that is the same for all queries stays a column: as a square it would fill the fast memory.
+        rows = 1 if mask.shape[1] == 1 else queries
+        seen = jnp.broadcast_to(mask, (mask.shape[0], rows, keys)).swapaxes(1, 2).astype(jnp.float32)
     shape = _Shape(padded_dim, dim**-0.5, queries, keys, causal, interpret)
     mixed = _kernel(shape, columns(query), columns(key), columns(value), seen)
     return mixed.reshape(batch, queries, padded_heads, padded_dim)[:, :, :heads, :dim]
@@ -97,7 +99,7 @@ def _kernel(
     query: Float[Array, "batch queries width"],
     key: Float[Array, "batch keys width"],
     value: Float[Array, "batch keys width"],
-    seen: Float[Array, "#batch keys queries"] | None,
+    seen: Float[Array, "#batch keys #queries"] | None,
 ) -> Float[Array, "batch queries width"]:
     return _call(_forward, shape, (query, key, value), seen, (query,))[0]
 
@@ -131,7 +133,11 @@ def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
     if seen is not None:
         images_seen = images if seen.shape[0] > 1 else 1
         shared = seen.shape[0] == 1
-        specs.append(pl.BlockSpec((images_seen, keys, queries), lambda i, j: (0 if shared else i, 0, 0)))
+        specs.append(
+            pl.BlockSpec(
+                (images_seen, keys, queries if seen.shape[2] > 1 else 1), lambda i, j: (0 if shared else i, 0, 0)
+            )
+        )
         masks = (seen,)
 
     def program(*refs):
@@ -157,8 +163,7 @@ def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
 def _forward(shape: _Shape, inputs, visible, outputs) -> None:
     query, key = inputs[0][...], inputs[1][...]
     transposed = _defined(inputs[2][...], shape.keys).T
-    for start in range(0, query.shape[0], QUERIES):
-        rows = slice(start, min(start + QUERIES, query.shape[0]))
+    for rows in _tiles(query):
         mixed = []
         for head, lanes in _heads(shape, query.shape[1]):
             weights, total = _softmax(shape, key, _only(query[rows], lanes), visible, rows)
@@ -171,8 +176,7 @@ def _backward(shape: _Shape, inputs, visible, outputs) -> None:
     query, key, value, gradient = (_defined(ref[...], n) for ref, n in zip(inputs, tokens, strict=True))
     transposed, used = key.T, slice(_used(shape.keys))
     d_key = d_value = 0.0
-    for start in range(0, query.shape[0], QUERIES):
-        rows = slice(start, min(start + QUERIES, query.shape[0]))
+    for rows in _tiles(query):
         d_query = []
         for head, lanes in _heads(shape, query.shape[1]):
             one, d_mixed = _only(query[rows], lanes), _only(gradient[rows], lanes)
@@ -197,7 +201,7 @@ def _softmax(shape: _Shape, key, query, visible, rows: slice) -> tuple[Array, Ar
         queries = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) + rows.start
         conditions.append(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= queries)
     if visible is not None:
-        conditions.append(visible[:used, rows] > 0)
+        conditions.append((visible[:used, rows] if visible.shape[1] > 1 else visible[:used]) > 0)
     seen = functools.reduce(jnp.logical_and, conditions) if conditions else None
     if seen is not None:
         scores = jnp.where(seen, scores, HIDDEN)
@@ -208,6 +212,12 @@ def _softmax(shape: _Shape, key, query, visible, rows: slice) -> tuple[Array, Ar
     weights = _replaced(jnp.where(seen, weights, 0.0), shape.keys, 0.0)
     total = jnp.sum(weights, axis=0, keepdims=True)
     return weights, jnp.where(total > 0, total, 1.0)
+
+
+def _tiles(query: Array) -> list[slice]:
+    """Tiles of queries; products of float32 are split into several of bfloat16 and need more memory."""
+    size = QUERIES if query.dtype == jnp.bfloat16 else max(LANES, QUERIES // 4)
+    return [slice(start, min(start + size, query.shape[0])) for start in range(0, query.shape[0], size)]
 
 
 def _heads(shape: _Shape, lanes: int) -> list[tuple[slice, tuple[int, int] | None]]:
