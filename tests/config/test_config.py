@@ -324,7 +324,13 @@ def test_how_a_phase_is_computed_may_change_on_a_restart_and_nothing_else_of_it(
 
 def test_what_a_message_to_a_run_that_stopped_advises_may_change_on_a_restart():
     """The settings are read out of the messages, so that new advice is tried too."""
-    files = ("training/stop", "training/restart", "training/budget", "data/sources/folder_files", "data/sources/tar_index")
+    files = (
+        "training/stop",
+        "training/restart",
+        "training/budget",
+        "data/sources/folder_files",
+        "data/sources/tar_index",
+    )
     files += ("data/sources/left_out",)
     advised, config = set(), valid()
     for file in files:
