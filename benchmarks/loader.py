@@ -1,13 +1,13 @@
 """Pairs per second of the input stream, with both settings of ``data.resize``, and of OpenCLIP's loader.
 
-    python benchmarks/loader.py [--peer=PYTHON] [--repeats=5] [--batch=128] [--json]
+    python benchmarks/loader.py [--peer=PYTHON] [--repeats=5] [--batch=128] [--cpu] [--json]
 
 Needs ../shared/data and, for OpenCLIP, an environment of tests/peers/make_env.sh (its Python, or CLIP_JAX_PEERS); else
 ours alone is measured. Two sets of tar shards: the emoji (136x136), and 500x400 JPEGs of quality 90 made from the
 photographs. Each loader has two workers, makes batches of crops of 224 px and captions, and is timed from its first
 batch to its last; they take turns, so that a busy machine slows all equally. OpenCLIP's batches are normalized
 float32; ours are uint8 and normalized on the device. "Bare" is decoding and resizing alone, of files in memory, in as
-many threads.
+many threads. ``--cpu`` measures CPU seconds of this process, which depend less on other work, and leaves OpenCLIP out.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from clip_jax.data.views import pair_views
 DATA = peer.ROOT.parent / "shared" / "data"
 SIZE, WORKERS, PREFETCH = 224, 2, 4  # PyTorch's loader prefetches two batches per worker
 PHOTOS = 1024
+Clock = Callable[[], float]
 
 # For each line on stdin, the name of a set of shards, prints the seconds per pair of a pass over it.
 OPEN_CLIP = """
@@ -90,7 +91,7 @@ def write_photos(folder: Path) -> list[str]:
     return shards
 
 
-def our_seconds(source: Source, resize: str, batch: int) -> float:
+def our_seconds(source: Source, resize: str, batch: int, clock: Clock) -> float:
     """Per pair, over as many batches as there are in the source."""
     views = pair_views(
         image_size=SIZE,
@@ -105,7 +106,7 @@ def our_seconds(source: Source, resize: str, batch: int) -> float:
     steps = len(source) // batch
     batches = stream(make, np.arange(batch), 0, steps, workers=WORKERS, prefetch=PREFETCH)
     next(batches)
-    return _timed(lambda: _exhaust(batches)) / (steps - 1) / batch
+    return _timed(lambda: _exhaust(batches), clock) / (steps - 1) / batch
 
 
 @functools.cache
@@ -113,7 +114,7 @@ def tokenizer() -> tokenizers.Tokenizer:
     return tokenizers.clip(DATA / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz")
 
 
-def bare_seconds(files: list[bytes], resize: str) -> float:
+def bare_seconds(files: list[bytes], resize: str, clock: Clock) -> float:
     """Per image: whole images decoded and resized, in WORKERS threads."""
 
     def one(data: bytes) -> np.ndarray:
@@ -125,13 +126,13 @@ def bare_seconds(files: list[bytes], resize: str) -> float:
 
     with ThreadPoolExecutor(WORKERS) as threads:
         parts = [files[n::WORKERS] for n in range(WORKERS)]
-        return _timed(lambda: _exhaust(threads.map(lambda part: _exhaust(map(one, part)), parts))) / len(files)
+        return _timed(lambda: _exhaust(threads.map(lambda part: _exhaust(map(one, part)), parts)), clock) / len(files)
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _timed(call: Callable[[], Any], clock: Clock) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _exhaust(items: Iterable[Any]) -> None:
@@ -139,25 +140,27 @@ def _exhaust(items: Iterable[Any]) -> None:
         pass
 
 
-def measure(sets: dict[str, list[str]], python: str | None, repeats: int, batch: int) -> dict[str, dict[str, list]]:
+def measure(
+    sets: dict[str, list[str]], python: str | None, repeats: int, batch: int, cpu: bool
+) -> dict[str, dict[str, list]]:
     """Set -> what -> seconds per pair of each turn."""
     sources = {name: open_source(f"tar:{','.join(shards)}", image_size=SIZE) for name, shards in sets.items()}
     job = {"size": SIZE, "workers": WORKERS, "batch": batch}
     job["sets"] = {name: (shards, len(sources[name])) for name, shards in sets.items()}
-    results = {}
+    results, clock = {}, time.process_time if cpu else time.perf_counter
     for name, source in sources.items():
         files = [source[i].image for i in range(len(source))]
         turns: dict[str, Callable[[], float]] = {}
         for resize in ("pillow", "simd"):
-            turns[resize] = functools.partial(our_seconds, source, resize, batch)
-            turns[f"bare {resize}"] = functools.partial(bare_seconds, files, resize)
+            turns[resize] = functools.partial(our_seconds, source, resize, batch, clock)
+            turns[f"bare {resize}"] = functools.partial(bare_seconds, files, resize, clock)
         results[name] = {what: [] for what in turns}
 
         def turn(name: str = name, turns: dict = turns) -> None:
             for what, seconds in turns.items():
                 results[name][what].append(seconds())
 
-        if python is None and not peer.is_installed():
+        if cpu or (python is None and not peer.is_installed()):
             for _ in range(repeats):
                 turn()
             continue
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument("--peer", metavar="PYTHON")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not DATA.exists():
@@ -197,14 +201,15 @@ def main() -> None:
             "emoji": [str(path) for path in sorted((DATA / "emoji").glob("train-*.tar"))],
             "photos 500x400": write_photos(Path(folder)),
         }
-        summary = summarized(measure(sets, args.peer, args.repeats, args.batch))
+        summary = summarized(measure(sets, args.peer, args.repeats, args.batch, args.cpu))
     if args.json:
         print(json.dumps(summary))
         return
+    unit = "CPU second" if args.cpu else "s"
     for name, rows in summary.items():
         print(f"{name}, {SIZE} px, {WORKERS} workers")
         for what, value in rows.items():
-            print(f"  {what:<20}{value if isinstance(value, str) else f'{value:,.0f} pairs/s'}")
+            print(f"  {what:<20}{value if isinstance(value, str) else f'{value:,.0f} pairs/{unit}'}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from clip_jax.commands import main
+from clip_jax.data.sources import open_source
 from clip_jax.data.statistics import script
+from clip_jax.data.tokenizers import train_sentencepiece
 from tests.data.shards import jpeg, sample, write_shard
 
 
@@ -48,10 +50,10 @@ def table(text):
 
 
 def test_tokens_are_counted_against_the_context_length(tmp_path, capsys):
-    (tmp_path / "merges.txt").write_text("#version: x\nc a\nca t</w>\n")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\nx\n")
     captions = ["cat", "cat cat", "cat cat cat", "x"]  # 1, 2, 3 and 1 tokens, and two around them
     path = write_shard(tmp_path / "0.tar", [sample(i, caption) for i, caption in enumerate(captions)])
-    command = ["inspect", f"tar:{path}", "--tokenizer=clip", f"--vocab={tmp_path}/merges.txt", "--context-length=4"]
+    command = ["inspect", f"tar:{path}", "--tokenizer=clipa", f"--vocab={tmp_path}/vocab.txt", "--context-length=4"]
     assert main(command) == 0
     shown = table(capsys.readouterr().out)
     assert shown["cut captions"] == "1 (25.0%) have more than 4 tokens"
@@ -62,7 +64,10 @@ def test_tokens_are_counted_against_the_context_length(tmp_path, capsys):
 
 def test_a_recipe_is_shown_with_the_batch_that_a_run_trains_on_first(tmp_path, capsys):
     html = tmp_path / "page.html"
+    captions = [caption for scene in open_source("shapes:heldout", image_size=32) for caption in scene.captions]
+    train_sentencepiece(captions, 300, tmp_path / "words.model")
     small = ["--config.batch_size=8", "--config.model.image.image_size=32", "--examples=5"]
+    small += [f"--config.tokenizer.vocab={tmp_path}/words.model"]
     assert main(["inspect", "--config=demo", *small, f"--html={html}"]) == 0
     shown = table(capsys.readouterr().out)
     assert shown["pairs"] == "8, of which 8 were made" and shown["images"] == "32x32 pixels"

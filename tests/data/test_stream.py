@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from clip_jax.data import stream as data_stream
 from clip_jax.data.faults import COLUMNS, KINDS, MAX_CHARACTERS, Faults, kind
 from clip_jax.data.order import Order, mix
 from clip_jax.data.sources import open_source
@@ -209,3 +210,10 @@ def test_a_transient_fault_is_retried_and_a_lasting_one_stops(tmp_path, monkeypa
     lasting.left = 99
     with pytest.raises(UserError, match=r"tar:somewhere: example 5 cannot be read: connection reset"):
         read(lasting, 5)
+
+
+def test_the_generator_of_a_pair_is_philox_with_its_key_whatever_was_drawn_before():
+    for key in (0, 1, 2**63 + 5, 2**64 - 1):
+        found, expected = data_stream._generator_of_thread(key), np.random.Generator(np.random.Philox(key=key))
+        for draw in (lambda g: g.random(3).tolist(), lambda g: [g.integers(9) for _ in range(3)]):
+            assert draw(found) == draw(expected)
