@@ -27,6 +27,7 @@ UNSEEN = (
     "norm_epsilon",
     "norm_last",
     "pooling",
+    "query_heads",
     "rotary_grid",
     "shifted_mask",
 )

@@ -50,7 +50,7 @@ def test_composition_and_corruptions_in_a_run_are_those_after_it(monkeypatch):
 def test_a_source_that_a_protocol_cannot_use_is_said(tmp_path):
     source = open_tar(str(write_shard(tmp_path / "0.tar", [sample(0)])))
     for protocol in set(protocols.PROTOCOLS) - {"retrieval"}:
-        with pytest.raises(UserError, match=r"config.eval.e.source=tar:"):
+        with pytest.raises(UserError, match=r"config.eval.e.(source=tar:|protocol=)"):
             protocols.check(evaluation(protocol, source))
 
 

@@ -83,12 +83,12 @@ OTHERWISE = {  # every field of the towers, with another value than PRESET's
         "activation": "gelu", "class_token": False, "patch_bias": True, "norm_pre": False, "norm_epsilon": 1e-6,
         "pooling": "average", "norm_before_pooling": True, "projection": False, "projection_bias": True,
         "norm_last": True, "swiglu": True, "key_bias": False, "rotary_grid": 16,
-        "layer_scale": 1e-4, "init": "timm",
+        "layer_scale": 1e-4, "init": "timm", "queries": 3, "query_heads": 2,
     },
     "text": {
         "context_length": 16, "vocab_size": 300, "width": 64, "layers": 1, "heads": 2, "mlp_width": 64,
         "activation": "gelu", "causal": False, "pooling": "last", "eos_id": 7, "norm_epsilon": 1e-6,
-        "projection": False, "projection_bias": True,
+        "projection": False, "projection_bias": True, "shifted_mask": True,
     },
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ OTHERWISE = {  # every field of the towers, with another value than PRESET's
 def test_every_setting_of_a_tower_shows_in_the_shapes_or_is_compared(tower):
     fields = {field.name for field in dataclasses.fields(getattr(PRESET.architecture, tower))}
     assert fields == OTHERWISE[tower].keys()
-    unchanged = jax.tree.map(np.shape, shapes())
+    unchanged, by_queries = jax.tree.map(np.shape, shapes()), {"pooling": "queries", "query_heads": 2}
     for name, value in OTHERWISE[tower].items():
         if name == "init":
             continue  # the initial values, which loaded weights replace
@@ -105,6 +105,9 @@ def test_every_setting_of_a_tower_shows_in_the_shapes_or_is_compared(tower):
             changed = dataclasses.replace(getattr(PRESET.architecture, tower), **{name: value})
             other = PRESET._replace(architecture=dataclasses.replace(PRESET.architecture, **{tower: changed}))
             assert list(differences(PRESET, other)) == [f"{tower}/{name}"]
+        elif name == "queries":  # there are none in another pooling
+            few, many = (shapes(image={**by_queries, "queries": number}) for number in (value, 5))
+            assert jax.tree.map(np.shape, few) != jax.tree.map(np.shape, many)
         else:
             assert jax.tree.map(np.shape, shapes(**{tower: {name: value}})) != unchanged
 

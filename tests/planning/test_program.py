@@ -305,7 +305,7 @@ SIZES = {"f32[3,5]{1,0}": 60, "pred[7]": 7, "s4[5]": 3, "token[]": 0, "f8e4m3fn[
 
 @pytest.mark.parametrize(("shape", "size"), SIZES.items())
 def test_bytes_of_a_shape(shape, size):
-    assert program._bytes(shape) == size
+    assert program.shape_bytes(shape) == size
 
 
 def test_xla_counts_the_body_of_a_loop_only_once():
