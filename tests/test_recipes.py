@@ -175,6 +175,7 @@ def shrunk(recipe: str) -> dict[str, str]:
         "log.every_steps": "1",
         "log.tensorboard": "False",
         **({"mesh.fsdp": "2"} if config.mesh.fsdp > 1 else {}),
+        **({"micro_batch": "8"} if config.micro_batch > 0 else {}),
     }
 
 
