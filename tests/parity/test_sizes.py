@@ -103,14 +103,16 @@ folder = Path(sys.argv[1])
 counts = {}
 for name in json.loads((folder / "jobs.json").read_text()):
     config = json.loads((Path(open_clip.__file__).parent / f"model_configs/{name}.json").read_text())
-    kind = open_clip.model.CustomTextCLIP if config.pop("custom_text", False) else open_clip.model.CLIP
+    custom = config.pop("custom_text", False)
+    kind = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
+    kind = open_clip.coca_model.CoCa if "multimodal_cfg" in config else kind
     with torch.device("meta"):
         model = kind(**config)
     counts[name] = [sum(p.numel() for p in module.parameters()) for module in (model.visual, model)]
 (folder / "counts.json").write_text(json.dumps(counts))
 """
 
-REFUSED = ("EVA01", "MobileCLIP", "PE-Core", "ViTamin", "coca", "convnext", "mt5", "nllb", "roberta", "swin", "xlm")
+REFUSED = ("EVA01", "MobileCLIP", "PE-Core", "ViTamin", "coca_roberta", "convnext", "mt5", "nllb", "roberta", "swin", "xlm")
 """Prefixes of families that clip_jax does not implement."""
 REFUSED_ALONE = ("vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224")
 
