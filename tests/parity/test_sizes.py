@@ -112,7 +112,10 @@ for name in json.loads((folder / "jobs.json").read_text()):
 (folder / "counts.json").write_text(json.dumps(counts))
 """
 
-REFUSED = ("EVA01", "MobileCLIP", "PE-Core", "ViTamin", "coca_roberta", "convnext", "mt5", "nllb", "roberta", "swin", "xlm")
+REFUSED = (
+    *("EVA01", "MobileCLIP", "PE-Core", "ViTamin", "coca_roberta", "convnext"),
+    *("mt5", "nllb", "roberta", "swin", "xlm"),
+)
 """Prefixes of families that clip_jax does not implement."""
 REFUSED_ALONE = ("vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224")
 
