@@ -28,7 +28,7 @@ from clip_jax.evaluation import index
 from clip_jax.reports import search as search_page
 
 MAX_CHARACTERS = 1000
-"""Of a query; a text tower reads 77 tokens or fewer."""
+"""The longest query; a text tower reads 77 tokens or fewer."""
 MAX_UPLOAD = 20 * 2**20
 """Bytes of a request with a picture."""
 THUMBNAIL = 320

@@ -33,7 +33,7 @@ PER_SHARD = 600
 TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 HELD_OUT_SHARE = 10  # one in ten
 LANGUAGES = ("ar", "de", "en", "es", "fr", "hi", "ja", "ko", "pt", "ru", "tr", "zh")
-"""Of the names in ``captions``; an emoji without a name in one of them lacks that one."""
+"""The languages of the names in ``captions``; an emoji without a name in one of them lacks that one."""
 VARIATION = "\ufe0f"  # asks for the emoji rather than the text form; fonts and CLDR disagree on where it stands
 
 

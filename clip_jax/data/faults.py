@@ -28,7 +28,7 @@ KINDS = {
 COLUMNS = tuple(KINDS)
 NAMED = 10_000
 MAX_CHARACTERS = 16_384
-"""Of a caption: far more than the longest context. Cleaning and tokenizing a megabyte would take seconds."""
+"""The longest caption, far more than the longest context. Cleaning and tokenizing a megabyte would take seconds."""
 
 
 @dataclass

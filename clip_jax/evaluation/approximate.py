@@ -43,7 +43,7 @@ class Approximate(NamedTuple):
     probes: int
     """Lists that are searched for each query."""
     recall: float
-    """Of the exact 10 nearest."""
+    """The share of the exact 10 nearest vectors that are found."""
 
     def described(self) -> str:
         """One line for a terminal."""

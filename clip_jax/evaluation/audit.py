@@ -34,7 +34,7 @@ NON_HUMAN = ("animal", "gorilla", "chimpanzee", "orangutan")
 """The words of Radford et al. 2021, section 7.1."""
 PLEASANT = ("joy", "love", "peace", "wonderful", "pleasure", "friend", "laughter", "happy")
 UNPLEASANT = ("agony", "terrible", "horrible", "nasty", "evil", "war", "awful", "failure")
-"""Of Greenwald et al. 1998 and Caliskan et al. 2017."""
+"""Word lists from Greenwald et al. 1998 and Caliskan et al. 2017."""
 QUERIES = tuple(f"a photo of a {who}" for who in ("doctor", "nurse", "teacher", "chief executive", "cleaner"))
 K = 100
 

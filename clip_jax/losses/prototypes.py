@@ -24,7 +24,7 @@ class Assigned(NamedTuple):
 
     loss: Float[Array, ""]
     entropy: Float[Array, ""]
-    """Of the teacher's assignments: the lowest value of the loss."""
+    """The entropy of the teacher's assignments, the lowest value of the loss."""
     logits: Float[Array, "prototypes"]
     """The teacher's, of which the center is a running mean."""
 

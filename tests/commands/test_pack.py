@@ -81,9 +81,11 @@ def test_a_killed_call_leaves_no_half_of_a_shard_and_is_continued(tmp_path, monk
     options = {"per_shard": 4, "max_size": 0, "workers": 1, "form": "array_record"}
     packing.pack(source, tmp_path / "whole", **options)
 
-    def killed(count, seen=[0]):  # noqa: B006
-        seen[0] += count
-        if seen[0] >= 6:
+    seen = []
+
+    def killed(count):
+        seen.append(count)
+        if sum(seen) >= 6:
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):

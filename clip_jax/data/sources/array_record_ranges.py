@@ -33,12 +33,12 @@ from clip_jax.storage.remote import Chunks
 
 BLOCK, BLOCK_HEADER = 1 << 16, 24
 HEADER = struct.Struct("<8xQ8xQQ")
-"""Of a chunk: the size of its data, its type (8 bits) with its number of records (56), and their size."""
+"""A chunk header: the size of its data, its type (8 bits) with its number of records (56), and their size."""
 SIMPLE, TRANSPOSED = ord("r"), ord("t")
 CODECS = {ord("z"): "zstd", ord("b"): "brotli", ord("s"): "snappy"}
 MAGIC = 0x71930E704FDAE05E
 MAX_BYTES = 1 << 30
-"""Of a chunk in memory."""
+"""The largest chunk that is read into memory."""
 RULES = 1
 
 
