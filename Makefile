@@ -1,5 +1,6 @@
 # make demo       pretrain, evaluate and plot a small CLIP on this machine (five minutes on two cores)
 # make test       lint and the fast tests          make test-all   the slow tests
+# make test-exhaustive  what the slow tests show, on every mesh and recipe; before a release
 # make test-jax   the fast tests that depend on the version of JAX
 # make install    only the environment             make clean      remove environments and runs
 # make test-plan  the plan with the TPU compiler, which it downloads; needs no TPU
@@ -11,11 +12,13 @@ PEERS ?= .venv-peers
 RUN = $(VENV)/bin/python
 TESTS = $(RUN) -m pytest
 # The tests of a file share fixtures and compiled programs: they run in one worker.
-FAST = $(TESTS) -n 2 --dist=loadfile -m 'not slow and not parity'
+# The order is that of tests/conftest.py: files that take long come first.
+PARALLEL = $(TESTS) -n 2 --dist=loadfile --no-loadscope-reorder
+FAST = $(PARALLEL) -m 'not slow and not parity and not exhaustive'
 # glibc then requests large pages from the kernel: a third faster on a CPU, no effect elsewhere.
 CPU_MEMORY = GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: install test test-jax test-all test-plan demo peers clean
+.PHONY: install test test-jax test-all test-exhaustive test-plan demo peers clean
 
 install: $(VENV)/.installed
 
@@ -41,7 +44,10 @@ test-jax: $(VENV)/.installed-test
 	  --ignore=tests/test_notebooks.py
 
 test-all: $(VENV)/.installed-test
-	$(TESTS) -n 2 --dist=loadfile -rs -m 'slow or parity'
+	$(PARALLEL) -rs -m '(slow or parity) and not exhaustive'
+
+test-exhaustive: $(VENV)/.installed-test
+	$(PARALLEL) -m exhaustive
 
 demo: $(VENV)/.installed
 	$(CPU_MEMORY) $(RUN) main.py --config=configs/demo.py --workdir=runs/demo

@@ -25,6 +25,22 @@ os.environ["CLIP_JAX_CACHE"] = CACHE.name
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+LONGEST = (
+    "test_docs.py",
+    "test_every_objective.py",
+    "test_pretraining.py",
+    "test_recipes.py",
+    "test_resume.py",
+    "test_step.py",
+)
+"""Files that take long: they start first, so that no worker runs one of them alone at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_worker():
     """Drops the compiled programs of a module after its tests; otherwise a worker grows to gigabytes."""

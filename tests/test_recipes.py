@@ -73,7 +73,7 @@ SMALL_RUN = {
 
 
 @pytest.mark.parametrize(
-    ("recipe", "side"), [("siglip_b16", 32), pytest.param("siglip_so400m14", 28, marks=pytest.mark.slow)]
+    ("recipe", "side"), [("siglip_b16", 32), pytest.param("siglip_so400m14", 28, marks=pytest.mark.exhaustive)]
 )
 def test_a_siglip_recipe_has_the_papers_numbers_and_trains(recipe, side):
     """Zhai et al. 2023: t = ln 10, b = -10, Adafactor as big_vision has it; trained at a small size."""
@@ -200,13 +200,16 @@ def class_folders(folder: Path) -> str:
     return f"folder:{folder}"
 
 
-SLOW = (
-    *("clipa_l16", "lit_l16", "coca_b32", "coca_l14", "distill_b32_from_l14", "unicl_b16"),
-    *("siglip2_b16", "siglip2_so400m14"),
-)
+MARKS = {
+    "flip_l16": (),
+    **dict.fromkeys(("coca_b32", "siglip2_b16", "unicl_b16"), pytest.mark.slow),
+    **dict.fromkeys(
+        ("clipa_l16", "lit_l16", "coca_l14", "distill_b32_from_l14", "siglip2_so400m14"), pytest.mark.exhaustive
+    ),
+}
 
 
-@pytest.mark.parametrize("recipe", ["flip_l16", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=marks) for name, marks in MARKS.items()])
 def test_a_small_copy_of_a_recipe_trains_through_its_phases(tmp_path, monkeypatch, recipe):
     path = f"configs/{recipe}.py"
     config = configs.load(path)

@@ -129,9 +129,13 @@ class Learner:
             aux={name: value for name, value in aux.items() if jax.tree.leaves(value)},
         )
 
+    @functools.cached_property
+    def _abstract_state(self) -> TrainState:
+        return self._abstract(jax.eval_shape(self._boxed_state, jax.random.key(0)))
+
     def abstract_state(self) -> TrainState:
         """The state's shapes with the sharding of every leaf: nothing is computed."""
-        return self._abstract(jax.eval_shape(self._boxed_state, jax.random.key(0)))
+        return self._abstract_state
 
     def create_state(self, seed: int | None = None) -> TrainState:
         """A newly initialized state, created sharded: no device ever holds more than its shards."""

@@ -1,5 +1,7 @@
 """Protocols of a run beyond retrieval and zero-shot: the same numbers as after it, and canonical prompts for SigLIP."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -32,18 +34,20 @@ def evaluation(protocol, source, tokenizer=""):
     return Evaluation("e", protocol, source, ("A photo of a {}.",), None, embedder, None, tokenizer)
 
 
-WEIGHTS = Variables(params_of(computed(SMALL)), {})
+@functools.cache
+def weights() -> Variables:
+    return Variables(params_of(computed(SMALL)), {})
 
 
 def test_composition_and_corruptions_in_a_run_are_those_after_it(monkeypatch):
     monkeypatch.setattr(runner, "SEVERITIES", (2,))
     monkeypatch.setattr(runner, "CORRUPTIONS", ("noise", "blur"))
     pictures, labelled = (open_shapes(split, image_size=32, examples=24) for split in ("heldout", "zero_shot"))
-    found, _ = protocols.evaluate(evaluation("composition", pictures), WEIGHTS)
+    found, _ = protocols.evaluate(evaluation("composition", pictures), weights())
     assert {"eval/e/binding", "eval/e/relation", "eval/e/mean", "eval/e/images"} <= found.keys()
-    found, embedded = protocols.evaluate(evaluation("corruptions", labelled), WEIGHTS)
+    found, embedded = protocols.evaluate(evaluation("corruptions", labelled), weights())
     assert set(found) == {f"eval/e/{m}" for m in ("mean", "clean", "noise", "blur", "images", "skipped")}
-    zero_shot, _ = protocols.evaluate(evaluation("zero_shot", labelled), WEIGHTS)
+    zero_shot, _ = protocols.evaluate(evaluation("zero_shot", labelled), weights())
     assert found["eval/e/clean"] == pytest.approx(zero_shot["eval/e/zero_shot_top1"]) and len(embedded.images) == 24
 
 
@@ -60,6 +64,6 @@ def test_a_source_that_a_protocol_cannot_use_is_said(tmp_path):
 def test_the_model_decides_how_prompts_are_written(tokenizer, expected):
     labelled = open_shapes("zero_shot", image_size=32, examples=24)
     one = evaluation("zero_shot", labelled, tokenizer)
-    protocols.evaluate(one, WEIGHTS)
+    protocols.evaluate(one, weights())
     assert expected in one.embedder.tokenizer.seen
     assert np.all([text == text.lower() for text in one.embedder.tokenizer.seen]) == (tokenizer == "siglip2")

@@ -1,6 +1,7 @@
 """What holds for all objectives: the same numbers on every mesh and in micro-batches, planned as the program is."""
 
 import functools
+import itertools
 import shutil
 from dataclasses import replace
 
@@ -104,14 +105,21 @@ def two_steps(case, shape, parts):
     return metrics, jax.tree.map(np.asarray, (state.params, state.aux, state.ema))
 
 
-FAST = ("parallel captioning", (2, 2, 2))
 AXES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 """Each axis of the mesh alone, and all three; ``test_step.py`` has the others for the contrastive loss."""
-RUNS = [*(("all", mesh) for mesh in AXES), *((case, (2, 2, 2)) for case in CASES if case not in ("all", "captioning"))]
+MARKS = {
+    ("parallel captioning", (2, 2, 2)): (),
+    ("all", (2, 2, 2)): pytest.mark.slow,
+    ("positives of equal captions", (8, 1, 1)): pytest.mark.slow,
+    ("labels and hard negatives", (1, 8, 1)): pytest.mark.slow,
+    ("grounding", (1, 1, 8)): pytest.mark.slow,
+    ("head-only teacher", (2, 2, 2)): pytest.mark.slow,
+}
 
 
 @pytest.mark.parametrize(
-    ("case", "shape"), [pytest.param(*run, marks=() if run == FAST else pytest.mark.slow) for run in RUNS]
+    ("case", "shape"),
+    [pytest.param(*run, marks=MARKS.get(run, pytest.mark.exhaustive)) for run in itertools.product(CASES, AXES)],
 )
 def test_it_is_exact_in_micro_batches_on_every_mesh(case, shape):
     metrics, state = two_steps(case, (1, 1, 1), 1)

@@ -62,8 +62,9 @@ def switched(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("last", [SWITCH, 4])
+@pytest.mark.parametrize(
+    "last", [pytest.param(SWITCH, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.exhaustive)]
+)
 def test_killed_on_either_side_of_the_switch_it_resumes_digit_for_digit(switched, tmp_path, last):
     metrics, killed = runs.metrics(switched), tmp_path / "killed"
     assert [line["step"] for line in metrics if "train/self_distillation/masked" in line] == [4, 5, 6]

@@ -106,7 +106,7 @@ def one_process(tmp_path_factory):
     return recipe, runs.metrics(folder / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_have_the_metrics_of_one_over_10_steps(one_process, tmp_path):
     recipe, expected = one_process
     mesh = " ".join(MESH).format(2).split()

@@ -34,12 +34,12 @@ def one_device():
     return train(one(), steps=10, rate=1e-3)
 
 
-FAST = {(2, 2, 2)}
 OVER_TWO_SLICES = [(4, 2, 1, 2), (2, 2, 2, 2)]
+MARKS = {(2, 2, 2): (), **dict.fromkeys([(1, 2, 4), (4, 2, 1), (2, 2, 2, 2)], pytest.mark.slow)}
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(m, marks=() if m in FAST else pytest.mark.slow) for m in MESHES + OVER_TWO_SLICES]
+    "shape", [pytest.param(m, marks=MARKS.get(m, pytest.mark.exhaustive)) for m in MESHES + OVER_TWO_SLICES]
 )
 def test_every_mesh_gives_the_losses_of_one_device_over_10_steps(one_device, shape):
     expected, _ = one_device
@@ -64,7 +64,7 @@ def gradient_of_one_step(mesh, **options):
 @pytest.mark.parametrize(
     ("mesh", "loss", "patch_dropout"),
     [
-        pytest.param((1,), "softmax", 0.5, marks=pytest.mark.slow),
+        pytest.param((1,), "softmax", 0.5, marks=pytest.mark.exhaustive),
         ((8, 1, 1), "sigmoid", 0.5),
         pytest.param((2, 2, 2), "softmax", 0.0, marks=pytest.mark.slow),
     ],
@@ -81,7 +81,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(mesh, loss, patch_dr
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_in_micro_batches_has_the_losses_of_one_without_over_10_steps(one_device):
     found, _ = train(make_mesh(2, 2, 2), steps=10, rate=1e-3, micro_batches=2)
     assert [m["loss"] for m in found] == pytest.approx([m["loss"] for m in one_device[0]], rel=1e-5)

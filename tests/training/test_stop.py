@@ -119,8 +119,10 @@ def start_two(tmp_path):
     return [start(tmp_path, *arguments, *joined, f"--process_id={i}") for i in range(2)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", ENDINGS)
+@pytest.mark.parametrize(
+    "sent",
+    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)],
+)
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path, sent):
     both = start_two(tmp_path)
     wait_for(lambda: lines(tmp_path / "run") >= 2, both[0])
