@@ -72,7 +72,9 @@ def float64_sigmoid(image, text, scale, bias):
 @pytest.mark.parametrize(
     ("loss", "reference", "scalars", "aligned", "tolerance"),
     [
-        pytest.param(softmax, float64_softmax, (100.0,), 0.6, 1e-5, id="softmax, trained", marks=pytest.mark.slow),
+        pytest.param(
+            softmax, float64_softmax, (100.0,), 0.6, 1e-5, id="softmax, trained", marks=pytest.mark.exhaustive
+        ),
         pytest.param(sigmoid, float64_sigmoid, (10.0, -10.0), 0.0, 1e-6, id="sigmoid", marks=pytest.mark.exhaustive),
     ],
 )

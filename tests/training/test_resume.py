@@ -117,7 +117,7 @@ def test_four_processes_have_the_metrics_of_one_over_10_steps(one_process, tmp_p
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_path):
     recipe = runs.write_recipe(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -156,7 +156,7 @@ def samples_of(workdir) -> dict[tuple[int, int], int]:
 
 
 @pytest.mark.slow
-def test_a_mixture_killed_twice_and_moved_to_two_processes_has_the_samples_of_an_undisturbed_run(tmp_path):
+def test_a_mixture_killed_twice_and_moved_to_two_processes_has_the_samples_and_losses_of_an_undisturbed_run(tmp_path):
     """The undisturbed run reads shards and a table from the disk; the other one from a server that fails."""
     recipe = runs.write_recipe(tmp_path)
     rows = {"image": [jpeg(i) for i in range(20)], "caption": [f"picture {i}" for i in range(20)]}
@@ -185,3 +185,5 @@ def test_a_mixture_killed_twice_and_moved_to_two_processes_has_the_samples_of_an
     expected, found = samples_of(tmp_path / "whole"), samples_of(killed)
     assert found == expected and len(expected) == 12 * 16
     assert {np.searchsorted([50, 70], sample, "right") for sample in expected.values()} == {0, 1, 2}
+    ours, theirs = ([line.get("train/loss") for line in runs.metrics(run)] for run in (killed, tmp_path / "whole"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
