@@ -42,7 +42,14 @@ def test_a_recipe_has_its_launch_line_on_top(recipe):
     assert "python main.py --config=" in recipe.read_text().split('"""')[1]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+TRACED = {"demo", "clip_vit_b32", "clip_rn50", "siglip2_b16", "grounded_scenes"}
+"""Of all others the plan is made in every run of the tests (planning/test_plans.py)."""
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, id=r.stem, marks=() if r.stem in TRACED else pytest.mark.exhaustive) for r in RECIPES],
+)
 def test_a_recipe_traces_with_its_full_size_model(recipe):
     config = configs.load(str(recipe))
     learner = make_learner(config, make_mesh(), steps=100_000, examples=400_000_000)

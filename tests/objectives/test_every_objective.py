@@ -151,7 +151,7 @@ def saved(made, pairs):
 
 SLOW = ("all", "grounding", "self-distillation", "head-only teacher", "selection")
 PLANNED = [
-    pytest.param(case, parts, marks=() if parts == 4 and case not in SLOW else pytest.mark.slow)
+    pytest.param(case, parts, marks=pytest.mark.exhaustive if parts == 1 else pytest.mark.slow if case in SLOW else ())
     for case in CASES
     for parts in (1, 4)
     if case != "positives of equal captions"  # no part of a plan

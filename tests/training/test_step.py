@@ -186,8 +186,14 @@ def test_a_bfloat16_model_sends_its_embeddings_as_bfloat16():
     assert len(moved) >= 3 and set(moved) == {"bf16"}
 
 
-def test_moments_are_sharded_as_their_parameters():
-    _, state = train(make_mesh(1, 8, 1), ema_decay=0.9)
+@pytest.fixture(scope="module")
+def averaged():
+    """The run of ``one_device`` with an EMA, on parameters that are sharded."""
+    return train(make_mesh(1, 8, 1), ema_decay=0.5, steps=10, rate=1e-3)
+
+
+def test_moments_are_sharded_as_their_parameters(averaged):
+    _, state = averaged
     moments = next(part.mu for part in state.opt_state if hasattr(part, "mu"))
     trees = (state.params, moments, state.evaluated)
     qkv, mu, average = (tree["image"]["transformer"]["blocks"]["attention"]["qkv"] for tree in trees)
@@ -220,15 +226,13 @@ def test_the_average_follows_the_parameters_as_tensorflows_does():
     assert float(moving_average(jnp.asarray(0.0), jnp.asarray(1.0), 0.9, jnp.asarray(10**6))) == pytest.approx(0.1)
 
 
-def test_the_state_keeps_an_average_only_where_asked(one_device):
-    _, with_average = train(one(), ema_decay=0.5, steps=10, rate=1e-3)
-    _, without = one_device
+def test_the_state_keeps_an_average_only_where_asked(one_device, averaged):
+    (found, with_average), (expected, without) = averaged, one_device
     assert without.ema == {} and without.evaluated is without.params
     assert with_average.evaluated is with_average.ema[AVERAGE]
     leaves = [jax.tree.leaves(tree["image"]) for tree in (with_average.evaluated, with_average.params)]
     assert any(np.abs(a - p).max() > 1e-4 for a, p in zip(*leaves, strict=True))
-    for ours, theirs in zip(leaves[1], jax.tree.leaves(without.params["image"]), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)  # XLA fuses the two programs differently
+    assert [metrics["loss"] for metrics in found] == pytest.approx([m["loss"] for m in expected], rel=1e-5)
 
 
 def test_the_loss_goes_down_and_metrics_are_all_there(one_device):
