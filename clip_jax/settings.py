@@ -49,7 +49,7 @@ def defaults() -> ConfigDict:
                 # caption or captions.de, or a column of a table. Several have shares: captions.en=3,captions.de=1.
                 "caption": "txt",
                 "image": "",  # tables: the column of the images' paths or bytes; empty: found by its usual names
-                # Boxes with texts: a dotted path into the example's JSON, or a column; empty: none are read.
+                # Boxes with texts: a dotted path into the example's JSON, a column or a feature; empty: none are read.
                 "boxes": "",
                 "truncated": "stop",  # at a truncated tar shard; or keep the pairs before the cut
                 "links_to": "",  # a folder into which links of an image folder may lead; empty: only within itself
