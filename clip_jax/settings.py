@@ -69,6 +69,7 @@ def defaults() -> ConfigDict:
                     "jitter": (),  # largest change of brightness, contrast, saturation, hue: (0.4, 0.4, 0.4, 0.1)
                     "jitter_probability": 1.0,
                     "gray": 0.0,  # probability of an image without colors
+                    "where": "host",  # by the workers; or device, in the step, with other random numbers
                 },
                 # Of random crops; evaluation always has Pillow's. simd: the same filter, several times as fast, rounded
                 # differently; pip install 'clip-jax-tpu[fast]'.
@@ -216,6 +217,7 @@ def ranges() -> dict[str, Range]:
 
 
 CHOICES = {
+    "data.augment.where": ("host", "device"),
     "data.mixture": ("weight", "share"),
     "data.truncated": ("stop", "keep"),
     "data.resize": ("pillow", "simd"),
