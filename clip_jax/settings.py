@@ -49,7 +49,7 @@ def defaults() -> ConfigDict:
                 # caption or captions.de, or a column of a table. Several have shares: captions.en=3,captions.de=1.
                 "caption": "txt",
                 "image": "",  # tables: the column of the images' paths or bytes; empty: found by its usual names
-                # Boxes with texts: a dotted path into the example's JSON, or a column; empty: none are read.
+                # Boxes with texts: a dotted path into the example's JSON, a column or a feature; empty: none are read.
                 "boxes": "",
                 "truncated": "stop",  # at a truncated tar shard; or keep the pairs before the cut
                 "links_to": "",  # a folder into which links of an image folder may lead; empty: only within itself
@@ -69,6 +69,7 @@ def defaults() -> ConfigDict:
                     "jitter": (),  # largest change of brightness, contrast, saturation, hue: (0.4, 0.4, 0.4, 0.1)
                     "jitter_probability": 1.0,
                     "gray": 0.0,  # probability of an image without colors
+                    "where": "host",  # by the workers; or device, in the step, with other random numbers
                 },
                 # Of random crops; evaluation always has Pillow's. simd: the same filter, several times as fast, rounded
                 # differently; pip install 'clip-jax-tpu[fast]'.
@@ -216,6 +217,7 @@ def ranges() -> dict[str, Range]:
 
 
 CHOICES = {
+    "data.augment.where": ("host", "device"),
     "data.mixture": ("weight", "share"),
     "data.truncated": ("stop", "keep"),
     "data.resize": ("pillow", "simd"),

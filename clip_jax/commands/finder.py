@@ -1,5 +1,6 @@
 """An index that ``clip-jax embed`` wrote, together with the model that encodes queries for it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,8 +22,8 @@ class Finder(NamedTuple):
     folder: Path
     model: Model
     mesh: Mesh
-    approximate: Approximate | None = None
-    """Searches in place of the exact search."""
+    approximate: Mapping[str, Approximate] = {}
+    """What is searched among -> an index of faiss in place of exact search."""
 
     def vectors(self, among: str) -> list[Float[np.ndarray, "n dim"]]:
         """The ``image`` or ``text`` embeddings of the complete shards, memory-mapped. Raises UserError."""
@@ -38,10 +39,10 @@ class Finder(NamedTuple):
         """The k nearest rows of each query, best first: their metadata and ``similarity``."""
         found = []
         vectors = self.vectors(among)
-        if self.approximate is None:
-            hits = search(queries, vectors, k, self.mesh)
+        if among in self.approximate:
+            hits = nearest(self.approximate[among], vectors, queries, k)
         else:
-            hits = nearest(self.approximate, vectors, queries, k)
+            hits = search(queries, vectors, k, self.mesh)
         for similarity, number in zip(*hits, strict=True):
             there = number >= 0
             rows = index.metadata(self.folder, number[there].tolist())
@@ -59,7 +60,8 @@ class Finder(NamedTuple):
         queries = rows(asked, np.linspace(0, count - 1, min(count, QUERIES)).astype(np.int64))
         queries = queries[np.isfinite(queries).all(axis=1)]
         path = self.folder / f"approximate_{among}.faiss"
-        return self._replace(approximate=open_index(path, vectors, queries, factory, recall, self.mesh))
+        opened = open_index(path, vectors, queries, factory, recall, self.mesh)
+        return self._replace(approximate={**self.approximate, among: opened})
 
 
 def open_finder(folder: Path, model: str | None) -> Finder:

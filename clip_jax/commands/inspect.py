@@ -86,12 +86,13 @@ def _of_recipe(arguments: argparse.Namespace) -> "tuple[tuple[Source, ...], Toke
     import numpy as np
 
     from clip_jax import config as configs
+    from clip_jax.data.augment_device import augment_batch
     from clip_jax.data.faults import Faults
     from clip_jax.data.sources.mixture import Mixture
     from clip_jax.data.stream import TrainingBatches
     from clip_jax.reports import contents
     from clip_jax.training.run import make_order, open_training, resolve_preset
-    from clip_jax.training.setup import training_views
+    from clip_jax.training.setup import augmentations, training_views
     from clip_jax.training.tokenizer import prepare_tokenizer
 
     for name in ("caption", "image", "tokenizer", "vocab", "context_length"):
@@ -107,6 +108,8 @@ def _of_recipe(arguments: argparse.Namespace) -> "tuple[tuple[Source, ...], Toke
     views = training_views(config, preset, tokenizer)
     rows = np.arange(min(config.batch_size, contents.PICTURES))
     arrays = TrainingBatches(source, make_order(config, source), views, Faults())(0, rows)
+    if config.data.augment.where == "device":
+        arrays["image"] = np.asarray(augment_batch(arrays["image"], augmentations(config)[1], config.seed, 0))
     texts = tuple(tokenizer.decode(row) for row in arrays["text"])
     # A text fills its row: its end token is the last of the row's tokens, and nothing is padding.
     full = int(sum(row[-1] == tokenizer.end_id and row[-2] != tokenizer.end_id for row in arrays["text"]))

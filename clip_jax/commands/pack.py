@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--caption", default="txt", help="like config.data.caption")
     parser.add_argument("--image", default="", help="like config.data.image")
+    parser.add_argument("--boxes", default="", help="like config.data.boxes: boxes with texts are packed, too")
     parser.add_argument("--per-shard", type=int, default=10_000, help="examples in a shard")
     parser.add_argument("--max-size", type=int, default=0, help="resize images whose shorter side is longer (pixels)")
     parser.add_argument("--workers", type=int, default=2, help="shards that are written at a time")
@@ -29,13 +30,13 @@ def run(arguments: argparse.Namespace) -> None:
     # After parsing: JAX takes a second to import.
     from clip_jax.batching import bar
     from clip_jax.data.packing import pack
-    from clip_jax.data.sources import open_source
+    from clip_jax.data.sources import boxes, open_source
     from clip_jax.reports import terminal
 
     for name, least in (("per_shard", 1), ("workers", 1), ("max_size", 0)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(arguments, name)} must be at least {least}")
-    source = open_source(arguments.source, caption=arguments.caption, image=arguments.image)
+    source = open_source(arguments.source, caption=arguments.caption, image=arguments.image, boxes=arguments.boxes)
     to = Path(arguments.to).expanduser()
     with bar(len(source), sys.stderr.isatty(), "packing") as advance:
         found = pack(
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     use = f"tar:{to} (all captions of an example: --config.data.caption=captions)"
     if arguments.format == "array_record":
         use = f"tfds:{to.name} with --config.data.tfds_dir={to.parent}"
+    if boxes.are_in(source):
+        use = f"{use}; boxes: --config.data.boxes={boxes.FIELD}"
     terminal.results(
         str(to),
         [

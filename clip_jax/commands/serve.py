@@ -4,6 +4,7 @@ import argparse
 import socket
 from pathlib import Path
 
+from clip_jax.commands import search
 from clip_jax.errors import UserError
 
 HELP = "Serve a page that searches an index by words or by a picture; on this machine only, unless --host is given."
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0: on all, for anybody")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     parser.add_argument("-k", type=int, default=24, help="hits on a page")
+    search.add_approximate(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,11 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.k < 1 or not 0 <= arguments.port < 65536:
         raise UserError("-k: at least 1; --port: 0 to 65535")
+    search.check_recall(arguments)
     folder = Path(arguments.index).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; write an index with clip-jax embed --output={folder}")
     source, note = open_pictures(folder, arguments.data)
-    finder = open_finder(folder, arguments.model)
+    finder = search.approximately(open_finder(folder, arguments.model), arguments, filled(folder))
     hosts = (*LOOPBACK, arguments.host) if arguments.host in LOOPBACK else ("*",)
     app = make_app(finder, source, arguments.k, hosts)
     configured = settings(app, arguments.host, arguments.port)
@@ -51,6 +54,19 @@ def run(arguments: argparse.Namespace) -> None:
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     print(f"http://{host}:{listening.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
     uvicorn.Server(configured).run(sockets=[listening])
+
+
+def filled(folder: Path) -> list[str]:
+    """What of an index can be searched: ``image``, ``text``."""
+    from clip_jax.evaluation import index
+
+    def has(among: str) -> bool:
+        try:
+            return bool(index.embeddings(folder, among))
+        except UserError:
+            return False
+
+    return [among for among in ("image", "text") if has(among)]
 
 
 def settings(app, host: str, port: int):

@@ -143,6 +143,14 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
     for key in ("data.image_embeddings", "objectives.distillation.stored"):
         if given[key] and (jitter or given["data.augment.flip"] or given["data.augment.gray"]):
             raise UserError(f"{where}: data.augment has no effect with {key}, which is for known images; leave it out")
+    if given["data.augment.where"] == "device":
+        if not (jitter or given["data.augment.flip"] or given["data.augment.gray"]):
+            raise UserError(f"{where}: data.augment.where=device has no effect without flip, jitter or gray")
+        if given["data.augment.flip"] and given["objectives.grounding.weight"]:
+            raise UserError(
+                f"{where}: data.augment.where=device: the texts of objectives.grounding are made by the workers, which "
+                "do not know of a mirrored image; leave it at host"
+            )
     if not jitter and given["data.augment.jitter_probability"] != 1:
         raise UserError(f"{where}: data.augment.jitter_probability has no effect without data.augment.jitter")
     for name in evaluations:

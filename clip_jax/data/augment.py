@@ -2,7 +2,7 @@
 
 They are torchvision's transforms on Pillow's images, as in the training transforms of OpenCLIP, CLIPA and PE
 (docs/data.md has their settings), applied by the workers to the resized crop. An augmentation that is off draws no
-random number, so that it changes no batch.
+random number, so that it changes no batch. ``augment_device.py`` makes them in the step.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """Any source as tar shards or ArrayRecord files: the same bytes each time, resumable, several shards at a time.
 
 In a tar shard, a sample is its image, a ``.txt`` (its first caption), a ``.json`` (``captions``: all of them; ``key``:
-its name in the source) and, where it has a label, a ``.cls``. ``packing_records.py`` has ArrayRecord files. Files of
-JPEG, PNG and WebP are kept as they are.
+its name in the source; ``boxes``: where the source has them) and, where it has a label, a ``.cls``.
+``packing_records.py`` has ArrayRecord files. Files of JPEG, PNG and WebP are kept as they are.
 """
 
 import collections
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from clip_jax.data import images, packing_records
+from clip_jax.data.sources import boxes
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.stream import read
 from clip_jax.errors import UserError
@@ -55,6 +56,8 @@ def pack(
     """
     settings = {"source": source.name, "fingerprint": source.fingerprint, "per_shard": per_shard, "max_size": max_size}
     settings |= {} if form == "tar" else {"format": form}
+    # Shards of the bundled scenes from before boxes were packed are not continued: some would have none.
+    settings |= {"boxes": boxes.FIELD} if boxes.are_in(source) else {}
     shards = -(-len(source) // per_shard)
     if form == "tar":
         if shards > 100_000:
@@ -135,6 +138,8 @@ def _members(sample: Sample, extension: str, image: bytes) -> dict[str, bytes]:
     about = {"captions": list(sample.captions), "key": sample.key}
     if sample.shares:
         about["shares"] = list(sample.shares)
+    if boxes.FIELD in sample.extras:
+        about[boxes.FIELD] = json.loads(boxes.written(sample.extras[boxes.FIELD]))
     label = {"cls": str(sample.label).encode()} if sample.label >= 0 else {}
     return {
         extension: image,
@@ -144,14 +149,19 @@ def _members(sample: Sample, extension: str, image: bytes) -> dict[str, bytes]:
 
 
 def _encoded(given: bytes | np.ndarray, image: Image.Image, max_size: int) -> tuple[str, bytes]:
-    short = min(image.size)
-    if not max_size or short <= max_size:
-        kept = "" if isinstance(given, np.ndarray) else _extension(given)
-        if kept:
-            return kept, given
-        return "png", _saved(image, "PNG")
+    short, kept = min(image.size), "" if isinstance(given, np.ndarray) else _extension(given)
+    resized = 0 < max_size < short
+    if kept and not resized:
+        return kept, given
+    options = {}
+    if not isinstance(given, np.ndarray) and (orientation := images.orientation(given)) != 1:
+        # A new file is turned as the old one was, with config.data.exif_orientation and the boxes that go with it.
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.Orientation] = orientation
+    if not resized:
+        return "png", _saved(image, "PNG", **options)
     size = [max(1, round(side * max_size / short)) for side in image.size]
-    return "jpg", _saved(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=QUALITY)
+    return "jpg", _saved(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=QUALITY, **options)
 
 
 def _extension(data: bytes) -> str:

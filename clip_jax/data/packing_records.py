@@ -2,13 +2,14 @@
 
 ``DIR/pairs/1.0.0`` holds ``pairs-train.array_record-00000-of-00012`` and so on, with TFDS's own metadata, so that
 ``tfds:pairs`` reads them in ``DIR``, and ``tfds.data_source`` does elsewhere. Records are stored one by one, as TFDS
-does: an example is then read without its neighbors.
+does: an example is then read without its neighbors. Boxes are one JSON text (``boxes.written``).
 """
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from clip_jax.data.sources import boxes
 from clip_jax.data.sources.sample import Sample, Source
 from clip_jax.errors import UserError
 
@@ -55,6 +56,8 @@ def write_metadata(to: Path, source: Source, shards: int) -> None:
     }
     if source.class_names:
         features["label"] = tfds.features.ClassLabel(names=list(source.class_names))
+    if boxes.are_in(source):
+        features[boxes.FIELD] = tfds.features.Text()
     template = tfds.core.ShardedFileTemplate(
         data_dir=to, dataset_name=to.parent.name, split=SPLIT, filetype_suffix="array_record"
     )
@@ -87,6 +90,8 @@ def _record(sample: Sample, image: bytes) -> bytes:
         "image": _bytes_list([image]),
         "key": _bytes_list([sample.key.encode()]),
     }
+    if boxes.FIELD in sample.extras:
+        features[boxes.FIELD] = _bytes_list([boxes.written(sample.extras[boxes.FIELD]).encode()])
     if sample.label >= 0:
         features["label"] = _field(3, _field(1, _varint(sample.label)))
     return _field(1, b"".join(_field(1, _field(1, name.encode()) + _field(2, f)) for name, f in features.items()))

@@ -16,7 +16,7 @@ from clip_jax.data.sources import captions, open_source
 from clip_jax.data.sources.sample import Source
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.errors import UserError
-from clip_jax.evaluation import label_maps, layouts, masks, prompts
+from clip_jax.evaluation import aro, label_maps, layouts, masks, prompts
 from clip_jax.evaluation.label_maps import LabelMap
 from clip_jax.evaluation.prompts import Prompts
 
@@ -114,6 +114,10 @@ def open_folder(folder: Path) -> Dataset | None:
         return Dataset(folder.name, "winoground", layouts.open_winoground(folder), None)
     if layouts.is_sugar_crepe(folder):
         return Dataset(folder.name, "sugar_crepe", layouts.open_sugar_crepe(folder), None)
+    if aro.is_aro(folder):
+        return Dataset(folder.name, "aro", aro.open_aro(folder), None)
+    if aro.is_captions(folder):
+        return Dataset(folder.name, "caption_order", aro.open_captions(folder), None)
     if masks.is_masked(folder):
         source = masks.open_masked(folder)
         return Dataset(folder.name, "dense", source, Prompts(source.class_names, DEFAULT_TEMPLATES))

@@ -4,7 +4,7 @@
     DIR/add_att.json ... swap_obj.json, DIR/val2017/    SugarCrepe (its folder data, with COCO's images beside)
     DIR/test/0.tar with .jpg and .npy                   CLIP_benchmark's multi-label sets (wds_voc2007_multilabel)
 
-Only what is there is read: nothing is downloaded, and no array is unpickled.
+``aro.py`` has those of ARO. Only what is there is read: nothing is downloaded, and no array is unpickled.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from clip_jax.data.images import ENDINGS
+from clip_jax.data.images import ENDINGS, BadImageError, decode
 from clip_jax.data.sources.captions import clean
 from clip_jax.data.sources.sample import BadSampleError, Sample
 from clip_jax.errors import UserError
 
 SUGAR_CREPE = tuple(f"{how}_{what}" for how in ("add", "replace", "swap") for what in ("att", "obj", "rel"))
-IMAGE_FOLDERS = ("images", "val2017", "coco/val2017", ".")
+IMAGE_FOLDERS = ("images", "val2017", "coco/val2017", "val2014", "flickr30k-images", ".")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Captioned:
     captions: tuple[tuple[str, ...], ...] = field(repr=False)
     groups: tuple[str, ...] = field(repr=False)
     """The part of the set to which each image belongs."""
+    crops: tuple[tuple[int, int, int, int], ...] = field(default=(), repr=False)
+    """Left, top, right and bottom, in pixels, of the part of each image that is shown; empty: all of it."""
 
     class_names = ()
 
@@ -47,9 +49,15 @@ class Captioned:
     def __getitem__(self, index: int) -> Sample:
         file = self.files[index]
         try:
-            return Sample(file.read_bytes(), self.captions[index], file.name)
+            data = file.read_bytes()
         except FileNotFoundError as error:
             raise BadSampleError("no such file", str(file)) from error
+        if self.crops:
+            try:
+                data = np.asarray(decode(data).crop(self.crops[index]))
+            except BadImageError as error:
+                raise BadSampleError(str(error), str(file)) from error
+        return Sample(data, self.captions[index], file.name)
 
 
 def is_winoground(folder: Path) -> bool:
@@ -65,10 +73,10 @@ def open_winoground(folder: Path) -> Captioned:
     for i, row in enumerate(rows, 1):
         where = f"{root}/examples.jsonl, line {i}"
         for k in "01":
-            files.append(_image(root, _text(row, f"image_{k}", where)))
-            texts.append((_text(row, f"caption_{k}", where),))
+            files.append(image_file(root, text(row, f"image_{k}", where)))
+            texts.append((text(row, f"caption_{k}", where),))
             groups.append(str(row.get("collapsed_tag") or row.get("tag") or ""))
-    return _captioned("winoground", folder, files, texts, groups)
+    return captioned("winoground", folder, files, texts, groups)
 
 
 def is_sugar_crepe(folder: Path) -> bool:
@@ -82,10 +90,10 @@ def open_sugar_crepe(folder: Path) -> Captioned:
         content = _row(path.read_text(encoding="utf-8"), str(path))
         for key, row in content.items():
             where = f"{path}, {key}"
-            files.append(_image(folder, _text(row, "filename", where)))
-            texts.append((_text(row, "caption", where), _text(row, "negative_caption", where)))
+            files.append(image_file(folder, text(row, "filename", where)))
+            texts.append((text(row, "caption", where), text(row, "negative_caption", where)))
             groups.append(path.stem)
-    return _captioned("sugar_crepe", folder, files, texts, groups)
+    return captioned("sugar_crepe", folder, files, texts, groups)
 
 
 @dataclass(frozen=True)
@@ -143,16 +151,23 @@ def _labels(data: bytes, where: str, class_names: tuple[str, ...]) -> Bool[np.nd
     return found.astype(bool)
 
 
-def _captioned(
-    kind: str, folder: Path, files: list[Path], texts: list[tuple[str, ...]], groups: list[str]
+def captioned(
+    kind: str,
+    folder: Path,
+    files: list[Path],
+    texts: list[tuple[str, ...]],
+    groups: list[str],
+    crops: Sequence[tuple[int, int, int, int]] = (),
 ) -> Captioned:
+    """Raises UserError if none of the images is there."""
     if not any(file.is_file() for file in files):
         raise UserError(f"{folder}: none of its {len(files)} images is there, such as {files[0] if files else 'any'}")
     content = [
         [f.name, f.stat().st_size if f.is_file() else -1, t, g] for f, t, g in zip(files, texts, groups, strict=True)
     ]
+    content += [crops] if crops else []
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
-    return Captioned(f"{kind}:{folder.name}", fingerprint, tuple(files), tuple(texts), tuple(groups))
+    return Captioned(f"{kind}:{folder.name}", fingerprint, tuple(files), tuple(texts), tuple(groups), tuple(crops))
 
 
 def _sugar_crepe_files(folder: Path) -> list[Path]:
@@ -160,7 +175,7 @@ def _sugar_crepe_files(folder: Path) -> list[Path]:
     return [path for path in named if path.is_file()]
 
 
-def _image(root: Path, name: str) -> Path:
+def image_file(root: Path, name: str) -> Path:
     """The file of an image whose name may lack its ending, in one of the usual folders; the first if there is none."""
     endings = ("",) if "." in name else tuple(f".{ending}" for ending in ("png", "jpg", "jpeg"))
     options = [root / folder / (name + ending) for folder in IMAGE_FOLDERS for ending in endings]
@@ -177,7 +192,7 @@ def _row(text: str, where: str) -> Mapping[str, Any]:
     return found
 
 
-def _text(row: Any, name: str, where: str) -> str:
+def text(row: Any, name: str, where: str) -> str:
     value = row.get(name) if isinstance(row, dict) else None
     found = clean([value]) if isinstance(value, str) else ()
     if not found:

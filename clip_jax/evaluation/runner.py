@@ -15,6 +15,7 @@ from clip_jax.data.sources import shapes
 from clip_jax.data.sources.sample import Source
 from clip_jax.evaluation import (
     adversarial,
+    aro,
     calibration,
     composition,
     cues,
@@ -195,6 +196,8 @@ PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
     "composition": composition.protocol,
     "winoground": composition.winoground_protocol,
     "sugar_crepe": composition.sugar_crepe_protocol,
+    "aro": aro.protocol,
+    "caption_order": aro.order_protocol,
     "multi_label": multi_label.protocol,
     "labels": label_maps.protocol,
     "dense": dense.protocol,

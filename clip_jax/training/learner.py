@@ -18,6 +18,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Key
 
+from clip_jax.data.augment import NONE, Augment
+from clip_jax.data.augment_device import augment_batch
 from clip_jax.data.views import Spec, View, batch_spec
 from clip_jax.devices.sharding import batch_sharding, batch_shards, parameter_shardings, replicated, take_rows
 from clip_jax.models import flops
@@ -58,6 +60,8 @@ class Learner:
     """The optimizer's, whose patterns must match parameters."""
     update_flops: Callable[[Params], int] = lambda params: 0
     """FLOPs of an update on one device, from shapes and shardings, where they are not negligible."""
+    augment: Augment = NONE
+    """Augmentations that the step makes; those of the workers belong to the views."""
     patch_dropout: float = 0.0
     seed: int = 0
 
@@ -188,6 +192,8 @@ class Learner:
             return jax.lax.with_sharding_constraint(gradient, trainable)
 
         def train_step(state: TrainState, batch: Batch, constants: Any) -> tuple[TrainState, Metrics]:
+            if self.augment != NONE:
+                batch = batch | {"image": augment_batch(batch["image"], self.augment, self.seed, state.data_step)}
             batch, chosen = self.choose(state, batch, constants)
             batch = batch | {"row": jnp.arange(batch["text"].shape[0])}
             for objective in self.objectives.values():

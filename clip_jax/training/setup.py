@@ -6,7 +6,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
-from clip_jax.data.augment import Augment
+from clip_jax.data.augment import NONE, Augment
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.views import View, pair_views
 from clip_jax.devices.sharding import batch_shards
@@ -78,6 +78,7 @@ def make_learner(
         averages={AVERAGE: Ema(config.ema_decay)} if config.ema_decay > 0 else {},
         frozen=frozen,
         rate_factors=tuple(config.optimizer.rate_factors),
+        augment=augmentations(config)[1],
         patch_dropout=config.model.patch_dropout,
         seed=config.seed,
     )
@@ -94,8 +95,14 @@ def training_views(config: ConfigDict, preset: Preset, tokenizer: Tokenizer | No
         interpolation=preset.preprocess.interpolation,
         exif=preset.preprocess.exif,
         resize=config.data.resize,
-        augment=Augment(**config.data.augment),
+        augment=augmentations(config)[0],
     )
+
+
+def augmentations(config: ConfigDict) -> tuple[Augment, Augment]:
+    """Those of the workers, and those of the step."""
+    settings = dict(config.data.augment)
+    return (Augment(**settings), NONE) if settings.pop("where") == "host" else (NONE, Augment(**settings))
 
 
 def check_stored_images(config: ConfigDict, frozen: tuple[str, ...]) -> None:

@@ -4,10 +4,10 @@ import contextlib
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from clip_jax.commands import main
-from clip_jax.data import packing
+from clip_jax.data import images, packing
 from clip_jax.data.sources import open_source
 from tests.data.shards import jpeg, sample, write_shard
 
@@ -56,6 +56,15 @@ def test_large_images_are_resized_and_scenes_become_png(tmp_path):
     again = open_source(f"tar:{tmp_path}/scenes")
     assert len(again) == 512
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(again[7].image))), scenes[7].image)
+
+
+def test_a_resized_photo_keeps_its_orientation(tmp_path):
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(io.BytesIO(jpeg(0, (200, 100)))).save(file, "JPEG", exif=exif)
+    source = write_shard(tmp_path / "0.tar", [{"jpg": file.getvalue(), "txt": b"a"}])
+    assert main(["pack", f"tar:{source}", f"--to={tmp_path}/out", "--max-size=50"]) == 0
+    assert images.decode(open_source(f"tar:{tmp_path}/out")[0].image, exif=True).size == (50, 100)
 
 
 def test_array_record_files_are_a_tfds_dataset_with_the_same_samples(tmp_path, capsys):

@@ -3,21 +3,27 @@
 import colorsys
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clip_jax import config as configs
-from clip_jax.data import images
+from clip_jax.data import augment_device, images
 from clip_jax.data.augment import NONE, Augment, augment, gray, jitter
+from clip_jax.data.augment_device import augment_batch
 from clip_jax.data.images import Crop
 from clip_jax.data.order import Order
 from clip_jax.data.sources.shapes import open_shapes
 from clip_jax.data.stream import Faults, TrainingBatches
 from clip_jax.data.views import pair_views
+from clip_jax.devices.sharding import make_mesh, to_devices
 from clip_jax.errors import UserError
 from clip_jax.training import console
 from tests.data.shards import jpeg
 from tests.data.test_stream import Lengths
+from tests.training.steps import batches as batches_of_pairs
+from tests.training.steps import learner_of
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -29,8 +35,8 @@ def picture(seed: int = 0) -> np.ndarray:
 class Given:
     """A generator that returns one factor for each change, in the order brightness, contrast, saturation, hue."""
 
-    def __init__(self, *factors):
-        self.factors = list(factors)
+    def __init__(self, *factors, order=(0, 1, 2, 3)):
+        self.factors, self.order = list(factors), order
 
     def uniform(self, low, high):
         factor = self.factors.pop(0)
@@ -38,7 +44,7 @@ class Given:
         return factor
 
     def permutation(self, count):
-        return np.arange(count)
+        return np.array(self.order)
 
 
 def luminance(pixels):
@@ -131,6 +137,71 @@ def test_augmentations_come_after_crop_and_caption_which_stay_the_same():
     np.testing.assert_array_equal(flipped["text"], plain["text"])
 
 
+def test_colors_on_a_device_are_those_of_the_workers_for_the_same_strengths():
+    rng = np.random.default_rng(0)
+    strength = (0.9, 0.9, 0.9, 0.0)
+    on_device = jax.jit(lambda *given: augment_device.jitter(*given, strength))
+    for _ in range(10):
+        pixels = rng.integers(0, 256, (32, 20, 3), np.uint8)
+        factors, order = rng.integers(410, 7782, 3) / augment_device.STEPS, rng.permutation(4)
+        expected = jitter(pixels, Given(*factors, 0.0, order=order), strength)
+        given = jnp.asarray(pixels.transpose(2, 0, 1), jnp.int32), jnp.asarray(factors, jnp.float32), 0
+        found = np.asarray(on_device(*given, jnp.asarray(order)))
+        np.testing.assert_array_equal(found.transpose(1, 2, 0), expected)
+    np.testing.assert_array_equal(augment_device.luminance(given[0]), gray(pixels)[..., 0])
+    # Pillow rounds 0.3 % of all hues down where they are exact.
+    pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    turn = jax.jit(augment_device.turned_hue)
+    for part in (-0.5, -0.11, 0.0, 0.37):
+        expected = jitter(pixels, Given(1.0, 1.0, 1.0, part), (0.0, 0.0, 0.0, 0.5)).astype(int)
+        found = np.asarray(turn(jnp.asarray(pixels.transpose(2, 0, 1), jnp.int32), int(part * 255)))
+        difference = np.abs(found.transpose(1, 2, 0) - expected).max(axis=-1)
+        assert np.mean(difference > 0) < 0.01 and difference.max() <= 8
+
+
+def test_a_device_mirrors_and_grays_with_the_probabilities_of_the_setting():
+    how, crop = Augment(flip=0.25, gray=0.5), picture()
+    found = np.asarray(jax.jit(lambda images: augment_batch(images, how, 0, 0))(np.stack([crop] * 256)))
+    outcomes = {
+        (flipped, is_gray): pixels[:, ::-1] if flipped else pixels
+        for is_gray, pixels in ((False, crop), (True, gray(crop)))
+        for flipped in (False, True)
+    }
+    drawn = np.array([next(k for k, pixels in outcomes.items() if (image == pixels).all()) for image in found])
+    assert np.abs(drawn.mean(axis=0) - (0.25, 0.5)).max() < 0.1 and abs(np.corrcoef(drawn.T)[0, 1]) < 0.2
+
+
+@pytest.mark.slow
+def test_augmentations_of_a_device_follow_from_seed_position_and_row_alone():
+    crops = np.stack([picture(i % 5) for i in range(64)])
+    mirrored = jax.jit(lambda image, seed, position: augment_batch(image, ALL, seed, position))
+    found = np.asarray(mirrored(crops, 0, 7))
+    shards = to_devices({"image": crops}, make_mesh(4, 2), len(crops))["image"]
+    np.testing.assert_array_equal(np.asarray(mirrored(shards, 0, 7)), found)
+    for other in ((0, 8), (1, 7)):
+        assert not np.array_equal(np.asarray(mirrored(crops, *other)), found)
+    assert len({image.tobytes() for image in found}) > 55
+
+
+@pytest.mark.slow
+def test_a_step_trains_on_the_augmented_images_in_micro_batches_too():
+    one = make_mesh(1, devices=jax.devices()[:1])
+    expected = learner_of(one)
+    crops = list(batches_of_pairs(2))
+    changed = [pairs | {"image": np.asarray(augment_batch(pairs["image"], ALL, 0, i))} for i, pairs in enumerate(crops)]
+
+    def losses(learner, pairs):
+        step, state, found = learner.step(), learner.create_state(), []
+        for batch in pairs:
+            state, metrics = step(state, to_devices(batch, learner.mesh, 16), {})
+            found.append(float(metrics["loss"]))
+        return found
+
+    by_step = losses(learner_of(make_mesh(2, 2, devices=jax.devices()[:4]), augment=ALL, micro_batches=2), crops)
+    assert by_step == pytest.approx(losses(expected, changed), rel=1e-5)
+    assert by_step != pytest.approx(losses(expected, crops), rel=1e-3)
+
+
 def run_with(flip, captions):
     config = configs.defaults()
     config.data.augment.flip = flip
@@ -153,10 +224,12 @@ def test_a_run_warns_once_about_mirrored_captions_that_name_a_side():
         ({"jitter": "(0.4, 0.4)"}, "brightness, contrast, saturation and hue"),
         ({"jitter": "(0.4, 0.4, 0.4, 0.6)"}, "the hue at most 0.5"),
         ({"jitter_probability": "0.5"}, "has no effect without data.augment.jitter"),
+        ({"where": "device"}, "data.augment.where=device has no effect without flip"),
+        ({"where": "device", "flip": "0.5", "grounding": "1"}, "workers, which do not know of a mirrored image"),
         ({"flip": "0.5", "image_embeddings": "x"}, "data.augment has no effect with data.image_embeddings"),
     ],
 )
 def test_a_setting_out_of_range_is_one_line(settings, message):
-    names = {"image_embeddings": "data.image_embeddings"}
+    names = {"image_embeddings": "data.image_embeddings", "grounding": "objectives.grounding.weight"}
     with pytest.raises(UserError, match=message):
         configs.load("configs/demo.py", {names.get(name, f"data.augment.{name}"): v for name, v in settings.items()})

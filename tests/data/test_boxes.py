@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.data import images
+from clip_jax.commands import main
+from clip_jax.data import images, packing
 from clip_jax.data.augment import Augment
 from clip_jax.data.images import Crop
 from clip_jax.data.order import Order
@@ -186,6 +187,58 @@ def test_a_table_has_boxes_in_a_column(tmp_path):
     assert [len(source[i].extras["boxes"]) for i in range(2)] == [1, 0]
 
 
+def test_a_folder_has_boxes_in_its_table_or_in_the_json_beside_an_image(tmp_path):
+    kite, image = (Box((0.1, 0.2, 0.5, 1.0), "a kite"),), sample(0)["jpg"]
+
+    def found(name, boxes, files):
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+        for number in range(2):
+            (tmp_path / name / f"{number}.jpg").write_bytes(image)
+        source = open_source(f"folder:{tmp_path}/{name}", boxes=boxes)
+        assert source.fingerprint != open_source(f"folder:{tmp_path}/{name}").fingerprint
+        return [sample.extras["boxes"] for sample in source]
+
+    rows = [{"file_name": "0.jpg", "text": "a", "objects": {"boxes": TWO}}, {"file_name": "1.jpg", "text": "b"}]
+    table = {"metadata.jsonl": "\n".join(map(json.dumps, rows))}
+    assert found("lines", "objects.boxes", table) == [kite, ()]
+    quoted = json.dumps(TWO).replace('"', '""')
+    assert found("csv", "regions", {"metadata.csv": f'file_name,text,regions\n0.jpg,a,"{quoted}"\n1.jpg,b,\n'}) == [
+        kite,
+        (),
+    ]
+    texts = {"0.txt": "a", "1.txt": "b", "1.json": json.dumps({"boxes": TWO})}
+    assert found("beside", "boxes", texts) == [(), kite]
+    with pytest.raises(UserError, match=r"data.boxes=box: no row .* no .json .*nearest: boxes.*lists there are boxes"):
+        open_source(f"folder:{tmp_path}/beside", boxes="box")
+    (tmp_path / "beside" / "1.json").write_text("{")
+    (tmp_path / "beside" / "0.json").write_text(json.dumps({"boxes": TWO}))
+    with pytest.raises(BadSampleError, match="not JSON"):
+        open_source(f"folder:{tmp_path}/beside", boxes="boxes")[1]
+
+
+def test_packed_examples_have_the_boxes_of_the_source(tmp_path):
+    shard(tmp_path)
+    expected = [example.extras["boxes"] for example in open_source(f"tar:{tmp_path}/a.tar", boxes="boxes")]
+    command = ["pack", f"tar:{tmp_path}/a.tar", "--boxes=boxes", "--per-shard=9"]
+    assert main([*command, "--max-size=100", f"--to={tmp_path}/tar"]) == 0
+    assert main([*command, "--format=array_record", f"--to={tmp_path}/sets/my_boxes"]) == 0
+    options = {"boxes": "boxes", "tfds_dir": str(tmp_path / "sets")}
+    records = f"array_record:{tmp_path}/sets/my_boxes/1.0.0/*.array_record*"
+    for where in (f"tar:{tmp_path}/tar", records, "tfds:my_boxes"):
+        source = open_source(where, **options)
+        assert [example.extras["boxes"] for example in source] == expected
+        assert source.fingerprint != open_source(where, tfds_dir=str(tmp_path / "sets")).fingerprint
+    for where in (records, "tfds:my_boxes"):
+        with pytest.raises(UserError, match=r"boxs.*nearest: boxes"):
+            open_source(where, **options | {"boxes": "boxs"})
+    scenes = open_shapes("train", image_size=32, examples=3)
+    packing.pack(scenes, tmp_path / "scenes", per_shard=3, max_size=0, workers=1)
+    again = open_source(f"tar:{tmp_path}/scenes", boxes="boxes")
+    assert [example.extras["boxes"] for example in again] == [scene.extras["boxes"] for scene in scenes]
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -210,5 +263,5 @@ def test_a_setting_that_finds_no_boxes_is_one_line(tmp_path):
         UserError, match=r"config.data.boxes=boxs: none of the 16 .json .*nearest: boxes.*lists there are"
     ):
         open_source(f"tar:{tmp_path}", boxes="boxs")
-    with pytest.raises(UserError, match=r"config.data.boxes=boxes: tar, parquet, csv sources can have boxes"):
+    with pytest.raises(UserError, match=r"config.data.boxes=boxes: tar, tfds, .* folder sources can have boxes"):
         open_source("shapes:train", boxes="boxes")

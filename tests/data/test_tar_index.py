@@ -112,7 +112,10 @@ def test_an_index_of_two_billion_samples_takes_no_memory_and_has_no_table_of_its
     tracemalloc.stop()
     assert peak < 8e6, "the table of the shards, and nothing in proportion to samples"
     assert len(index) == samples and not index.rows.flags.owndata
-    assert index.rows[samples - 1].tolist() == [1, 2, 3, 4, 5, 6]
+    assert index.rows[samples - 1].tolist() == [1, 2, 3, 4, 5, 6] == list(index.row(samples - 1))
+    assert index.row(-1) == index.row(samples - 1) and index.row(samples - 2) == (0,) * 6
+    with pytest.raises(IndexError):
+        index.row(samples)
     assert all(batch.dtype == np.int64 and batch.min() >= 0 for batch in batches)
     assert 2**31 < max(batch.max() for batch in batches) < samples
     late = order.positions(2**40)  # of a run that never ends

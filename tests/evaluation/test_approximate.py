@@ -1,12 +1,17 @@
 """Approximate search by faiss: with all lists it is exact; its recall is measured, reached, stored and printed."""
 
+import argparse
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
-from clip_jax.commands import main
+from clip_jax.commands import main, serve, serve_app
+from clip_jax.commands import search as searching
+from clip_jax.commands.finder import open_finder
 from clip_jax.errors import UserError
 from clip_jax.evaluation import approximate
 from clip_jax.evaluation.search import search
@@ -82,5 +87,14 @@ def test_the_command_prints_the_recall(tmp_path, capsys):
     hits = [[hit["index"] for hit in json.loads(out)["hits"]] for out in (found.out, capsys.readouterr().out)]
     assert hits[0] == hits[1] and (place / "index/approximate_image.faiss").is_file()
     assert main([*command, "--approximate", "--recall=2"]) == 2 and "--recall=2.0" in capsys.readouterr().err
+    arguments = argparse.Namespace(approximate="", recall=0.95)
+    finder = open_finder(place / "index", None)
+    for served in (finder, searching.approximately(finder, arguments, serve.filled(place / "index"))):
+        app = serve_app.make_app(served, None, 3, serve.LOOPBACK)
+        for among in ("image", "text"):
+            page = TestClient(app, base_url="http://localhost").get("/", params={"q": "a", "among": among})
+            hits.append(re.findall(r"like=(\d+)", page.text))
+    assert capsys.readouterr().err.count("recall@10 1.000 of the exact answer") == 2
+    assert hits[2:4] == hits[4:] and len(hits[2]) == 3 and set(served.approximate) == {"image", "text"}
     shutil.rmtree(place / "index" / "text_emb")  # without captions, images are the queries that measure it
     assert main([*command, "--approximate=IVF1,Flat"]) == 0

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_jax import load
 from clip_jax.commands import main
-from clip_jax.evaluation import composition, label_maps, multi_label
+from clip_jax.evaluation import aro, composition, label_maps, multi_label, ranking
 from tests.data.shards import jpeg, write_shard
 
 OLD_RUNS = Path(__file__).parents[1] / "data" / "old_runs"
@@ -56,6 +56,32 @@ def write_sugar_crepe(folder):
         (folder / f"{task}.json").write_text(json.dumps(rows))
 
 
+def write_aro(folder):
+    (folder / "images").mkdir(parents=True)
+    for i in range(2):
+        (folder / f"images/{i}.jpg").write_bytes(jpeg(i, (64, 48)))
+
+    def row(i, false, **more):
+        box = {"bbox_x": 8, "bbox_y": 4, "bbox_w": 30 + 20 * i, "bbox_h": 20}
+        return {"image_path": f"{i}.jpg", "true_caption": WORDS[i], "false_caption": WORDS[false], **box, **more}
+
+    relations = [row(i, 2 + k, relation_name=("on", "near")[k % 2]) for i in (0, 1) for k in range(3)]
+    few, many = [row(0, 5, attributes=["a", "b"])], [row(i % 2, 2, attributes=["c", "d"]) for i in range(25)]
+    (folder / "visual_genome_relation.json").write_text(json.dumps(relations))
+    (folder / "visual_genome_attribution.json").write_text(json.dumps(few + many))
+
+
+CAPTIONS = (["A red circle, a blue star and a green heart.", "a circle"], ["Pink ring left of a black cross"])
+
+
+def write_captions(folder):
+    (folder / "val2014").mkdir(parents=True)
+    for i in range(2):
+        (folder / f"val2014/{i}.jpg").write_bytes(jpeg(i))
+    rows = [{"image": f"val2014/{i}.jpg", "caption": texts} for i, texts in enumerate(CAPTIONS)]
+    (folder / "coco_karpathy_test.json").write_text(json.dumps(rows))
+
+
 def write_multi_label(folder):
     (folder / "test").mkdir(parents=True)
     samples = []
@@ -86,6 +112,8 @@ def found(run, tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     write_winoground(root / "winoground")
     write_sugar_crepe(root / "sugar_crepe")
+    write_aro(root / "aro")
+    write_captions(root / "coco_order")
     write_multi_label(root / "wds_voc2007_multilabel")
     write_masks(root / "pascal")
     assert main(["evaluate", f"--model={run}", f"--data={root}", f"--output={root / 'out'}"]) == 0
@@ -119,6 +147,49 @@ def test_sugar_crepe_is_a_mean_over_its_tasks(found, model):
         assert records["sugar_crepe"]["metrics"][task] == pytest.approx(np.mean(true > false))
     metrics = records["sugar_crepe"]["metrics"]
     assert metrics["mean"] == pytest.approx((metrics["swap_att"] + metrics["add_obj"]) / 2)
+
+
+def test_aro_is_a_mean_over_relations_and_over_frequent_attributes_of_cropped_images(found, model):
+    root, records = found
+    crops = [Image.open(root / f"aro/images/{i}.jpg").crop((8, 4, 38 + 20 * i, 24)) for i in (0, 1)]
+    similarity = model.encode_image([np.asarray(crop) for crop in crops]) @ model.encode_text(WORDS).T
+    metrics = records["aro"]["metrics"]
+
+    def wins(i, false):
+        return float(similarity[i, i] > similarity[i, false])
+
+    on, near = np.mean([wins(i, k) for i in (0, 1) for k in (2, 4)]), np.mean([wins(i, 3) for i in (0, 1)])
+    assert metrics["relation"] == pytest.approx((on + near) / 2)
+    assert metrics["relation_pairs"] == pytest.approx((4 * on + 2 * near) / 6)
+    frequent = (13 * wins(0, 2) + 12 * wins(1, 2)) / 25
+    assert metrics["attribution"] == pytest.approx(frequent)
+    assert metrics["attribution_pairs"] == pytest.approx((25 * frequent + wins(0, 5)) / 26)
+    assert metrics["mean"] == pytest.approx((metrics["relation"] + frequent) / 2)
+
+
+def test_a_shuffle_has_the_words_of_its_caption_and_loses_or_wins_on_its_own(found, model):
+    root, records = found
+    plain = [aro.plain(text) for text in (CAPTIONS[0][0], CAPTIONS[1][0])]
+    assert plain[0] == "a red circle, a blue star and a green heart"
+    made = [dict(aro.shuffles(text)) for text in plain]
+    for kinds, text in zip(made, plain, strict=True):
+        assert kinds == dict(aro.shuffles(text)) and kinds.pop("true") == text
+        assert all(sorted(other.split()) == sorted(text.split()) and other != text for other in kinds.values())
+        trigrams = [text.split()[i : i + 3] for i in range(0, len(text.split()), 3)]
+        inner = kinds["within_trigrams"].split()
+        assert [sorted(inner[i : i + 3]) for i in range(0, len(inner), 3)] == [sorted(part) for part in trigrams]
+        assert all(" ".join(part) in kinds["trigrams"] for part in trigrams)
+    assert not list(aro.shuffles("circle"))
+    images = model.encode_image([str(root / f"coco_order/val2014/{i}.jpg") for i in (0, 1)])
+    short = dict(aro.shuffles("a circle"))
+    pairs = {"trigrams": [(0, plain[0], made[0]["trigrams"]), (1, plain[1], made[1]["trigrams"])]}
+    pairs["within_trigrams"] = [(i, plain[i], made[i]["within_trigrams"]) for i in (0, 1)]
+    pairs["within_trigrams"] += [(0, "a circle", short[k]) for k in short if k == "within_trigrams"]
+    for kind, cases in pairs.items():
+        number, true, false = zip(*cases, strict=True)
+        chosen = images[list(number)]
+        true, false = (np.sum(chosen * model.encode_text(texts), axis=1) for texts in (true, false))
+        assert records["coco_order"]["metrics"][kind] == pytest.approx(np.mean(true > false + ranking.TIE))
 
 
 def test_a_multi_label_set_has_average_precision_without_the_class_that_never_occurs(found, model):
@@ -228,6 +299,12 @@ def test_every_language_of_a_source_is_searched_on_its_own(run, tmp_path, model)
         (write_winoground, lambda f: (f / "examples.jsonl").write_text('{"image_0": "a"}'), "no text in the field"),
         (write_winoground, lambda f: shutil.rmtree(f / "images"), "none of its 8 images is there"),
         (write_sugar_crepe, lambda f: (f / "add_obj.json").write_text("[]"), "not an object with fields"),
+        (
+            write_aro,
+            lambda f: (f / "visual_genome_relation.json").write_text('[{"image_path": "0.jpg"}]'),
+            "true_caption",
+        ),
+        (write_captions, lambda f: (f / "coco_karpathy_test.json").write_text("{}"), "not a list of objects"),
         (write_multi_label, lambda f: (f / "classnames.txt").write_text("a\nb"), "a 0 or 1 for each of 2 classes"),
         (write_masks, lambda f: (f / "masks/1.png").unlink(), "1.png: missing"),
     ],

@@ -38,7 +38,7 @@ KINDS = {
     ),
     "tfds": Kind(
         open_tfds,
-        ("tfds_dir", "long_reads"),
+        ("tfds_dir", "long_reads", "boxes"),
         "a prepared TFDS dataset: tfds:coco_captions (its train split) or tfds:coco_captions/val",
     ),
     "parquet": Kind(
@@ -46,9 +46,11 @@ KINDS = {
     ),
     "csv": Kind(open_csv, ("image", "caption", "boxes"), "a table of paths with captions, .csv or .tsv: csv:FILES"),
     "array_record": Kind(
-        open_array_record, ("image", "caption", "long_reads"), "ArrayRecord files of tf.train.Example records"
+        open_array_record, ("image", "caption", "long_reads", "boxes"), "ArrayRecord files of tf.train.Example records"
     ),
-    "folder": Kind(open_folder, ("caption", "links_to", "max_bad_share"), "images with a .txt each: folder:DIR"),
+    "folder": Kind(
+        open_folder, ("caption", "links_to", "max_bad_share", "boxes"), "images with a .txt each: folder:DIR"
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clip_jax.data.sources import array_record_ranges, captions, identity, patterns
+from clip_jax.data.sources import boxes as box_files
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
 from clip_jax.storage import remote
@@ -30,6 +31,8 @@ class ArrayRecords:
     captions: tuple[captions.Field, ...]
     records: Any = field(repr=False)
     """index -> bytes; safe to call from several threads."""
+    boxes: str = ""
+    """The name of their list, which has one JSON text; empty: boxes are not read."""
     former_fingerprint: str = ""
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -54,10 +57,14 @@ class ArrayRecords:
             raise BadSampleError("empty caption", key)
         if not example.get(self.image):
             raise BadSampleError("no image", key)
-        return Sample(example[self.image][0], found.texts, key, shares=found.shares)
+        regions = next(iter(example.get(self.boxes, ())), None)
+        extras = {"boxes": box_files.parse(regions, key)} if self.boxes else {}
+        return Sample(example[self.image][0], found.texts, key, extras=extras, shares=found.shares)
 
 
-def open_array_record(where: str, *, image: str = "", caption: str = "txt", long_reads: bool = False) -> Source:
+def open_array_record(
+    where: str, *, image: str = "", caption: str = "txt", long_reads: bool = False, boxes: str = ""
+) -> Source:
     """Files by the names that ``patterns.py`` takes; ``long_reads``: neighbors in a remote file are read together.
 
     Raises UserError.
@@ -80,13 +87,16 @@ def open_array_record(where: str, *, image: str = "", caption: str = "txt", long
     for name, _ in wanted:
         _pick(where, names, [name], "config.data.caption")
     wanted = wanted or captions.fields(_pick(where, names, CAPTIONS, "config.data.caption"))
-    content = json.dumps([identity.of_files(files), image, wanted])
+    if boxes:
+        _pick(where, names, [boxes], "config.data.boxes")
+    content = json.dumps([identity.of_files(files), image, wanted, *([boxes] if boxes else [])])
     return ArrayRecords(
         name=f"array_record:{where}",
         fingerprint=hashlib.sha256(content.encode()).hexdigest()[:24],
         image=image,
         captions=wanted,
         records=records,
+        boxes=boxes,
         notes=records.notes if distant else (),
     )
 

@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from clip_jax.data.images import Crop
-from clip_jax.data.sources.sample import BadSampleError
+from clip_jax.data.sources.sample import BadSampleError, Source
 from clip_jax.data.valid_text import valid
 
 Sides = tuple[float, float, float, float]
 
+FIELD = "boxes"
+"""Their name in the extras of an example, and in what ``clip-jax pack`` writes."""
 LEAST_VISIBLE = 0.5
 """The share of a box's area that must remain in the crop."""
 TOLERANCE = 1e-3
@@ -46,6 +48,16 @@ def parse(value: Any, key: str) -> tuple[Box, ...]:
         raise BadSampleError("boxes are not a list", key)
     found = (_box(entry, key) for entry in value)
     return tuple(box for box in found if _area(box.sides) > 0)
+
+
+def are_in(source: Source) -> bool:
+    """Whether its examples have boxes, or a place for them."""
+    return bool(getattr(source, "boxes", ""))
+
+
+def written(boxes: Iterable[Box]) -> str:
+    """The boxes as JSON, of which ``parse`` makes equal ones."""
+    return json.dumps([{"box": list(sides), "text": text} for sides, text in boxes], ensure_ascii=False)
 
 
 def carry(boxes: Iterable[Box], crop: Crop) -> tuple[Box, ...]:

@@ -29,11 +29,16 @@ class Row(NamedTuple):
     file: str
     """The path as written: relative to the table's folder, absolute, or relative to the working directory."""
     captions: list[str]
+    boxes: Any = None
+    """As ``boxes.parse`` takes them; None where there are none."""
 
 
-def read(path: Path, setting: str) -> Iterator[Row]:
-    """The rows of a table; ``setting`` (``config.data.caption``) names its column, the first that it has."""
-    return _read_jsonl(path, setting) if path.suffix == ".jsonl" else _read_csv(path, setting)
+def read(path: Path, setting: str, boxes: str = "") -> Iterator[Row]:
+    """The rows of a table; ``setting`` (``config.data.caption``) names its column, the first that it has.
+
+    ``boxes`` names the column that has them, or a dotted path in a line of JSON.
+    """
+    return (_read_jsonl if path.suffix == ".jsonl" else _read_csv)(path, setting, boxes)
 
 
 def is_table(path: Path, setting: str) -> bool:
@@ -73,7 +78,7 @@ def _dialect(path: Path, header: str) -> str:
     return "excel-tab" if path.suffix == ".tsv" or ("\t" in header and "," not in header) else "excel"
 
 
-def _read_csv(path: Path, setting: str) -> Iterator[Row]:
+def _read_csv(path: Path, setting: str, boxes: str) -> Iterator[Row]:
     text = read_text(path)
     table = csv.DictReader(io.StringIO(text), strict=True, dialect=_dialect(path, text.split("\n", 1)[0]))
     line = 0
@@ -89,28 +94,28 @@ def _read_csv(path: Path, setting: str) -> Iterator[Row]:
                     f"{path}, line {line}: not {len(table.fieldnames)} fields; put a caption with commas in it between "
                     '"quotes"'
                 )
-            yield Row(line, row[file], [row[caption]])
+            yield Row(line, row[file], [row[caption]], row.get(boxes) or None)
     except csv.Error as error:  # an unclosed quote extends to the end of the file: name the line before it
         raise UserError(f"{path}, after line {line or 1}: {error}; close the quotes there") from error
 
 
-def _read_jsonl(path: Path, setting: str) -> Iterator[Row]:
+def _read_jsonl(path: Path, setting: str, boxes: str) -> Iterator[Row]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            file, texts = _entry(line, setting)
+            file, texts, regions = _entry(line, setting, boxes)
             texts = [texts] if isinstance(texts, str) else texts
             if not (isinstance(file, str) and isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
                 raise UserError(
                     f'{path}, line {number}: not of the form {{"file": "dog.jpg", "caption": "a dog"}}; a caption may '
                     "also be a list of strings"
                 )
-            yield Row(number, file, texts)
+            yield Row(number, file, texts, regions)
 
 
-def _entry(line: str, setting: str) -> tuple[Any, Any]:
+def _entry(line: str, setting: str, boxes: str) -> tuple[Any, Any, Any]:
     try:
         entry = json.loads(line)
         file, caption = _columns(list(entry), setting)
-        return entry[file], entry[caption]
+        return entry[file], entry[caption], caption_files.at(entry, boxes)
     except (ValueError, KeyError, TypeError):
-        return None, None
+        return None, None, None

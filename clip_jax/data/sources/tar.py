@@ -69,7 +69,7 @@ class TarSource:
 
     def read(self, i: int) -> tuple[str, dict[str, bytes]]:
         """Shard and name of the image; and the sample's members by kind. Raises OSError."""
-        start, *members, end = self.index.rows[i].tolist()
+        start, *members, end = self.index.row(i)
         number = bisect.bisect_right(self.index.starts, i) - 1
         shard, known = self.shards[number], self.index.shards[number]
         read = ranges.reader(shard, Stat(known.size, known.version), self.chunks)

@@ -16,12 +16,13 @@ import json
 import mmap
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from clip_jax.storage import ranges, remote
 from clip_jax.storage.ranges import Read, Stat
 
 COLUMNS = 2 + len(KINDS)
+ROW = struct.Struct(f"<{COLUMNS}I")
 RULES = 3
 """To be increased when the rules for pairs or the digest change: indexes with another number are not read."""
 
@@ -81,9 +83,16 @@ class Index:
     """The first sample of each shard, and the number of all."""
     rows: np.ndarray = field(repr=False)
     """uint32[samples, COLUMNS], memory-mapped."""
+    file: BinaryIO = field(repr=False)
+    """The same rows."""
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    def row(self, i: int) -> tuple[int, ...]:
+        """The row of a sample, by a read: the first touch of a page through the map is a page fault, which takes longer
+        (on a busy machine ten times as long) and adds the page to this process's memory."""
+        return ROW.unpack(os.pread(self.file.fileno(), ROW.size, range(len(self))[i] * ROW.size))
 
     def having(self, kind: str) -> int:
         """Samples with a member of this kind."""
@@ -124,12 +133,14 @@ def load(folder: Path) -> Index:
     entries = [Shard(*entry) for entry in json.loads((folder / "shards.json").read_text())]
     table = [entry._replace(counts=tuple(entry.counts), labels=Labels(*entry.labels)) for entry in entries]
     starts = tuple(itertools.accumulate((shard.samples for shard in table), initial=0))
-    with open(folder / "rows", "rb") as file:
-        # An empty file cannot be mapped; an index without samples is never written.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    file = open(folder / "rows", "rb", buffering=0)  # noqa: SIM115 as long as the index is used
+    # An empty file cannot be mapped; an index without samples is never written.
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     # A shuffled run reads single rows: read ahead, each would cost a millisecond instead of five microseconds.
     mapped.madvise(mmap.MADV_RANDOM)
-    return Index(tuple(table), starts, np.frombuffer(mapped, "<u4").reshape(-1, COLUMNS))
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return Index(tuple(table), starts, np.frombuffer(mapped, "<u4").reshape(-1, COLUMNS), file)
 
 
 def _places(folder: str) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clip_jax.data.sources import array_record, array_record_ranges, identity, tfds_folders
+from clip_jax.data.sources import boxes as box_files
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
 from clip_jax.storage import remote
@@ -34,6 +35,8 @@ class _Layout(NamedTuple):
     """Path to the text, such as ("captions", "text"); empty if the class name is the caption."""
     label: str
     """Empty where there are no classes."""
+    boxes: str = ""
+    """The text that has the boxes, as JSON; empty: boxes are not read."""
 
 
 class _Part(NamedTuple):
@@ -97,22 +100,24 @@ class _TfdsSource:
             captions = (self.class_names[label],)
         else:  # TFDS marks a withheld label with -1.
             raise BadSampleError("no label", key)
-        return Sample(image=example[self.layout.image], captions=captions, key=key, label=label)
+        extras = {"boxes": box_files.parse(example[self.layout.boxes], key)} if self.layout.boxes else {}
+        return Sample(example[self.layout.image], captions, key, label, extras)
 
 
-def open_tfds(where: str, *, tfds_dir: str = "", long_reads: bool = False) -> Source:
+def open_tfds(where: str, *, tfds_dir: str = "", long_reads: bool = False, boxes: str = "") -> Source:
     """A prepared TFDS dataset by ``name/split``; the split is ``train`` where there is no slash."""
     name, slash, split = where.rpartition("/")
-    return open_split(name if slash else where, split if slash else "train", data_dir=tfds_dir, long_reads=long_reads)
+    name, split = (name, split) if slash else (where, "train")
+    return open_split(name, split, data_dir=tfds_dir, long_reads=long_reads, boxes=boxes)
 
 
-def open_split(where: str, split: str, *, data_dir: str = "", long_reads: bool = False) -> Source:
+def open_split(where: str, split: str, *, data_dir: str = "", long_reads: bool = False, boxes: str = "") -> Source:
     """One split of a prepared TFDS dataset: ``where`` is ``name``, ``name/config`` or ``name/config:version``.
 
     ``split`` is TFDS's: ``train``, ``test``, ``train[:90%]``, ``train+restval``. ``data_dir`` defaults to TFDS's own
     (``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``) and may be in a bucket, where ``long_reads`` reads neighbors
-    together. Images stay encoded. Where there is a label and no text, the
-    class name is the caption. Raises UserError for anything missing or malformed.
+    together. Images stay encoded. Where there is a label and no text, the class name is the caption. ``boxes`` names a
+    feature of text, as ``clip-jax pack`` writes it. Raises UserError for anything missing or malformed.
     """
     logging.getLogger("absl").addFilter(_is_not_from_tfds)
     try:
@@ -138,9 +143,9 @@ def open_split(where: str, split: str, *, data_dir: str = "", long_reads: bool =
         # A converted dataset still has TFRecord as its first format.
         info.set_file_format("array_record", override=True, override_if_initialized=True)
         instructions = _file_instructions(where, split, info, folder)
-    layout = _find_layout(where, features)
+    layout = _find_layout(where, features, boxes)
     former = _former_fingerprint(info, split, instructions)
-    used = dict.fromkeys(filter(None, (layout.image, *layout.captions[:1], layout.label)))
+    used = dict.fromkeys(filter(None, (layout.image, *layout.captions[:1], layout.label, boxes)))
     is_encoded = isinstance(features[layout.image], tfds.features.Image)
     if remote.is_remote(folder):
         records = _ranges(where, instructions, long_reads)
@@ -149,7 +154,7 @@ def open_split(where: str, split: str, *, data_dir: str = "", long_reads: bool =
         records = builder.as_data_source(split, file_format="array_record", deserialize_method=raw)
     return _TfdsSource(
         name=f"tfds:{where}/{split}",
-        fingerprint=_fingerprint(former, instructions),
+        fingerprint=_fingerprint(former, instructions, boxes),
         former_fingerprint=former,
         class_names=tuple(features[layout.label].names) if layout.label else (),
         title=f"{info.full_name} {split}",
@@ -204,14 +209,15 @@ def _file_instructions(where: str, split: str, info, folder: str) -> list[_Part]
     ]
 
 
-def _find_layout(where: str, features: dict[str, Any]) -> _Layout:
-    """Which features are the image, its captions and its class."""
+def _find_layout(where: str, features: dict[str, Any], boxes: str) -> _Layout:
+    """Which features are the image, its captions, its class and its boxes."""
     import tensorflow_datasets as tfds
 
     layout = _Layout(
         image=_image_feature(features),
         captions=next(filter(None, (_text_path(features, name) for name in _CAPTION_FEATURES)), ()),
         label="label" if isinstance(features.get("label"), tfds.features.ClassLabel) else "",
+        boxes=boxes,
     )
     available = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in sorted(features.items()))
     if not layout.image:
@@ -220,6 +226,11 @@ def _find_layout(where: str, features: dict[str, Any]) -> _Layout:
         raise UserError(
             f"tfds:{where}: no text ({', '.join(_CAPTION_FEATURES)}) and no class label among its features "
             f"({available}); take a dataset that has one"
+        )
+    if boxes and not isinstance(features.get(boxes), tfds.features.Text):
+        raise UserError(
+            f"tfds:{where}: config.data.boxes={boxes}: not a text among its features ({available})"
+            f"{nearest(boxes, features)}; clip-jax pack writes boxes as one"
         )
     return layout
 
@@ -268,10 +279,10 @@ def _captions(example: dict, path: tuple[str, ...], key: str) -> tuple[str, ...]
     return captions
 
 
-def _fingerprint(former: str, instructions: list[_Part]) -> str:
+def _fingerprint(former: str, instructions: list[_Part], boxes: str) -> str:
     """A hash of names and sizes, and of the bytes of the files."""
-    digests = identity.of_files([part.file for part in instructions])
-    return hashlib.sha256(json.dumps([former, digests]).encode()).hexdigest()[:24]
+    content = [former, identity.of_files([part.file for part in instructions]), *([boxes] if boxes else [])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
 def _former_fingerprint(info, split: str, instructions: list[_Part]) -> str:

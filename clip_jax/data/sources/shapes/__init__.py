@@ -70,6 +70,7 @@ class Shapes:
         return CLASS_NAMES if self.split == "zero_shot" else ()
 
     former_fingerprint = ""
+    boxes = "objects"
 
     @functools.cached_property
     def fingerprint(self) -> str:
