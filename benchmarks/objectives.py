@@ -21,7 +21,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,18 @@ def read_rows() -> dict[Row, dict]:
     lines = ROWS.read_text().splitlines() if ROWS.exists() else []
     found = [json.loads(line) for line in lines if line]
     return {Row(line["set"], line["objective"], line["seed"]): line for line in found}
+
+
+def finished(of: str, done: Mapping[Row, dict]) -> set[str]:
+    """The objectives that have a row of the set."""
+    return {row.objective for row in done if row.of == of} - {TIMES}
+
+
+def is_due(row: Row, done: Mapping[Row, dict]) -> bool:
+    """Whether the row is missing; times are repeated when there are more objectives."""
+    if row.objective == TIMES:
+        return not finished(row.of, done) <= set(done.get(row, {}).get("seconds", ()))
+    return row not in done
 
 
 def wanted(row: Row, only: str) -> bool:
@@ -175,15 +187,13 @@ def held_out(images: np.ndarray, texts: np.ndarray) -> dict:
 
 
 def seconds_per_step(of: str, folder: Path, data: str) -> dict:
-    """Objective -> seconds of each turn, all objectives in turns; a run of two phases has an entry for the last."""
+    """Objective -> seconds of each turn, for all that have a row; of a run with two phases, those of the last one."""
     import train_step
 
     from clip_jax import config as configs
 
     runs = {}
-    for objective in OBJECTIVES:
-        if objective == "distilled" and not (folder / of / "stored/reinforce.json").exists():
-            continue
+    for objective in sorted(finished(of, read_rows())):
         config = configs.load(f"{RECIPE}:{of},{objective},{folder},{data}")
         runs[objective] = train_step.prepare(configs.phases(config)[-1].config)[0]
     turns = {objective: [] for objective in runs}
@@ -233,13 +243,14 @@ def main() -> None:
         with ROWS.open("a") as file:
             file.write(json.dumps({"set": of, "objective": objective, "seed": row.seed, **found}) + "\n")
         return
-    started, done = time.monotonic(), read_rows()
-    for row in () if args.table else [row for row in plan() if row not in done and wanted(row, args.only)]:
+    started = time.monotonic()
+    for row in () if args.table else [row for row in plan() if wanted(row, args.only)]:
         if time.monotonic() - started > 60 * args.minutes:
             break
-        run_row(row, args)
+        if is_due(row, read_rows()):
+            run_row(row, args)
     done = read_rows()
-    text = table(list(done.values()), [str(row) for row in plan() if row not in done])
+    text = table(list(done.values()), [str(row) for row in plan() if is_due(row, done)])
     print(text)
     if args.write:
         before, _, rest = args.write.read_text().partition(START)

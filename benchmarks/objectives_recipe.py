@@ -42,7 +42,7 @@ WHOLE, NEARLY = ((1.0, 1.0), (1.0, 1.0)), ((0.8, 1.0), (0.9, 1.11))
 
 SETS = {
     "scenes": Data(
-        *("tar:{folder}/scenes", "shapes:heldout", "captions", "txt", 300, 32, 1024, *WHOLE),
+        *("tar:{folder}/scenes", "shapes:heldout", "captions", "txt", 160, 32, 1024, *WHOLE),
         {"protocol": "composition", "source": "shapes:heldout"},
         "mean",
     ),

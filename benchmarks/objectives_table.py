@@ -34,20 +34,32 @@ def table(lines: Sequence[dict], missing: Sequence[str]) -> str:
                 [
                     _line(HEADER),
                     "|" + "---|" * len(HEADER),
-                    *(_line(_cells(name, found, of, times)) for name, found in runs.items() if found),
+                    *(_line(_cells(name, found, times)) for name, found in runs.items() if found),
                 ]
             ),
         ]
     if missing:
-        parts.append(f"Not reached ({len(missing)}): {', '.join(missing)}.")
+        parts.append(f"Not reached ({len(missing)} rows, with their seeds): {_grouped(missing)}.")
     return "\n\n".join(parts)
+
+
+def _grouped(missing: Sequence[str]) -> str:
+    """``set/objective/seed`` of all rows -> one entry per set and objective."""
+    sets: dict[str, dict[str, list[str]]] = {}
+    for row in missing:
+        of, objective, seed = row.split("/")
+        sets.setdefault(of, {}).setdefault(objective, []).append(seed)
+    return "; ".join(
+        f"{of}: " + ", ".join(f"{objective} {' '.join(seeds)}" for objective, seeds in found.items())
+        for of, found in sets.items()
+    )
 
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cells(name: str, runs: Sequence[dict], of: str, times: Mapping[str, Sequence[float]]) -> list[str]:
+def _cells(name: str, runs: Sequence[dict], times: Mapping[str, Sequence[float]]) -> list[str]:
     cost = _relative(name, times)
     probes = [run["probe"] for run in runs if "probe" in run]
     return [
@@ -57,7 +69,7 @@ def _cells(name: str, runs: Sequence[dict], of: str, times: Mapping[str, Sequenc
         _value([run["median_rank"] for run in runs], 1),
         f"{statistics.mean(probes):.3f}" if probes else "",
         "" if cost is None else f"{cost:.2f}",
-        *(_equal_cost(name, runs, SETS[of].steps, cost, column) for column in (1, 2)),
+        *(_equal_cost(name, runs, runs[0]["steps"], cost, column) for column in (1, 2)),
     ]
 
 

@@ -60,7 +60,7 @@ def test_the_table_reads_a_run_at_equal_cost_and_lists_what_is_missing(benchmark
             "seconds": {"softmax": [0.1, 0.2], "captioning": [0.15, 0.3]},
         },
     ]
-    text = benchmark.table(json.loads(json.dumps(lines)), ["icons/softmax/0"])
+    text = benchmark.table(json.loads(json.dumps(lines)), ["icons/softmax/0", "icons/softmax/1"])
     cells = next(line for line in text.splitlines() if line.startswith("| captioning")).split(" | ")
     assert cells[-3:-1] == ["1.50", "0.133"]  # a third of the way from step 150 to step 300
-    assert text.endswith("Not reached (1): icons/softmax/0.")
+    assert text.endswith("Not reached (2 rows, with their seeds): icons: softmax 0 1.")
