@@ -174,9 +174,7 @@ def main() -> None:
     print("| | XLA's attention, ms | its peak memory | now, ms | MFU | peak memory | bound, ms | |")
     print("|---|---|---|---|---|---|---|---|")
     missed = []
-    for name, row in ROWS.items():
-        if not name.startswith(given.only):
-            continue
+    for name, row in plans.selected(ROWS, given.only).items():
         if isinstance(row, Planned):
             found = planned_row(row)
         else:
