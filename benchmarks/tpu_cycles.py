@@ -181,7 +181,7 @@ def main() -> None:
             found = step_row(name, row) if isinstance(row, Step) else layer_row(name, row)
         missed += [name] if found.verdict != "kept" else []
         cells = (
-            *(name, f"{found.xla:,.6g}", gibibytes(found.xla_peak), f"{found.milliseconds:,.1f}", found.mfu),
+            *(name, f"{found.xla:,.6g}", gibibytes(found.xla_peak), f"{found.milliseconds:,.4g}", found.mfu),
             *(gibibytes(found.peak), "" if found.bound is None else f"{found.bound:,.5g}", found.verdict),
         )
         print("| " + " | ".join(cells) + " |", flush=True)
