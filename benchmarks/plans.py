@@ -5,6 +5,7 @@ python benchmarks/plans.py > docs/plans.md
 
 The TPU compiler compiles the step of each, without a TPU, in one to two minutes on one CPU core. Results are cached in
 runs/plans; --only=PREFIX selects plans by name, and --cached estimates plans that are not cached instead of compiling.
+To compile them one after the other, each with its row in the file: python benchmarks/plans.py --only=NAME --update
 """
 
 import argparse
@@ -13,7 +14,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,6 +28,7 @@ from clip_jax.planning.search import estimate as estimate_plan
 RECIPES = sorted(Path("configs").glob("*.py"))
 SLICE = re.compile(r"Planned for ([\w-]+)")
 CACHE = Path("runs/plans")
+FILE = Path("docs/plans.md")
 ACCUMULATED = ["--config.micro_batch=16384", "--config.model.remat=dots", "--config.mesh.fsdp=16"]
 # name -> recipe, slice, slices, overrides
 LARGER = {
@@ -51,8 +55,9 @@ def cases() -> dict[str, tuple[str, str, int, list[str]]]:
     found = {}
     for recipe in RECIPES:
         case, changed = (recipe.stem, SLICE.search(recipe.read_text())[1], 1), {}
-        found[recipe.stem] = (*case, [])
-        for number, phase in enumerate(configs.load(str(recipe)).phases, start=2):
+        phases = configs.load(str(recipe)).phases
+        found[recipe.stem] = (*case, ["--config.phases=()"] if phases else [])
+        for number, phase in enumerate(phases, start=2):
             changed |= {key: value for key, value in phase.items() if key != "start"}
             settings = [f"--config.{key}={value}" for key, value in changed.items()]
             found[f"{recipe.stem}, phase {number}"] = (*case, ["--config.phases=()", *settings])
@@ -111,18 +116,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="plans whose name begins with this")
     parser.add_argument("--cached", action="store_true", help="compile nothing: estimate plans that are not cached")
+    parser.add_argument("--update", action="store_true", help="replace the rows of these plans in docs/plans.md")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    chosen = {name: case for name, case in cases().items() if name.startswith(given.only)}
+    every = cases()
+    chosen = selected(every, given.only)
     plans = {name: plan_json(name, *case, compile=not given.cached) for name, case in chosen.items()}
     versions = {"libtpu": "none"} | max((plan["versions"] for plan in plans.values()), key=len)
-    print(HEAD.format(date=datetime.date.today().isoformat(), **versions))
-    for line in (
-        (*COLUMNS, *SPEED),
-        ["---"] * len((*COLUMNS, *SPEED)),
-        *(row(name, result, chosen[name]) for name, result in plans.items()),
-    ):
-        print("| " + " | ".join(line) + " |")
+    rows = {name: line(row(name, result, chosen[name])) for name, result in plans.items()}
+    if given.update:
+        old = [text for text in FILE.read_text().splitlines() if text.startswith("| ")][2:]
+        rows = {text.removeprefix("| ").split(" | ")[0]: text for text in old} | rows
+        rows = {name: rows[name] for name in every if name in rows}
+    head = HEAD.format(date=datetime.date.today().isoformat(), **versions)
+    text = "\n".join((head, line((*COLUMNS, *SPEED)), line(["---"] * len((*COLUMNS, *SPEED))), *rows.values()))
+    if given.update:
+        FILE.write_text(text + "\n")
+    else:
+        print(text)
+
+
+def selected(every: dict[str, Any], only: str) -> dict[str, Any]:
+    """The item of that name, or all whose names begin with it."""
+    return {only: every[only]} if only in every else {k: v for k, v in every.items() if k.startswith(only)}
+
+
+def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
