@@ -95,7 +95,13 @@ def test_batch_and_heads_are_split_over_the_mesh(sizes):
     assert_equal(split, arrays(4, 20, 20, 4, 64), mask=jnp.ones((1, 20, 20), bool).at[:, :, 3].set(False))
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("none", False), ("dots", True), ("full", True)])
+WITH_IT = [
+    ("dots", True),
+    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("none", False), ("full", True))),
+]
+
+
+@pytest.mark.parametrize(("remat", "scan"), WITH_IT)
 def test_a_model_with_it_has_the_same_parameters_embeddings_and_gradients(remat, scan):
     expected, expected_gradients = value_and_gradients(CLIP(SMALL))
     found, gradients = value_and_gradients(computed(SMALL, remat=remat, scan=scan, attend=KERNEL))
