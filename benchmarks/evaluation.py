@@ -54,7 +54,7 @@ def classify(args: argparse.Namespace) -> None:
     from clip_jax.evaluation import zero_shot
 
     images, classes = unit(50_000), unit(1000, seed=1)
-    labels, before = np.arange(50_000) % 1000, peer.peak()
+    labels, before = np.arange(50_000) % 1000, peer.start_peak()
     (found,) = measure(lambda: zero_shot.accuracy(images, labels, classes), repeats=args.repeats)
     show("zero-shot, 50,000 embeddings, 1,000 classes", found, peer.peak() - before)
 
@@ -65,7 +65,7 @@ def retrieval(args: argparse.Namespace) -> None:
     images, owner = unit(5000), np.repeat(np.arange(5000), 5)
     texts = 0.3 * images[owner] + unit(25_000, seed=1)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    before = peer.peak()
+    before = peer.start_peak()
     (found,) = measure(lambda: retrieval(images, texts, owner), repeats=args.repeats)
     show("retrieval, 25,000 captions, 5,000 images", found, peer.peak() - before)
 

@@ -1,6 +1,6 @@
 """Pairs per second of the input stream, with both settings of ``data.resize``, and of OpenCLIP's loader.
 
-    python benchmarks/loader.py [--peer=PYTHON] [--repeats=5] [--batch=128] [--cpu] [--json]
+    python benchmarks/loader.py [--peer=PYTHON] [--repeats=5] [--batch=128] [--cpu] [--kinds] [--json]
 
 Needs ../shared/data and, for OpenCLIP, an environment of tests/peers/make_env.sh (its Python, or CLIP_JAX_PEERS); else
 ours alone is measured. Two sets of tar shards: the emoji (136x136), and 500x400 JPEGs of quality 90 made from the
@@ -8,6 +8,8 @@ photographs. Each loader has two workers, makes batches of crops of 224 px and c
 batch to its last; they take turns, so that a busy machine slows all equally. OpenCLIP's batches are normalized
 float32; ours are uint8 and normalized on the device. "Bare" is decoding and resizing alone, of files in memory, in as
 many threads. ``--cpu`` measures CPU seconds of this process, which depend less on other work, and leaves OpenCLIP out.
+``--kinds`` compares tar shards, ArrayRecord files and a Parquet table of the same emoji instead: examples read one by
+one in random order, and batches (``simd``).
 """
 
 import argparse
@@ -28,7 +30,7 @@ import numpy as np
 import peer
 from PIL import Image
 
-from clip_jax.data import fast_crops, images, tokenizers
+from clip_jax.data import fast_crops, images, packing, tokenizers
 from clip_jax.data.faults import Faults
 from clip_jax.data.order import Order
 from clip_jax.data.sources import open_source
@@ -173,6 +175,40 @@ def measure(
     return results
 
 
+def write_kinds(folder: Path, shards: list[str]) -> dict[str, str]:
+    """Kind -> a source of it with the examples of tar shards."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = open_source(f"tar:{','.join(shards)}")
+    packing.pack(source, folder / "emoji", per_shard=2000, max_size=0, workers=1, form="array_record")
+    samples = [source[i] for i in range(len(source))]
+    table = {"image": [s.image for s in samples], "caption": [s.captions[0] for s in samples]}
+    pq.write_table(pa.table(table), folder / "emoji.parquet")
+    records = f"array_record:{folder}/emoji/1.0.0/*.array_record*"
+    return {"tar": source.name, "array_record": records, "parquet": f"parquet:{folder}/emoji.parquet"}
+
+
+def measure_kinds(kinds: dict[str, str], repeats: int, batch: int, clock: Clock) -> dict[str, dict[str, str | float]]:
+    """Reading and batches -> kind -> examples per second, and how often as fast as tar shards."""
+    sources, seconds = {kind: open_source(where) for kind, where in kinds.items()}, {}
+
+    def read(source: Source) -> float:
+        order = np.random.default_rng(0).permutation(len(source)).tolist()
+        return _timed(lambda: _exhaust(source[i] for i in order), clock) / len(source)
+
+    for turn in range(repeats + 1):
+        for kind, source in sources.items():
+            for what, found in (("reading", read(source)), ("batches", our_seconds(source, "simd", batch, clock))):
+                if turn:  # the first one fills the page cache
+                    seconds.setdefault(what, {}).setdefault(kind, []).append(found)
+    return {
+        what: {kind: 1 / statistics.median(times) for kind, times in by_kind.items()}
+        | {f"{kind} / tar": peer.ratio(times, by_kind["tar"]) for kind, times in by_kind.items() if kind != "tar"}
+        for what, by_kind in seconds.items()
+    }
+
+
 def summarized(results: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
     """Set -> pairs per second (medians), and ratios as the median, minimum and maximum of the turns."""
     summary = {}
@@ -192,16 +228,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--kinds", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not DATA.exists():
         sys.exit(f"{DATA}: no such folder; the shards to measure with are there")
     with tempfile.TemporaryDirectory() as folder:
-        sets = {
-            "emoji": [str(path) for path in sorted((DATA / "emoji").glob("train-*.tar"))],
-            "photos 500x400": write_photos(Path(folder)),
-        }
-        summary = summarized(measure(sets, args.peer, args.repeats, args.batch, args.cpu))
+        emoji = [str(path) for path in sorted((DATA / "emoji").glob("train-*.tar"))]
+        if args.kinds:
+            clock = time.process_time if args.cpu else time.perf_counter
+            summary = measure_kinds(write_kinds(Path(folder), emoji[:1]), args.repeats, args.batch, clock)
+        else:
+            sets = {"emoji": emoji, "photos 500x400": write_photos(Path(folder))}
+            summary = summarized(measure(sets, args.peer, args.repeats, args.batch, args.cpu))
     if args.json:
         print(json.dumps(summary))
         return

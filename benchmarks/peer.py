@@ -26,6 +26,12 @@ def peak():
 """Source of ``peak()`` for a script: the peak memory of its process in bytes."""
 
 
+def start_peak() -> int:
+    """The memory of this process in bytes, from which ``peak`` measures anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
 def peak() -> int:
     """The peak memory of this process in bytes (Linux)."""
     status = Path("/proc/self/status").read_text().splitlines()
