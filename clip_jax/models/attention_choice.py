@@ -17,7 +17,9 @@ AUTO = {"gpu": "cudnn", "tpu": "tpu"}
 LARGEST_HEAD = {"cudnn": 128, "tpu": 256}
 """The largest head, in features: cuDNN's limit before Hopper; two columns of lanes on a TPU."""
 MOST_TOKENS = 1152
-"""The longest tower for the TPU kernel: all keys of a head must fit in fast memory (compiled for 16 to 1,100)."""
+"""The longest tower for the TPU kernel: all keys of a head must fit in fast memory (compiled for 16 to 1,100).
+
+A mask of queries x keys takes more: at 1,100 tokens the kernel does not compile for a v4 with one."""
 
 
 class Choice(NamedTuple):
