@@ -8,12 +8,10 @@ Half an hour on two cores is few steps for the model of configs/emoji.py, so eac
 patches are dropped, texts have 16 tokens, and the vocabulary is the captions' own. Half of the captions are the further
 ones, most of which leave out color and style, which are learned first: what is left is the shape.
 Planned for v5e-1 (docs/plans.md); a CPU is enough.
-Expect: train/loss about ln(256) = 5.5 at the first step; 5.72 was seen, and 4.67 at step 30 of a trial of 60 steps with
-10 of warm-up. Not trained to its end yet: no held-out number is known, and six epochs are an estimate of what half an
-hour on two idle cores allows. On two cores shared with other work (load 9) a step without loading took 8.1 to 8.9 CPU
-seconds with mesh.cpu_devices=1, or 29 to 32 pairs per CPU second: at that speed, half an hour of both cores is two
-epochs. The model of configs/emoji.py with patches of 8 px has, after four epochs and 36 minutes on two busy cores, a
-held-out loss of 5.22 (chance 8.29), R@1 of 0.05, R@5 of 0.17 and a zero-shot top-1 of 0.03.
+Expect: train/loss about ln(256) = 5.5 at the first step. Not trained to its end yet: no held-out number is known, and
+six epochs are an estimate of what half an hour on two idle cores allows. The model of configs/emoji.py with
+patches of 8 px has, after four epochs and 36 minutes on two busy cores, a held-out loss of 5.22 (chance 8.29), R@1 of
+0.05, R@5 of 0.17 and a zero-shot top-1 of 0.03.
 """
 
 from clip_jax.config import defaults, evaluation
