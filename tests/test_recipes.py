@@ -43,7 +43,7 @@ def test_a_recipe_has_its_launch_line_on_top(recipe):
 
 
 TRACED = {"demo", "clip_vit_b32", "clip_rn50", "siglip2_b16", "grounded_scenes"}
-"""Of all others the plan is made in every run of the tests (planning/test_plans.py)."""
+"""For every other recipe, ``planning/test_plans.py`` builds the learner and estimates its memory."""
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def load(folder: Path) -> Index:
     entries = [Shard(*entry) for entry in json.loads((folder / "shards.json").read_text())]
     table = [entry._replace(counts=tuple(entry.counts), labels=Labels(*entry.labels)) for entry in entries]
     starts = tuple(itertools.accumulate((shard.samples for shard in table), initial=0))
-    file = open(folder / "rows", "rb", buffering=0)  # noqa: SIM115 as long as the index is used
+    # Single rows are read from this file, so it stays open for the lifetime of the index.
+    file = open(folder / "rows", "rb", buffering=0)  # noqa: SIM115
     # An empty file cannot be mapped; an index without samples is never written.
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     # A shuffled run reads single rows: read ahead, each would cost a millisecond instead of five microseconds.
