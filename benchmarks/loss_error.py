@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 
+from clip_jax.devices import simulated
 from clip_jax.devices.sharding import batch_sharding, make_mesh
 from clip_jax.losses.mesh_grid import Tiling
 from clip_jax.losses.sigmoid import sigmoid
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--devices", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8])
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
+    simulated.use_cpus(8)
     print(f"batch {args.batch:,}, width {args.dim}, on {', '.join(map(str, args.devices))} devices")
     names = ("loss", "d image", "d text", "d scale", "d bias")
     print("".join(f"{title:>10}" for title in ("", "", "", "scale", "its value", *names, "bound")))

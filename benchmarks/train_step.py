@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import config as configs
 from clip_jax.command_line import split_overrides
-from clip_jax.devices import hardware
+from clip_jax.devices import hardware, simulated
 from clip_jax.devices.sharding import make_mesh, to_devices
 from clip_jax.interop import open_clip_config
 from clip_jax.models import flops
@@ -84,8 +84,7 @@ for line in sys.stdin:
 
 def prepare(config: ConfigDict) -> tuple[Callable[[int], float], int, str]:
     """(function that takes n steps and returns the seconds, number of devices, description of their memory)."""
-    if config.mesh.cpu_devices > 1:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    simulated.use_cpus(config.mesh.cpu_devices)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     learner = make_learner(config, mesh, steps=100_000, examples=config.batch_size)
     text, rng = learner.model.architecture.text, np.random.default_rng(0)

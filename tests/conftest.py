@@ -12,18 +12,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time of a test is the compiler's: without optimization it takes half of the time, and without the MLIR
 # emitters of fusions half of that. Newer compilers have no other emitters, and stop at a flag that they do not know.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-# Simulated devices share the threads of the machine's cores. If each runs independent collectives in an order of its
-# own, they can wait for each other forever (seen on two cores); 40 seconds of that end the process, also on a machine
-# that is only busy.
-os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=1800"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+from clip_jax.devices import simulated
+
+simulated.use_cpus(8)
 
 CACHE = tempfile.TemporaryDirectory(prefix="clip-jax-test-cache-")  # removed when Python ends
 os.environ["CLIP_JAX_CACHE"] = CACHE.name

@@ -14,12 +14,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from clip_jax import __version__
     from clip_jax import config as configs
+    from clip_jax.devices import simulated
     from clip_jax.planning import doctor
     from clip_jax.reports import terminal
 
     config = configs.load(arguments.config, arguments.overrides)
-    if config.mesh.cpu_devices > 1:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    simulated.use_cpus(config.mesh.cpu_devices)
     devices, known = jax.devices(), doctor.machines_here()
     rows = [
         ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f", planned as {known.name}" if known else "")),

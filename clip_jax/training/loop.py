@@ -17,7 +17,7 @@ from clip_jax import config as configs
 from clip_jax import errors
 from clip_jax.command_line import program
 from clip_jax.data.stream import stream
-from clip_jax.devices import xla_flags
+from clip_jax.devices import simulated, xla_flags
 from clip_jax.devices.sharding import initialize_processes, process_rows, to_devices
 from clip_jax.errors import StoppedError, UserError
 from clip_jax.evaluation import protocols
@@ -54,8 +54,7 @@ def _run(
 ) -> int:
     if config.mesh.xla_flags:
         xla_flags.apply()
-    if config.mesh.cpu_devices > 1:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    simulated.use_cpus(config.mesh.cpu_devices)
     initialize_processes(*processes)
     with restart.hold(folder, config, previous):
         parts = make_run(folder, config)
