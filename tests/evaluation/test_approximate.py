@@ -95,6 +95,7 @@ def test_the_command_prints_the_recall(tmp_path, capsys):
             page = TestClient(app, base_url="http://localhost").get("/", params={"q": "a", "among": among})
             hits.append(re.findall(r"like=(\d+)", page.text))
     assert capsys.readouterr().err.count("recall@10 1.000 of the exact answer") == 2
-    assert hits[2:4] == hits[4:] and len(hits[2]) == 3 and set(served.approximate) == {"image", "text"}
+    assert hits[2] == hits[4] and set(served.approximate) == {"image", "text"}
+    assert [len(found) for found in hits[2:]] == [3] * 4  # the captions are one to the tokenizer: any three are nearest
     shutil.rmtree(place / "index" / "text_emb")  # without captions, images are the queries that measure it
     assert main([*command, "--approximate=IVF1,Flat"]) == 0
