@@ -143,6 +143,14 @@ def test_siglip_2_has_the_papers_numbers(recipe, layers, weight, decoder):
     assert (ours.local, ours.masked, ours.mask_share, ours.local_crops) == (1.0, 0.25, 0.5, 8)
 
 
+def test_active_curation_has_the_papers_numbers():
+    """Tschannen et al. 2025, section 2.5: 4B pairs, half of those that are read."""
+    config = configs.load("configs/siglip2_b16_acid.py")
+    assert config.steps * config.batch_size == pytest.approx(4e9, rel=1e-5)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (1e-5, 0.0)
+    assert config.objectives.selection.ratio == 2 and config.objectives.captioning.weight == 0
+
+
 SHRINK = 4
 """Pixels and patches are this many times smaller: the grids of patches are the recipe's own."""
 SWITCH, STEPS, VOCABULARY = 2, 4, 300
@@ -186,16 +194,17 @@ def shrunk(recipe: str) -> dict[str, str]:
     }
 
 
-def use_a_small_teacher(monkeypatch) -> None:
-    """A narrow ViT-L/14 for images as small as the student's, in place of the one from the hub."""
-    preset = presets.preset("ViT-L/14")
+def use_a_small_teacher(monkeypatch, name: str) -> None:
+    """A narrow model of this name for images as small as the student's, in place of the one from the hub."""
+    preset = presets.preset(name)
     towers = preset.architecture
     small = {"width": 48, "layers": 2, "heads": 2, "mlp_width": 64}
-    image = dataclasses.replace(towers.image, image_size=towers.image.image_size // SHRINK, **small)
+    sizes = {"image_size": towers.image.image_size // SHRINK, "patch_size": towers.image.patch_size // SHRINK}
+    image = dataclasses.replace(towers.image, **sizes, **small)
     text = dataclasses.replace(towers.text, vocab_size=VOCABULARY, **small)
     architecture = dataclasses.replace(towers, image=image, text=text)
     params = jax.jit(lambda key: nn.meta.unbox(CLIP(architecture).init(key)))(jax.random.key(5))
-    monkeypatch.setitem(presets.PRESETS, "ViT-L/14", preset._replace(architecture=architecture))
+    monkeypatch.setitem(presets.PRESETS, name, preset._replace(architecture=architecture))
     monkeypatch.setattr(teacher, "load", lambda weights: types.SimpleNamespace(params=params, batch_stats={}))
 
 
@@ -211,7 +220,8 @@ MARKS = {
     "flip_l16": (),
     **dict.fromkeys(("coca_b32", "siglip2_b16", "unicl_b16"), pytest.mark.slow),
     **dict.fromkeys(
-        ("clipa_l16", "lit_l16", "coca_l14", "distill_b32_from_l14", "siglip2_so400m14"), pytest.mark.exhaustive
+        ("clipa_l16", "lit_l16", "coca_l14", "distill_b32_from_l14", "siglip2_so400m14", "siglip2_b16_acid"),
+        pytest.mark.exhaustive,
     ),
 }
 
@@ -220,8 +230,9 @@ MARKS = {
 def test_a_small_copy_of_a_recipe_trains_through_its_phases(tmp_path, monkeypatch, recipe):
     path = f"configs/{recipe}.py"
     config = configs.load(path)
-    if config.objectives.distillation.weight > 0:
-        use_a_small_teacher(monkeypatch)
+    for objective, whose in (("distillation", "teacher"), ("selection", "reference")):
+        if config.objectives[objective].weight > 0:
+            use_a_small_teacher(monkeypatch, config.objectives[objective][whose])
     overrides, workdir = shrunk(path), tmp_path / "run"
     if not isinstance(config.data.train, str):  # UniCL's: scenes, and as many images with the names of classes
         overrides["data.train"] = repr((("shapes:train", 1.0), (class_folders(tmp_path / "classes"), 1e4)))
@@ -233,6 +244,9 @@ def test_a_small_copy_of_a_recipe_trains_through_its_phases(tmp_path, monkeypatc
     if sum(weight > 0 for weight in weights.values()) > 1:
         parts = sum(weight * steps[-1][f"train/{name}/loss"] for name, weight in weights.items() if weight > 0)
         assert steps[-1]["train/loss"] == pytest.approx(parts, rel=1e-5)
+    if config.objectives.selection.weight > 0:
+        assert all(line["train/selection/selected"] > line["train/selection/all"] for line in steps)
+        assert steps[-1]["train/pairs_seen"] == 2 * steps[-1]["train/pairs"] == 2 * 16 * STEPS
     phase = config.phases[0] if config.phases else {}
     if "objectives.self_distillation.weight" in phase:
         assert [line["step"] for line in steps if "train/self_distillation/local" in line] == [3, 4]
