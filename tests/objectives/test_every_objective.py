@@ -109,7 +109,7 @@ AXES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 """Each axis of the mesh alone, and all three; ``test_step.py`` has the others for the contrastive loss."""
 MARKS = {
     ("parallel captioning", (2, 2, 2)): (),
-    ("all", (2, 2, 2)): pytest.mark.slow,
+    ("self-distillation", (2, 2, 2)): pytest.mark.slow,
     ("positives of equal captions", (8, 1, 1)): pytest.mark.slow,
     ("labels and hard negatives", (1, 8, 1)): pytest.mark.slow,
     ("grounding", (1, 1, 8)): pytest.mark.slow,
@@ -148,9 +148,14 @@ def saved(made, pairs):
     return residuals(2 * pairs) - residuals(pairs)
 
 
-SLOW = ("all", "grounding", "self-distillation", "head-only teacher", "selection")
+def mark_of_plan(case, parts):
+    if parts == 1 or case in ("all", "head-only teacher"):
+        return pytest.mark.exhaustive
+    return pytest.mark.slow if case in ("grounding", "self-distillation", "selection") else ()
+
+
 PLANNED = [
-    pytest.param(case, parts, marks=pytest.mark.exhaustive if parts == 1 else pytest.mark.slow if case in SLOW else ())
+    pytest.param(case, parts, marks=mark_of_plan(case, parts))
     for case in CASES
     for parts in (1, 4)
     if case != "positives of equal captions"  # no part of a plan

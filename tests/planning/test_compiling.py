@@ -76,7 +76,7 @@ def test_a_real_step_is_compiled_for_a_slice_that_is_not_here(capsys):
 @pytest.mark.slow
 @needs_the_compiler
 def test_a_step_that_does_not_fit_says_what_it_wanted_and_what_would_fit(capsys):
-    given = ["--tpu=v5e-8", "--config.batch_size=32768", "--config.model.remat=none"]
+    given = ["--tpu=v5e-8", "--config.batch_size=32768", "--config.model.remat=none", "--compilations=2"]
     assert main([*SMALL, *given]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert not answer["fits"] and answer["hbm_bytes_per_chip"] > answer["free_hbm_bytes_per_chip"]
@@ -121,6 +121,40 @@ def test_the_attention_kernel_compiles_for_every_generation_of_chips():
     done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 5 * 3
+
+
+SHORTENED = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from clip_jax.devices.hardware import tpu
+from clip_jax.models.attention_tpu import TPUAttention
+from clip_jax.planning import compiling
+from clip_jax.planning.cycles import _cycles_of, pallas_calls
+
+device = topologies.get_topology_desc(platform="tpu", **compiling.topology(tpu("v5e-1"))).devices[0]
+x, mask = jax.ShapeDtypeStruct((96, 50, 12, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 50, 50), bool)
+
+def both(query, key, value, gradient, mask):
+    attend = lambda *arrays: TPUAttention()(*arrays, causal=False, mask=mask)
+    mixed, backward = jax.vjp(attend, query, key, value)
+    return mixed, backward(gradient)
+
+for call in pallas_calls(jax.make_jaxpr(both)(x, x, x, x, mask)):
+    print(call.params["grid_mapping"].grid[0], _cycles_of(call, device), _cycles_of(call, device, compiled=32))
+"""
+
+
+@pytest.mark.slow
+@needs_the_compiler
+def test_the_cycles_of_a_long_grid_are_those_that_two_short_ones_give(tmp_path):
+    environment = os.environ | compiling.environment(tpu("v5e-1"))
+    environment["LIBTPU_INIT_ARGS"] = f"{compiling.PROFILE}={tmp_path}"
+    done = subprocess.run([sys.executable, "-c", SHORTENED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    found = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [programs for programs, _, _ in found] == [96, 96]
+    for _, whole, extended in found:
+        assert extended == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.slow
