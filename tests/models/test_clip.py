@@ -157,7 +157,9 @@ def assert_the_same(plain: CLIP, other: CLIP) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scan", "remat"), [(False, "none"), *((True, remat) for remat in REMAT_POLICIES), (False, "full")]
+    ("scan", "remat"),
+    [(False, "none"), (True, "dots"), (False, "full")]
+    + [pytest.param(True, remat, marks=pytest.mark.slow) for remat in REMAT_POLICIES if remat != "dots"],
 )
 def test_scan_and_remat_change_neither_tree_nor_numbers(scan, remat):
     assert_the_same(CLIP(SMALL), computed(SMALL, scan=scan, remat=remat))

@@ -108,7 +108,7 @@ def two_steps(case, shape, parts):
 AXES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 """Each axis of the mesh alone, and all three; ``test_step.py`` has the others for the contrastive loss."""
 MARKS = {
-    ("parallel captioning", (2, 2, 2)): (),
+    ("parallel captioning", (2, 2, 2)): pytest.mark.slow,
     ("self-distillation", (2, 2, 2)): pytest.mark.slow,
     ("positives of equal captions", (8, 1, 1)): pytest.mark.slow,
     ("labels and hard negatives", (1, 8, 1)): pytest.mark.slow,
@@ -200,7 +200,7 @@ SWITCHED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_two_processes.py shows it with one process before the switch and two after
 def test_killed_before_a_switch_of_objectives_a_run_resumes_digit_for_digit(tmp_path):
     recipe, workdir = str(runs.write_recipe(tmp_path)), tmp_path / "run"
     assert loop.run(workdir=str(workdir), recipe=recipe, overrides=SWITCHED) == 0

@@ -2,8 +2,10 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
+import clip_jax
 from clip_jax.training import loop
 from tests.objectives.test_distillation import written
 from tests.training import runs
@@ -47,3 +49,6 @@ def test_two_processes_killed_before_a_switch_of_objectives_train_as_one_that_wa
         names = {"captioning/loss", "distillation/loss", "distillation/features"}
         assert all((f"train/{name}" in ours) == (ours["step"] > SWITCH) for name in names)
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    model = clip_jax.load(killed)
+    assert "objectives" not in model.params and len(model.generate(np.zeros((2, 64, 64, 3), np.uint8))) == 2
+    assert "decoder" not in clip_jax.load(killed, step=SWITCH - 1).params

@@ -26,7 +26,9 @@ def copy_of(name, tmp_path):
     return workdir
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("resnet", marks=pytest.mark.slow), "sigmoid"])
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "sigmoid"))]
+)
 def test_a_run_of_earlier_code_resumes_with_its_own_numbers(name, tmp_path, capsys):
     workdir = copy_of(name, tmp_path)
     expected = runs.metrics(workdir)

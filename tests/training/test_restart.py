@@ -54,6 +54,7 @@ def test_a_run_does_not_go_on_with_other_data(small_run, tmp_path):
         loop.run(workdir=str(copy), recipe=None, overrides={})
 
 
+@pytest.mark.slow
 def test_both_ways_out_of_bad_data_work(tmp_path, monkeypatch):
     """Every fifth image is a web page: the run keeps what it saved, and a higher bound or mended data continue it."""
     monkeypatch.setattr(budget, "JUDGED_AFTER", 3 * 16)

@@ -57,9 +57,8 @@ def in_the_cache(folder, repository, name, file):
     shutil.copy(file, snapshot / name)
 
 
-@pytest.mark.parametrize(
-    ("name", "version"), [pytest.param("ViT-B/16-SigLIP", 1, marks=pytest.mark.slow), ("ViT-B/16-SigLIP2", 2)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "version"), [("ViT-B/16-SigLIP", 1), ("ViT-B/16-SigLIP2", 2)])
 def test_siglip_trains_with_its_tokenizer_and_the_run_carries_it(tmp_path, siglip_models, name, version):
     vocabulary = tmp_path / f"{version}.model"
     shutil.copy(siglip_models[version], vocabulary)
