@@ -1,7 +1,7 @@
 """The end of SigLIP 2's ViT-B/16: 4B pairs that a larger model selects (ACID; Tschannen et al. 2025, arXiv 2502.14786).
 
 python main.py --config='configs/siglip2_b16_acid.py:tar:/data/train-*.tar' --workdir=runs/siglip2_b16_acid
-Starts from runs/siglip2_b16 (--config.model.init_from), without its decoder and heads. The reference is the published
+Starts from runs/siglip2_b16 (--config.model.init_from), without its decoder. The reference is the published
 So400m/16 of the same size in pixels; --config.objectives.selection.reference_weights takes another one: a run folder,
 a file or hf://org/name.
 
@@ -25,7 +25,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
 
     config.model.name = "ViT-B/16-SigLIP2-256"
     config.model.init_from = "runs/siglip2_b16"
-    config.model.init_from_allow = ("decoder/*", "self_distillation/*")  # of no use to this objective
+    config.model.init_from_allow = ("decoder/*",)  # that of the run before, left out
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.model.activation = "gelu_tanh"

@@ -260,3 +260,16 @@ def test_a_small_copy_of_a_recipe_trains_through_its_phases(tmp_path, monkeypatc
         full = configs.resolve_preset(configs.phases(config)[-1].config).architecture
         assert trained.image_size == full.image.image_size // SHRINK
         assert trained.tokenize(["a red circle"]).shape == (1, full.text.context_length)
+
+
+@pytest.mark.exhaustive
+def test_active_curation_starts_from_the_run_that_its_recipe_names(tmp_path, monkeypatch):
+    first, second = "configs/siglip2_b16.py", "configs/siglip2_b16_acid.py"
+    assert loop.run(workdir=str(tmp_path / "first"), recipe=first, overrides=shrunk(first)) == 0
+    use_a_small_teacher(monkeypatch, configs.load(second).objectives.selection.reference)
+    given = {
+        "model.init_from": str(tmp_path / "first"),
+        "model.init_from_allow": repr(configs.load(second).model.init_from_allow),
+    }
+    assert loop.run(workdir=str(tmp_path / "second"), recipe=second, overrides=shrunk(second) | given) == 0
+    assert "decoder" not in clip_jax.load(tmp_path / "second").params
