@@ -31,7 +31,7 @@ section{margin-top:40px}
 .card span{font-size:13px}
 .card small{display:block;font-size:12px;line-height:1.35;overflow-wrap:anywhere}
 .panels{display:grid;gap:12px;margin-top:8px}
-.panels.large{grid-template-columns:repeat(auto-fill,minmax(min(440px,100%),1fr))}
+.panels.large{grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}
 .panels.small{grid-template-columns:repeat(auto-fill,minmax(min(260px,100%),1fr))}
 .panels h3{overflow-wrap:anywhere}
 .panel{padding:12px 10px 8px}
@@ -43,6 +43,7 @@ svg text{font-family:inherit;font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .results{margin-bottom:12px;font-size:14px}
 .results th{font-weight:400;color:var(--muted);text-align:right;padding:4px 0 4px 22px;white-space:nowrap}
+.results thead th{white-space:normal;vertical-align:bottom}
 .results th:first-child{text-align:left;padding-left:0;color:var(--ink);font-weight:600}
 .results td{text-align:right;padding:4px 0 4px 22px}
 .results tr+tr>*,.results tbody tr>*{border-top:1px solid var(--hairline)}

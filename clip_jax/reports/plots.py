@@ -39,7 +39,7 @@ HELD_OUT_COLORS = ("orange", "teal", "purple", "pink")
 # Above this ratio of the largest to the smallest value, a linear axis would show only the largest.
 LOG_RATIO = 50
 # Points per line, about as many as the eye can distinguish at these sizes, however long the run.
-LARGE, SMALL = (556, 300), (268, 150)
+LARGE, SMALL = (404, 250), (268, 150)
 POINTS = {LARGE: 260, SMALL: 130}
 # Curves with at most this many points, such as those of evaluations, have a marker at each point.
 MARKED_POINTS = 40
@@ -90,7 +90,7 @@ def figure(
         if reference is not None:
             _draw_reference(axes, *reference)
         _scale_values(axes, lines, percent=percent, from_zero=from_zero, ticks=5 if size == LARGE else 3)
-        _scale_steps(axes, last_step, pairs, ticks=6 if size == LARGE else 3)
+        _scale_steps(axes, last_step, pairs, ticks=4 if size == LARGE else 3)
         _write_labels(axes, lines, labels, ends)
         _strip(axes)
         buffer = io.StringIO()
