@@ -12,8 +12,8 @@ Expect: train/loss about ln(256) = 5.5 at the first step; at the end, 28 minutes
 other work (a median of 200 pairs/s), for seed 0 alone:
     held-out loss 5.23 of 4,000 pairs (chance 8.29), zero-shot top-1 0.036 and top-5 0.123 among 100 classes
     image to text R@1 0.045, R@5 0.150, R@10 0.237, median rank 37; text to image 0.041, 0.148, 0.246 and 36
-The model of configs/emoji.py with patches of 8 px has, after four epochs and 36 minutes on two busy cores, a held-out loss
-of 5.22, R@1 of 0.05, R@5 of 0.17 and a zero-shot top-1 of 0.03: about as good, in more time.
+The model of configs/emoji.py with patches of 8 px has, after four epochs and 36 minutes on two busy cores, a held-out
+loss of 5.22, R@1 of 0.05, R@5 of 0.17 and a zero-shot top-1 of 0.03: about as good, in more time.
 """
 
 from clip_jax.config import defaults, evaluation
