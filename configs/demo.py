@@ -8,7 +8,7 @@ Twenty-four of the sixty-four combinations of color and shape never appear in tr
 only among these, retrieval on scenes that contain one of them.
 Planned for v5e-1 (docs/plans.md); a CPU is enough.
 Expect: zero-shot top-1 0.998 (chance 0.042), image to text and text to image R@1 0.69 among 512, R@5 0.99; 2 minutes of
-training at 670 to 740 pairs/s, 3 minutes with the installation. 1,000 steps bring R@1 to 0.73.
+training at 650 to 740 pairs/s, 3 minutes with the installation. 1,000 steps bring R@1 to 0.73.
 """
 
 from clip_jax.config import defaults, evaluation
