@@ -199,8 +199,7 @@ def use_a_small_teacher(monkeypatch, name: str) -> None:
     preset = presets.preset(name)
     towers = preset.architecture
     small = {"width": 48, "layers": 2, "heads": 2, "mlp_width": 64}
-    sizes = {"image_size": towers.image.image_size // SHRINK, "patch_size": towers.image.patch_size // SHRINK}
-    image = dataclasses.replace(towers.image, **sizes, **small)
+    image = dataclasses.replace(towers.image, image_size=towers.image.image_size // SHRINK, **small)
     text = dataclasses.replace(towers.text, vocab_size=VOCABULARY, **small)
     architecture = dataclasses.replace(towers, image=image, text=text, embed_dim=small["width"])
     params = jax.jit(lambda key: nn.meta.unbox(CLIP(architecture).init(key)))(jax.random.key(5))
