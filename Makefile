@@ -39,7 +39,8 @@ test: $(VENV)/.installed-test
 
 # Files, text, pages, weights of other libraries and metrics are the same under every JAX; so are signals and folders.
 test-jax: $(VENV)/.installed-test
-	$(FAST) --ignore=tests/training/test_stop.py --ignore=tests/training/test_restart.py \
+	$(PARALLEL) -m '(not slow or every_jax) and not parity and not exhaustive' \
+	  --ignore=tests/training/test_stop.py --ignore=tests/training/test_restart.py \
 	  tests/devices tests/losses tests/models tests/objectives tests/storage tests/training \
 	  tests/evaluation/test_program.py tests/planning/test_program.py tests/planning/test_memory.py tests/test_model.py
 

@@ -146,7 +146,7 @@ def compile_layer(layer: Layer, what: str) -> list | dict:
 
     def forward(x, query, key, value, out):
         parts = ((x @ weight).reshape(batch, tokens, heads, dim) for weight in (query, key, value))
-        return TPUAttention()(*parts).reshape(x.shape) @ out
+        return TPUAttention(vmem=tpu(CHIP).chip.vmem // 2)(*parts).reshape(x.shape) @ out
 
     def both(arguments, gradient):
         result, backward = jax.vjp(forward, *arguments)

@@ -79,6 +79,7 @@ SMALL_RUN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "side"), [("siglip_b16", 32), pytest.param("siglip_so400m14", 28, marks=pytest.mark.exhaustive)]
 )
@@ -216,8 +217,7 @@ def class_folders(folder: Path) -> str:
 
 
 MARKS = {
-    "flip_l16": (),
-    **dict.fromkeys(("coca_b32", "siglip2_b16", "unicl_b16"), pytest.mark.slow),
+    **dict.fromkeys(("flip_l16", "coca_b32", "siglip2_b16", "unicl_b16"), ()),
     **dict.fromkeys(
         ("clipa_l16", "lit_l16", "coca_l14", "distill_b32_from_l14", "siglip2_so400m14", "siglip2_b16_acid"),
         pytest.mark.exhaustive,
@@ -225,6 +225,7 @@ MARKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pytest.param(name, marks=marks) for name, marks in MARKS.items()])
 def test_a_small_copy_of_a_recipe_trains_through_its_phases(tmp_path, monkeypatch, recipe):
     path = f"configs/{recipe}.py"

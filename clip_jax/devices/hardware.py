@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from clip_jax.errors import UserError, nearest
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 SINGLE_HOST_CHIPS = 8
 """v5e and v6e slices of up to this many chips are one virtual machine; larger slices have four chips per machine."""
 
@@ -37,6 +37,8 @@ class Chip:
     """Between slices (DCN), or between GPU hosts; None: slices cannot be joined."""
     chips_per_host: int
     devices_per_chip: int = 1
+    vmem: int = 16 * MIB
+    """Fast memory of a core (VMEM), of a TPU."""
     prefixes: tuple[str, ...] = ()
     """Prefixes of accelerator types, as in v5litepod-256 and v5e-256; Cloud TPU's own comes first."""
     units_per_chip: int = 1
@@ -125,6 +127,7 @@ TPUS = (
         link_bandwidth=50e9,
         network_bandwidth=3.125e9,  # a host of eight has two cards of 100 Gbit/s
         chips_per_host=4,
+        vmem=128 * MIB,
         prefixes=("v5litepod", "v5e"),
         single_host_chips=SINGLE_HOST_CHIPS,
         runtime_version="v2-alpha-tpuv5-lite",
@@ -140,6 +143,7 @@ TPUS = (
         link_bandwidth=100e9,
         network_bandwidth=6.25e9,
         chips_per_host=4,
+        vmem=64 * MIB,
         prefixes=("v5p",),
         units_per_chip=2,
         runtime_version="v2-alpha-tpuv5",
@@ -155,6 +159,7 @@ TPUS = (
         link_bandwidth=100e9,
         network_bandwidth=12.5e9,  # a host of eight has four cards of 200 Gbit/s
         chips_per_host=4,
+        vmem=128 * MIB,
         prefixes=("v6e",),
         single_host_chips=SINGLE_HOST_CHIPS,
         runtime_version="v2-alpha-tpuv6e",
@@ -171,6 +176,7 @@ TPUS = (
         network_bandwidth=12.5e9,
         chips_per_host=4,
         devices_per_chip=2,
+        vmem=64 * MIB,
         prefixes=("tpu7x", "v7x", "7x"),
         units_per_chip=2,
         topologies=_CUBES | _shapes((1, 1, 1), (16, 16, 16)),

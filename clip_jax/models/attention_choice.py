@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from clip_jax.devices import hardware
 from clip_jax.devices.sharding import platform_of
 from clip_jax.errors import UserError
 from clip_jax.models.attention import Attend, cudnn, xla
-from clip_jax.models.attention_tpu import TPUAttention
+from clip_jax.models.attention_tpu import VMEM, TPUAttention
 from clip_jax.models.clip import Architecture
 
 AUTO = {"gpu": "cudnn", "tpu": "tpu"}
@@ -29,7 +30,7 @@ class Choice(NamedTuple):
     reason: str
 
     def attend(self, mesh: Mesh | AbstractMesh | None) -> Attend:
-        return {"xla": xla, "cudnn": cudnn, "tpu": TPUAttention(mesh)}[self.name]
+        return {"xla": xla, "cudnn": cudnn, "tpu": TPUAttention(mesh, vmem=_vmem(mesh))}[self.name]
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -53,6 +54,13 @@ def choose_attention(
         return Choice("xla", f"auto, on {platform or 'an unknown platform'}")
     reason = _obstacle_tpu(architecture, tensor) if kernel == "tpu" else _obstacle_cudnn(architecture, dtype)
     return Choice(kernel, f"auto, on {platform}") if reason is None else Choice("xla", f"auto, {reason}")
+
+
+def _vmem(mesh: Mesh | AbstractMesh | None) -> int:
+    """Fast memory that the kernel may use: half of a chip that has more than a kernel gets by default."""
+    kind = mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else ""
+    chip = hardware.chip_of(kind)
+    return VMEM if chip is None else max(VMEM, chip.vmem // 2)
 
 
 def _obstacle_cudnn(architecture: Architecture, dtype: jnp.dtype) -> str | None:

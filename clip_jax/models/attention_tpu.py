@@ -7,12 +7,16 @@ softmax is needed, and the backward kernel recomputes the scores instead of read
 Inside a kernel the scores are transposed, ``[keys, queries]``: the sums of the softmax then run over sublanes, which
 the vector unit adds directly, and no product of the backward pass needs a transposed matrix of scores. Heads of 64
 features share the 128 lanes of a column: the other head's lanes are set to zero instead of being cut off, which costs
-the matrix unit nothing (it multiplies 128 x 128 tiles either way) and saves moving lanes.
+the matrix unit nothing (it multiplies 128 x 128 tiles either way) and saves moving lanes. Heads of 72 to 104 features
+(So400m, H, g, bigG) begin and end inside of columns: a group of heads that fills whole columns is read as the
+projections wrote it, and a head uses the one or two columns that it touches. Padded to 128 features, the arrays would
+be copied before and after the kernel, which takes four times as long as the kernel itself.
 """
 
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +30,8 @@ from clip_jax.devices.sharding import BATCH_AXES
 from clip_jax.models.attention import Keys, Mask, Queries
 
 LANES = 128
+SUBLANES = 8
+"""Rows of a tile of float32."""
 ROWS = 16
 """Rows of a tile of bfloat16 (two of float32): arrays are cut and joined at multiples of it at no cost."""
 HIDDEN = -1e30
@@ -34,6 +40,8 @@ UNROLLED_SCORES = 12 * 256**2
 """Scores per program. Fewer leave the units idle between programs; more take minutes to compile."""
 UNROLLED_HEADS = 16
 """Heads per program, for the same reason: short sequences have few scores."""
+VMEM = 16 * 2**20
+"""Fast memory that the compiler gives to a kernel if nothing else is said, and all that a v4 has."""
 QUERIES = 512
 """Queries per tile: the tiles of one head, a few arrays of keys x queries in float32, must fit in 16 MiB."""
 
@@ -45,11 +53,13 @@ class TPUAttention:
     mesh: Mesh | AbstractMesh | None = None
     interpret: bool = False
     """Runs the kernel's operations one by one on any platform, for tests."""
+    vmem: int = VMEM
+    """Bytes of fast memory that the kernel may use."""
 
     def __call__(
         self, query: Queries, key: Keys, value: Keys, *, causal: bool = False, mask: Mask | None = None
     ) -> Queries:
-        attend = functools.partial(_attend, causal=causal, interpret=self.interpret)
+        attend = functools.partial(_attend, causal=causal, interpret=self.interpret, vmem=self.vmem)
         if self.mesh is None or math.prod(self.mesh.shape.values()) == 1:
             return attend(query, key, value, mask)
         split = P(BATCH_AXES, None, "tensor")
@@ -61,12 +71,17 @@ class TPUAttention:
         return mapped(query, key, value, mask)
 
 
-def _attend(query: Queries, key: Keys, value: Keys, mask: Mask | None, *, causal: bool, interpret: bool) -> Queries:
-    """The local part: pads heads to a divisor of a column of 128 lanes."""
+def _attend(
+    query: Queries, key: Keys, value: Keys, mask: Mask | None, *, causal: bool, interpret: bool, vmem: int
+) -> Queries:
+    """The local part: pads heads to a divisor of a column of 128 lanes where no group of them fills whole columns."""
     batch, queries, heads, dim = query.shape
-    keys, padded_dim = key.shape[1], next(size for size in (32, 64, LANES, 2 * LANES) if size >= dim)
-    per_column = max(1, LANES // padded_dim)
-    padded_heads = -(-heads // per_column) * per_column
+    keys, padded_dim, padded_heads = key.shape[1], dim, heads
+    needed = _vmem(dim, queries, keys, query.dtype.itemsize)
+    if dim % SUBLANES or heads * dim % math.lcm(dim, LANES) or needed > vmem:
+        padded_dim = next(size for size in (32, 64, LANES, 2 * LANES) if size >= dim)
+        per_column = max(1, LANES // padded_dim)
+        padded_heads = -(-heads // per_column) * per_column
 
     def columns(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padded_heads - heads), (0, padded_dim - dim)))
@@ -77,9 +92,20 @@ def _attend(query: Queries, key: Keys, value: Keys, mask: Mask | None, *, causal
         # A mask that is the same for all queries stays a column: as a square it would fill the fast memory.
         rows = 1 if mask.shape[1] == 1 else queries
         seen = jnp.broadcast_to(mask, (mask.shape[0], rows, keys)).swapaxes(1, 2).astype(jnp.float32)
-    shape = _Shape(padded_dim, dim**-0.5, queries, keys, causal, interpret)
+    limit = vmem if VMEM < needed <= vmem else None
+    shape = _Shape(padded_dim, dim**-0.5, queries, keys, causal, interpret, limit)
     mixed = _kernel(shape, columns(query), columns(key), columns(value), seen)
     return mixed.reshape(batch, queries, padded_heads, padded_dim)[:, :, :heads, :dim]
+
+
+def _vmem(dim: int, queries: int, keys: int, size: int) -> int:
+    """Fast memory of the backward pass of a group of heads, about; nothing for heads that fit a column."""
+    group = math.lcm(dim, LANES)
+    if group == max(dim, LANES):
+        return 0
+    blocks = 2 * size * (3 * _whole(queries) + 4 * _whole(keys))  # twice, for the transfers in progress
+    sums = 4 * (2 * _used(keys) + min(QUERIES, _whole(queries)))
+    return int(1.2 * group * (blocks + sums + 2 * size * _whole(keys)))
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,8 @@ class _Shape:
     """Tokens; the kernel's blocks are longer, and what lies in them after the last token is undefined."""
     causal: bool
     interpret: bool
+    vmem: int | None
+    """The compiler's limit of fast memory; None: its own."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,16 +146,16 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
 def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
-    """One program handles a few images and columns of 128 lanes, unrolled, so that their work overlaps."""
+    """One program handles a few images and groups of heads, unrolled, so that their work overlaps."""
     batch, width = arrays[0].shape[0], arrays[0].shape[2]
-    queries, keys, lanes = _whole(shape.queries), _whole(shape.keys), max(LANES, shape.dim)
+    queries, keys, lanes = _whole(shape.queries), _whole(shape.keys), math.lcm(LANES, shape.dim)
     budget = max(1, min(UNROLLED_HEADS, UNROLLED_SCORES // (queries * keys)) // (lanes // shape.dim))
-    columns = _divisor(width // lanes, budget)
-    images = _divisor(batch, budget // columns) if columns == width // lanes else 1
+    groups = _divisor(width // lanes, budget)
+    images = _divisor(batch, budget // groups) if groups == width // lanes else 1
 
     def block(x: Array) -> pl.BlockSpec:
         # Longer than the array: XLA pads nothing, the transfer to fast memory leaves out what is not there.
-        return pl.BlockSpec((images, _whole(x.shape[1]), columns * lanes), lambda i, j: (i, 0, j))
+        return pl.BlockSpec((images, _whole(x.shape[1]), groups * lanes), lambda i, j: (i, 0, j))
 
     specs, masks = [block(x) for x in arrays], ()
     if seen is not None:
@@ -144,20 +172,33 @@ def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
         inputs, outputs = refs[: len(specs)], refs[len(specs) :]
         mask = inputs[-1] if masks else None
         for image in range(images):
-            for column in range(columns):
-                at = image, slice(None), slice(column * lanes, (column + 1) * lanes)
+            for group in range(groups):
+                at = image, slice(None), slice(group * lanes, (group + 1) * lanes)
                 visible = None if mask is None else mask[image if mask.shape[0] > 1 else 0]
                 body(shape, [ref.at[at] for ref in inputs[: len(arrays)]], visible, [ref.at[at] for ref in outputs])
 
     return pl.pallas_call(
         program,
-        grid=(batch // images, width // lanes // columns),
+        grid=(batch // images, width // lanes // groups),
         in_specs=specs,
         out_specs=[block(x) for x in results],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=shape.vmem),
         interpret=shape.interpret,
     )(*arrays, *masks)
+
+
+class _Head(NamedTuple):
+    """Where a head is in its group."""
+
+    columns: slice
+    """The lanes of the columns that it touches."""
+    lanes: tuple[int, int] | None
+    """Its own lanes in them; None: all."""
+    rows: slice
+    """The tiles of rows that it touches, when a group is transposed."""
+    own: slice
+    """Its own rows in them."""
 
 
 def _forward(shape: _Shape, inputs, visible, outputs) -> None:
@@ -165,9 +206,10 @@ def _forward(shape: _Shape, inputs, visible, outputs) -> None:
     transposed = _defined(inputs[2][...], shape.keys).T
     for rows in _tiles(query):
         mixed = []
-        for head, lanes in _heads(shape, query.shape[1]):
-            weights, total = _softmax(shape, key, _only(query[rows], lanes), visible, rows)
-            mixed.append(_dot(transposed[head], _extended(weights, key).astype(key.dtype), 1, 0) / total)
+        for head in _heads(shape, query.shape[1]):
+            weights, total = _softmax(shape, key[:, head.columns], _only(query[rows], head), visible, rows)
+            product = _dot(transposed[head.rows], _extended(weights, key).astype(key.dtype), 1, 0)
+            mixed.append(product[head.own] / total)
         outputs[0][rows] = jnp.concatenate(mixed).astype(outputs[0].dtype).T
 
 
@@ -175,21 +217,29 @@ def _backward(shape: _Shape, inputs, visible, outputs) -> None:
     tokens = shape.queries, shape.keys, shape.keys, shape.queries
     query, key, value, gradient = (_defined(ref[...], n) for ref, n in zip(inputs, tokens, strict=True))
     transposed, used = key.T, slice(_used(shape.keys))
-    d_key = d_value = 0.0
+    d_key, d_value = ([0.0] * (query.shape[1] // LANES) for _ in range(2))
     for rows in _tiles(query):
         d_query = []
-        for head, lanes in _heads(shape, query.shape[1]):
-            one, d_mixed = _only(query[rows], lanes), _only(gradient[rows], lanes)
-            weights, total = _softmax(shape, key, one, visible, rows)
+        for head in _heads(shape, query.shape[1]):
+            one, d_mixed = _only(query[rows], head), _only(gradient[rows], head)
+            weights, total = _softmax(shape, key[:, head.columns], one, visible, rows)
             weights = weights * (1 / total)
-            d_weights = weights * _dot(value[used], d_mixed, 1, 1)
+            d_weights = weights * _dot(value[used, head.columns], d_mixed, 1, 1)
             d_scores = d_weights - weights * jnp.sum(d_weights, axis=0, keepdims=True)
-            d_value += _dot(weights.astype(value.dtype), d_mixed, 1, 0)
-            d_key += _dot(d_scores.astype(key.dtype), one, 1, 0)
-            d_query.append(_dot(transposed[head], _extended(d_scores, key).astype(key.dtype), 1, 0))
+            _add(d_value, head, _dot(weights.astype(value.dtype), d_mixed, 1, 0))
+            _add(d_key, head, _dot(d_scores.astype(key.dtype), one, 1, 0))
+            product = _dot(transposed[head.rows], _extended(d_scores, key).astype(key.dtype), 1, 0)
+            d_query.append(product[head.own])
         outputs[0][rows] = (jnp.concatenate(d_query) * shape.scale).astype(outputs[0].dtype).T
-    outputs[1][used] = (d_key * shape.scale).astype(outputs[1].dtype)
-    outputs[2][used] = d_value.astype(outputs[2].dtype)
+    outputs[1][used] = (jnp.concatenate(d_key, axis=1) * shape.scale).astype(outputs[1].dtype)
+    outputs[2][used] = jnp.concatenate(d_value, axis=1).astype(outputs[2].dtype)
+
+
+def _add(sums: list[Array | float], head: _Head, x: Array) -> None:
+    """Adds what a head gives to the sums of the columns that it touches."""
+    first = head.columns.start // LANES
+    for column in range(x.shape[1] // LANES):
+        sums[first + column] += x[:, column * LANES : (column + 1) * LANES]
 
 
 def _softmax(shape: _Shape, key, query, visible, rows: slice) -> tuple[Array, Array]:
@@ -220,18 +270,33 @@ def _tiles(query: Array) -> list[slice]:
     return [slice(start, min(start + size, query.shape[0])) for start in range(0, query.shape[0], size)]
 
 
-def _heads(shape: _Shape, lanes: int) -> list[tuple[slice, tuple[int, int] | None]]:
-    """The heads of a column: (their rows of a transposed column, their lanes; None: all of them)."""
-    bounds = [(start, start + shape.dim) for start in range(0, lanes, shape.dim)]
-    return [(slice(*bound), bound if len(bounds) > 1 else None) for bound in bounds]
+def _heads(shape: _Shape, lanes: int) -> list[_Head]:
+    """The heads of a group of whole columns."""
+    heads = []
+    for start in range(0, lanes, shape.dim):
+        stop = start + shape.dim
+        columns = slice(start // LANES * LANES, -(-stop // LANES) * LANES)
+        rows = slice(start // ROWS * ROWS, -(-stop // ROWS) * ROWS)
+        inside = start - columns.start, stop - columns.start
+        heads.append(
+            _Head(
+                columns,
+                None if columns == slice(start, stop) else inside,
+                rows,
+                slice(start - rows.start, stop - rows.start),
+            )
+        )
+    return heads
 
 
-def _only(x: Array, lanes: tuple[int, int] | None) -> Array:
-    """Zero outside the lanes; selected in float32, because Mosaic has no select of packed bfloat16 on older chips."""
-    if lanes is None:
+def _only(x: Array, head: _Head) -> Array:
+    """The columns of a head, zero outside its lanes; selected in float32, because Mosaic has no select of packed
+    bfloat16 on older chips."""
+    x = x[:, head.columns]
+    if head.lanes is None:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-    inside = (lane >= lanes[0]) & (lane < lanes[1])
+    inside = (lane >= head.lanes[0]) & (lane < head.lanes[1])
     return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 

@@ -12,6 +12,7 @@ from clip_jax.planning.compiling import Compiled
 from tests.training import runs
 
 
+@pytest.mark.slow
 def test_on_a_cpu_it_measures_the_step_and_says_what_it_cannot_see(tmp_path, capsys):
     assert main(["doctor", f"--config={runs.write_recipe(tmp_path)}"]) == 0
     printed = " ".join(capsys.readouterr().out.split())

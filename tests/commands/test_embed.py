@@ -123,6 +123,7 @@ def test_compare_pairs_the_examples_of_two_models(place, tmp_path, capsys):
     assert main(["compare", str(a), str(tmp_path)]) == 2
 
 
+@pytest.mark.slow
 def test_fewshot_fits_a_head_that_reproduces_its_accuracy(place, tmp_path, capsys):
     for label in ("one", "two"):
         (tmp_path / "parts" / label).mkdir(parents=True)

@@ -115,6 +115,7 @@ def test_a_label_without_a_class_name_is_refused_in_clip_benchmarks_layout(run, 
     assert "is 2; labels are 0..1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_models_are_an_ensemble_and_of_one_model_twice_it_is_that_model(run, benchmarks, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     models = [f"--model={run}", f"--model={copy}", f"--model={OLD_RUNS / 'sigmoid'}"]

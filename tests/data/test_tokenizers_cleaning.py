@@ -38,6 +38,7 @@ def every_triple(alphabet: list[str]) -> str:
     return "".join(alphabet[i] for i in letters + letters[:2])
 
 
+@pytest.mark.slow
 def test_no_text_of_untouched_characters_looks_wrongly_decoded_to_ftfy():
     """Its pattern is made of runs of up to three listed characters; longer runs hold one that is not untouched."""
     listed = set(BADNESS_RE.pattern)

@@ -75,6 +75,7 @@ def test_an_index_is_built_once_and_again_after_a_change(tmp_path, monkeypatch):
         approximate.open_index(path, [unit(201, 0, 8)], *given[1:])
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_recall(tmp_path, capsys):
     from tests.commands.test_serve import make_index
 

@@ -157,6 +157,7 @@ def subject(batch_size, devices=2):
     return Subject("small", embedder, Variables(params_of(computed(SMALL)), {}), 100.0, "")
 
 
+@pytest.mark.slow
 def test_attacks_on_a_model_lower_its_accuracy_and_do_not_depend_on_batches(monkeypatch):
     monkeypatch.setattr(adversarial, "EPSILONS", (8,))
     scenes = open_shapes("zero_shot", image_size=32, examples=26)

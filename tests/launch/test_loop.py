@@ -51,6 +51,7 @@ def test_an_error_that_a_restart_does_not_fix_ends_the_loop(cloud):
     assert cloud.loop().returncode == 45 and cloud.starts() == 1
 
 
+@pytest.mark.slow
 def test_a_hang_or_a_crash_restarts_on_the_same_slice_from_the_newest_complete_checkpoint(cloud):
     run = cloud.folder / "buckets/a-bucket/run"
     (run / "checkpoints/9").mkdir(parents=True)  # never completed
@@ -77,6 +78,7 @@ def test_a_preempted_slice_is_deleted_and_requested_again(cloud, grace_seconds):
     assert "a-run (v4-8) is lost" in done.stdout and "from step 3" in done.stdout
 
 
+@pytest.mark.slow
 def test_starts_without_a_new_checkpoint_end_the_loop(cloud):
     cloud.script({"checkpoint": 7, "code": 1}, {"code": 1})
     done = cloud.loop("--max-restarts-without-progress=2")
@@ -96,6 +98,7 @@ def test_without_capacity_the_next_accelerator_is_requested_and_after_a_preempti
     assert "on 1 worker(s) of v4-8" in done.stdout and "on 1 worker(s) of v6e-8" in done.stdout
 
 
+@pytest.mark.slow
 def test_plain_tpu_vms_are_requested_until_there_is_capacity(cloud):
     full = {"refused": 'There is no more capacity in the zone "us-central2-b"'}
     preempted = {"preempt": {"file": str(cloud.workdir / "kept"), "lines": 1, "grace_seconds": None}}
@@ -153,6 +156,7 @@ def started(cloud, *prefix: str) -> tuple[subprocess.Popen, str]:
     return process, output
 
 
+@pytest.mark.slow
 def test_a_stopped_loop_leaves_the_run_alone_and_joins_it_when_started_again(cloud):
     finish = cloud.folder / "finish"
     cloud.script({"says": ["begun"], "until": str(finish)})
@@ -173,6 +177,7 @@ def test_a_stopped_loop_leaves_the_run_alone_and_joins_it_when_started_again(clo
     assert cloud.starts() == 1
 
 
+@pytest.mark.slow
 def test_a_start_stops_the_earlier_run_and_clears_its_lock(cloud):
     cloud.script({"lasts": 600}, {})
     flags = ["--name=a-run", "--zone=us-central2-b", "--accelerator=v4-8"]
@@ -200,6 +205,7 @@ def test_newer_code_is_what_the_next_start_runs(cloud, tmp_path):
     assert "newer code" in newer.loop().stdout
 
 
+@pytest.mark.slow
 def test_a_script_prepares_every_worker_before_the_run_starts_there(cloud):
     shards = cloud.folder / "buckets/a-bucket/some/shards"
     shards.mkdir(parents=True)
@@ -219,6 +225,7 @@ def test_a_script_prepares_every_worker_before_the_run_starts_there(cloud):
         assert (home / "data/train-00000.tar").read_bytes() == b"a shard"
 
 
+@pytest.mark.slow
 def test_a_failing_prepare_script_is_tried_again_and_the_run_does_not_start(cloud):
     script = cloud.folder / "prepare.sh"
     script.write_text('echo "main.py must not start"; exit 1\n')

@@ -77,6 +77,7 @@ def test_masks_and_lengths_are_those_of_a_softmax_over_visible_keys(any_device, 
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "remat", ["dots", *(pytest.param(policy, marks=pytest.mark.exhaustive) for policy in ("none", "named", "full"))]
 )

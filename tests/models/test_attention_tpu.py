@@ -16,6 +16,7 @@ from clip_jax.models.attention import cudnn, xla
 from clip_jax.models.attention_choice import choose_attention
 from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.clip import CLIP
+from clip_jax.planning.cycles import pallas_calls
 from clip_jax.training.setup import make_model
 from tests.models.test_clip import SMALL, computed, value_and_gradients
 from tests.training import runs
@@ -47,19 +48,35 @@ def assert_equal(attend, given, atol=2e-5, **options):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "dim"),
-    [(16, 16, 2, 64), (77, 77, 3, 64), (129, 129, 1, 72), (5, 140, 2, 32), (140, 5, 1, 128), (9, 9, 2, 8)],
+    [
+        *((16, 16, 2, 64), (77, 77, 3, 64), (129, 129, 1, 72), (5, 140, 2, 32), (140, 5, 1, 128), (9, 9, 2, 8)),
+        *((20, 20, 16, 72), (5, 140, 8, 80), (20, 20, 4, 96)),  # groups of heads that fill whole columns
+    ],
 )
 def test_values_and_gradients_are_those_of_the_definition(causal, queries, keys, heads, dim):
     assert_equal(KERNEL, arrays(2, queries, keys, heads, dim), causal=causal)
 
 
+def test_heads_are_padded_only_where_no_group_of_them_fills_whole_columns_and_the_fast_memory():
+    def width(attend, heads, dim, tokens=64):
+        (call,) = pallas_calls(jax.make_jaxpr(attend)(*arrays(1, tokens, tokens, heads, dim)[:3]))
+        return call.invars[0].aval.shape[-1]
+
+    assert [width(KERNEL, *case) for case in ((16, 72), (8, 80), (3, 128))] == [1152, 640, 384]
+    assert [width(KERNEL, *case) for case in ((8, 72), (16, 70), (3, 64))] == [8 * 128, 16 * 128, 4 * 64]
+    assert width(KERNEL, 16, 72, tokens=1000) == 16 * 128
+    assert width(replace(KERNEL, vmem=2**30), 16, 72, tokens=1000) == 1152
+
+
 def test_long_sequences_are_computed_in_tiles_of_queries(monkeypatch):
     monkeypatch.setattr(attention_tpu, "QUERIES", 128)
     assert_equal(KERNEL, arrays(1, 300, 300, 2, 64), causal=True)
+    assert_equal(KERNEL, arrays(1, 150, 150, 4, 96), causal=True)
 
 
-def test_bfloat16_is_as_exact_as_xla():
-    given = arrays(2, 50, 50, 2, 64, jnp.bfloat16)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (4, 96)])
+def test_bfloat16_is_as_exact_as_xla(heads, dim):
+    given = arrays(2, 50, 50, heads, dim, jnp.bfloat16)
     exact = results(xla, *(x.astype(jnp.float32) for x in given))
     for found, other, true in zip(results(KERNEL, *given), results(xla, *given), exact, strict=True):
         assert found.dtype == jnp.bfloat16
@@ -77,6 +94,7 @@ def test_a_query_that_sees_no_key_is_zero_and_has_finite_gradients(causal, share
     found = results(KERNEL, *given, causal=causal, mask=jnp.asarray(mask))
     assert not np.any(found[0][0, 3]) and not np.any(found[1][0, 3])
     assert_equal(KERNEL, given, causal=causal, mask=jnp.asarray(mask[:, :1]))  # one row for all queries
+    assert_equal(KERNEL, arrays(3, 20, 33, 4, 96), causal=causal, mask=jnp.asarray(mask))
 
 
 def test_no_array_of_scores_leaves_the_kernel():
@@ -101,6 +119,8 @@ WITH_IT = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.every_jax
 @pytest.mark.parametrize(("remat", "scan"), WITH_IT)
 def test_a_model_with_it_has_the_same_parameters_embeddings_and_gradients(remat, scan):
     expected, expected_gradients = value_and_gradients(CLIP(SMALL))

@@ -168,6 +168,8 @@ def test_rotary_attention_depends_on_distances_alone():
     assert products[0, 0, 3, 1] != pytest.approx(products[0, 0, 1, 3], abs=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.every_jax
 def test_batch_norm_sees_the_global_batch_on_any_mesh():
     clip, (image, text) = CLIP(RESNET), inputs(8, 64)
     params, stats = params_of(clip), clip.init_batch_stats()
@@ -190,6 +192,7 @@ def test_batch_norm_sees_the_global_batch_on_any_mesh():
     assert not np.allclose(one.batch_stats["image"]["norm_1"]["mean"], stats["image"]["norm_1"]["mean"])
 
 
+@pytest.mark.slow
 def test_a_resnet_computes_the_same_scanned_unrolled_and_recomputed():
     (image, text), params = inputs(2, 64), params_of(CLIP(RESNET))
     stats = CLIP(RESNET).init_batch_stats()

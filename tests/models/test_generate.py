@@ -77,14 +77,10 @@ def until_end(ids):
     return ids[: ids.index(END, 1) + 1] if END in ids[1:] else ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
-    [
-        ("coca", "greedy"),
-        ("coca_shifted_mask", "beam"),
-        pytest.param("cappa", "beam", marks=pytest.mark.slow),
-        pytest.param("clip", "greedy", marks=pytest.mark.slow),
-    ],
+    [("coca", "greedy"), ("coca_shifted_mask", "beam"), ("cappa", "beam"), ("clip", "greedy")],
 )
 def test_captions_with_the_cache_are_those_without(name, method):
     model, params, image = case(name)

@@ -88,6 +88,7 @@ def written(small_run, tmp_path, *more):
     return data, out
 
 
+@pytest.mark.slow
 def test_stored_embeddings_are_those_of_the_crops_that_training_takes(small_run, tmp_path, capsys):
     data, out = written(small_run, tmp_path)
     before = {path.name: path.read_bytes() for path in out.iterdir()}

@@ -76,6 +76,7 @@ def test_it_is_exact_in_micro_batches_on_every_mesh(one_device, mesh, parts):
     assert np.abs(our_aux["dummy"]["center"]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_and_loads(registered, tmp_path):
     """Started again after its third step, the run has the same metrics; the loaded model has no trace of it."""
     recipe, workdir, killed = str(runs.write_recipe(tmp_path)), tmp_path / "run", tmp_path / "killed"

@@ -148,20 +148,17 @@ def saved(made, pairs):
     return residuals(2 * pairs) - residuals(pairs)
 
 
-def mark_of_plan(case, parts):
-    if parts == 1 or case in ("all", "head-only teacher"):
-        return pytest.mark.exhaustive
-    return pytest.mark.slow if case in ("grounding", "self-distillation", "selection") else ()
-
-
 PLANNED = [
-    pytest.param(case, parts, marks=mark_of_plan(case, parts))
+    pytest.param(
+        *(case, parts), marks=pytest.mark.exhaustive if parts == 1 or case in ("all", "head-only teacher") else ()
+    )
     for case in CASES
     for parts in (1, 4)
     if case != "positives of equal captions"  # no part of a plan
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "parts"), PLANNED)
 def test_the_plan_counts_it_as_the_program_does(case, parts):
     """FLOPs of the jaxpr, and bytes that the forward pass saves."""

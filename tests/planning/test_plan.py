@@ -82,6 +82,7 @@ def test_each_phase_has_a_plan_of_its_own(capsys):
     assert "steps 1,001 to the last" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -101,6 +102,7 @@ def test_slices_double_the_chips_and_meet_over_the_network():
     assert two["flops_per_chip"]["model"] == one["flops_per_chip"]["model"] // 2
 
 
+@pytest.mark.slow
 def test_a_width_that_the_mesh_does_not_divide_is_warned_of():
     # bigG's widths are 1664 and 1280: 256 chips cannot share them, 128 can
     plan = plan_of("configs/clip_bigg14.py", overrides={"mesh.fsdp": "256"})

@@ -37,6 +37,7 @@ def test_what_fits_is_compiled_once_and_left_as_it_is():
     assert found.candidate.changes == {} and asked == [{}]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_becomes_the_fastest_that_does():
     compile, asked = compiler()
     given = given_of(batch_size="16384")

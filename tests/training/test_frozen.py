@@ -70,6 +70,7 @@ def test_a_pattern_without_effect_and_one_that_freezes_everything_are_one_line()
             learner_of(make_mesh(), frozen=frozen).abstract_state()
 
 
+@pytest.mark.slow
 def test_a_teachers_weights_are_constants_sharded_like_parameters_and_not_part_of_the_state():
     mesh, dim = make_mesh(1, 8, 1), SMALL.embed_dim
     boxed = {"kernel": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((dim, dim), jnp.float32), ("embed", None))}

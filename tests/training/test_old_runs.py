@@ -26,9 +26,8 @@ def copy_of(name, tmp_path):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "sigmoid"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "resnet", "sigmoid"])
 def test_a_run_of_earlier_code_resumes_with_its_own_numbers(name, tmp_path, capsys):
     workdir = copy_of(name, tmp_path)
     expected = runs.metrics(workdir)

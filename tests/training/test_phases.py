@@ -35,7 +35,8 @@ def grown(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("last", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [3, 4, 5])
 def test_killed_on_either_side_of_the_switch_it_resumes_exactly(grown, tmp_path, last):
     killed = tmp_path / "killed"
     shutil.copytree(grown, killed)
@@ -45,6 +46,7 @@ def test_killed_on_either_side_of_the_switch_it_resumes_exactly(grown, tmp_path,
     assert runs.metrics(killed) == runs.metrics(grown)
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_each_phase(grown):
     lines = [line for line in runs.metrics(grown) if "train/flops" in line]
     steps = np.diff([0, *(line["train/flops"] for line in lines)])
@@ -54,6 +56,7 @@ def test_flops_are_those_of_each_phase(grown):
     assert steps[4] == 16 * flops.training(halved) < 16 * flops.training(trained)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_as_the_model_of_its_phase(grown, tmp_path):
     assert clip_jax.load(grown).image_size == 96
     assert clip_jax.load(grown).params["image"]["position_embedding"].shape[0] == 1 + 6 * 6

@@ -81,6 +81,7 @@ def test_both_ways_out_of_bad_data_work(tmp_path, monkeypatch):
         assert [line["step"] for line in runs.metrics(tmp_path / workdir)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_on_what_it_lacks(small_run, tmp_path):
     """A source in place of another, and one more; at the next start nothing is lacking."""
     copy = shutil.copytree(small_run, tmp_path / "run")
@@ -97,6 +98,7 @@ def test_a_finished_run_is_evaluated_on_what_it_lacks(small_run, tmp_path):
     assert runs.metrics(copy) == lines
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer_and_says_what_becomes_of_its_schedule(small_run, tmp_path, capsys):
     copy = shutil.copytree(small_run, tmp_path / "run")
     assert loop.run(workdir=str(copy), recipe=None, overrides={"steps": "15"}) == 0

@@ -44,6 +44,8 @@ def lines(workdir) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+@pytest.mark.slow
+@pytest.mark.every_jax
 def test_killed_and_resumed_equals_never_killed(tmp_path):
     recipe = runs.write_recipe(tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

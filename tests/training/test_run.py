@@ -161,6 +161,7 @@ def test_a_small_source_of_a_mixture_that_fills_too_much_of_a_batch_is_warned_of
     assert said.startswith("WARNING: 10 pairs of a batch are from the 4 of shapes:heldout")
 
 
+@pytest.mark.slow
 def test_a_run_reports_what_it_leaves_out_and_evaluates_on_labels_alone(tmp_path, capsys):
     """Captions for training are in the .json, the classes have none; a name is Latin-1, an image broken."""
     recipe, photos = str(runs.write_recipe(tmp_path)), tmp_path / "photos"
@@ -198,6 +199,7 @@ def test_main_answers_a_mistake_with_one_line_and_code_2(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_code_43_and_no_checkpoint(tmp_path, capsys):
     start = {"workdir": str(tmp_path / "run"), "recipe": str(runs.write_recipe(tmp_path))}
     assert loop.run(**start, overrides={"optimizer.learning_rate": "1e30"}) == 43
@@ -211,6 +213,7 @@ def test_a_loss_that_is_not_finite_ends_with_code_43_and_no_checkpoint(tmp_path,
         loop.run(**start, overrides={"optimizer.learning_rate": "1e-4"})
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_found_before_an_evaluation(tmp_path, capsys):
     overrides = {"optimizer.learning_rate": "1e30", "log.every_steps": "1000", "eval.held_out.every_steps": "3"}
     recipe = str(runs.write_recipe(tmp_path))
@@ -247,6 +250,7 @@ def test_a_value_that_is_not_finite_is_null_in_valid_json(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": None}
 
 
+@pytest.mark.slow
 def test_a_run_with_the_sigmoid_loss_has_a_bias_and_evaluates_with_it(tmp_path):
     overrides = {"objectives.contrastive.loss": "sigmoid", "steps": "4", "model.patch_dropout": "0.5"}
     recipe = str(runs.write_recipe(tmp_path))
@@ -259,6 +263,7 @@ def test_a_run_with_the_sigmoid_loss_has_a_bias_and_evaluates_with_it(tmp_path):
     assert "eval/held_out/loss" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_another_runs_weights(small_run, tmp_path, capsys):
     """Its first step has the loss of the trained model, not of a fresh one; what does not fit is refused by name."""
     recipe = str(small_run.parent / "recipe.py")

@@ -114,6 +114,7 @@ def test_on_a_cpu_no_weights_gradient_sums_over_two_axes():
     assert "contracting_dims = [0, 1] x [0, 1]" not in step.lower(*of).as_text()
 
 
+@pytest.mark.slow
 def test_activation_memory_is_proportional_to_the_micro_batch():
     """Temporary bytes of the compiled step: micro-batches of half the size halve all but a small constant."""
     of_64, of_32, of_16 = (temporary(*traced(256 // pairs)) for pairs in (64, 32, 16))
@@ -201,6 +202,7 @@ def test_moments_are_sharded_as_their_parameters(averaged):
     assert qkv.addressable_shards[0].data.shape[1] == 64 // 8
 
 
+@pytest.mark.slow
 def test_factored_moments_train_on_any_mesh_as_on_one_device():
     """Adafactor's row and column moments have fewer axes than their parameters, and are whole everywhere."""
 
@@ -252,6 +254,7 @@ def test_the_loss_goes_down_and_metrics_are_all_there(one_device):
     assert seen[0]["learning_rate"] == pytest.approx(1e-3)
 
 
+@pytest.mark.slow
 def test_the_logit_scale_is_clamped_after_the_update():
     _, state = train(make_mesh(8), max_logit_scale=14.0)
     assert float(jnp.exp(state.params["logit_scale"])) <= 14.0001

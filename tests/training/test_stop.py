@@ -50,6 +50,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_sigterm_and_ctrl_c_write_a_checkpoint_at_the_next_step(tmp_path, sent):
     """Before the first periodic checkpoint too; the line about it is the last."""
@@ -67,6 +68,7 @@ def test_sigterm_and_ctrl_c_write_a_checkpoint_at_the_next_step(tmp_path, sent):
     assert (interrupts.FIRST in output) == (sent == signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_step_is_compiled_ends_the_run_at_once_with_one_line(tmp_path):
     process = start(tmp_path, f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}")
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), process)  # opened just before the first step
@@ -145,6 +147,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_by_itself(tmp_path):
     both[1].communicate()
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_shows_its_threads_and_exits_with_44():
     program = """
         import time
@@ -232,6 +235,7 @@ def test_a_device_that_is_not_there_is_one_line():
     assert done.stderr.splitlines()[-1].startswith("clip_jax.errors.NoDeviceError: Unable to initialize backend 'tpu'")
 
 
+@pytest.mark.slow
 def test_a_save_in_progress_is_complete_however_the_run_ends(tmp_path):
     _, state = train(make_mesh(devices=jax.devices()[:1]), steps=1)
     with (

@@ -81,6 +81,7 @@ def test_siglip_trains_with_its_tokenizer_and_the_run_carries_it(tmp_path, sigli
     assert (to / files.native_name(kind)).read_bytes() == siglip_models[version].read_bytes()
 
 
+@pytest.mark.slow
 def test_clipa_trains_with_words_of_bert_from_the_hugging_face_cache(tmp_path, monkeypatch):
     (tmp_path / "vocab.txt").write_text("\n".join(BERT) + "\n")
     in_the_cache(tmp_path / "cache", "bert-base-uncased", "vocab.txt", tmp_path / "vocab.txt")
