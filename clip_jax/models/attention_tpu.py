@@ -78,6 +78,8 @@ def _attend(
     batch, queries, heads, dim = query.shape
     keys, padded_dim, padded_heads = key.shape[1], dim, heads
     needed = _vmem(dim, queries, keys, query.dtype.itemsize)
+    if needed and mask is not None and mask.shape[1] > 1:
+        needed += 2 * 4 * _whole(queries) * _whole(keys)
     if dim % SUBLANES or heads * dim % math.lcm(dim, LANES) or needed > vmem:
         padded_dim = next(size for size in (32, 64, LANES, 2 * LANES) if size >= dim)
         per_column = max(1, LANES // padded_dim)

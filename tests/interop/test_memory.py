@@ -45,7 +45,7 @@ def _paths(found):
     return paths
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_loading_an_h14_peaks_below_1_3_times_its_file(tmp_path):
     """A sparse file of 3.9 GB of zeros: no space on the disk, but memory once it is read."""

@@ -98,7 +98,7 @@ TINY = Architecture(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_of_32768_pairs_in_micro_batches_has_the_gradient_of_all_of_them():
     """Gradient descent at rate 1 moves parameters by minus the gradient. Expected: float64's gradient with respect
     to embeddings, pulled back through the towers 4,096 pairs at a time, and summed in float64."""

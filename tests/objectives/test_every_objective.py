@@ -112,7 +112,6 @@ MARKS = {
     ("self-distillation", (2, 2, 2)): pytest.mark.slow,
     ("positives of equal captions", (8, 1, 1)): pytest.mark.slow,
     ("labels and hard negatives", (1, 8, 1)): pytest.mark.slow,
-    ("grounding", (1, 1, 8)): pytest.mark.slow,
 }
 
 

@@ -120,7 +120,7 @@ REFUSED = (
 REFUSED_ALONE = ("vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_configuration_of_our_families_is_read_without_a_name_and_has_as_many_parameters(tmp_path):
     folder = next((peers.PEERS / "lib").glob("python3*/site-packages/open_clip/model_configs"))
     read = {}

@@ -204,7 +204,7 @@ def machine(whole: Path, folder: Path) -> dict[str, object]:
 
 
 # A whole run takes half a minute: one kind of bucket for each fact; the tests above are for both.
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 def test_a_run_in_a_bucket_killed_and_resumed_elsewhere_equals_a_local_one(bucket, whole, tmp_path):
     url, recipe = f"{bucket}/killed/run", whole.parent / "recipe.py"

@@ -27,7 +27,7 @@ def copy_of(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "resnet", "sigmoid"])
+@pytest.mark.parametrize("name", ["vit", "sigmoid", pytest.param("resnet", marks=pytest.mark.exhaustive)])
 def test_a_run_of_earlier_code_resumes_with_its_own_numbers(name, tmp_path, capsys):
     workdir = copy_of(name, tmp_path)
     expected = runs.metrics(workdir)

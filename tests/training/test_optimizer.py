@@ -295,10 +295,10 @@ def test_the_plan_counts_muons_products():
     assert muon_matrices.update_flops(made[0].abstract_state().params) == pytest.approx(flops[0] - flops[1], rel=0.02)
 
 
-OTHERS = [pytest.param(kind, marks=pytest.mark.exhaustive) for kind in (lamb, stable_adamw)]
+KINDS = [pytest.param(kind, marks=pytest.mark.exhaustive) for kind in (muon, lamb, stable_adamw)]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(muon, marks=pytest.mark.slow), *OTHERS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_optimizer_trains_on_any_mesh_as_on_one_device(kind):
     def losses(mesh):
         seen, _ = train(mesh, optimizer=kind(lambda _: 1e-2, **OPTIONS))
