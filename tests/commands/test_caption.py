@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 from clip_jax import load
 from clip_jax.commands import main
 from clip_jax.models.clip import CLIP
@@ -13,6 +15,7 @@ from tests.models.test_clip import params_of
 OLD_RUNS = Path(__file__).parents[1] / "data" / "old_runs"
 
 
+@pytest.mark.slow
 def test_a_caption_per_image_from_a_model_with_a_decoder(tmp_path, monkeypatch, capsys):
     shutil.copytree(OLD_RUNS / "vit", tmp_path / "run")
     shutil.copytree(OLD_RUNS / "tokenizer", tmp_path / "run" / "tokenizer")

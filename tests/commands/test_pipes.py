@@ -14,6 +14,7 @@ from tests.training.runs import ROOT
 PLAN = "-m clip_jax plan --config=configs/demo.py --gpu=h100 --estimate"
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_the_pipe_early_is_no_error():
     command = f'"{sys.executable}" {PLAN} | true; echo codes ${{PIPESTATUS[@]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

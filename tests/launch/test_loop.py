@@ -87,6 +87,7 @@ def test_starts_without_a_new_checkpoint_end_the_loop(cloud):
     assert "to delete it: " in done.stdout
 
 
+@pytest.mark.slow
 def test_without_capacity_the_next_accelerator_is_requested_and_after_a_preemption_the_first_again(cloud):
     preempted = {"preempt": {"file": str(cloud.workdir / "kept"), "lines": 1, "grace_seconds": None}}
     cloud.schedule({"failed": True}, preempted, {})
@@ -194,6 +195,7 @@ def test_a_start_stops_the_earlier_run_and_clears_its_lock(cloud):
     first.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_newer_code_is_what_the_next_start_runs(cloud, tmp_path):
     newer = Cloud(cloud.folder, tmp_path / "out")
     shutil.copytree(cloud.checkout, newer.checkout)

@@ -156,10 +156,10 @@ def assert_the_same(plain: CLIP, other: CLIP) -> None:
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scan", "remat"),
-    [(False, "none"), (True, "dots"), (False, "full")]
-    + [pytest.param(True, remat, marks=pytest.mark.slow) for remat in REMAT_POLICIES if remat != "dots"],
+    [(False, "none"), (False, "full"), *((True, remat) for remat in REMAT_POLICIES)],
 )
 def test_scan_and_remat_change_neither_tree_nor_numbers(scan, remat):
     assert_the_same(CLIP(SMALL), computed(SMALL, scan=scan, remat=remat))

@@ -202,6 +202,7 @@ def test_a_resnet_computes_the_same_scanned_unrolled_and_recomputed():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_a_resnet_starts_as_openclip_does():
     image = params_of(CLIP(Architecture(ResNetTower(64, (1, 3, 1, 1), 32, 16), TEXT, 64)))["image"]
     rest = image["stage_2_rest"]
@@ -222,6 +223,7 @@ def test_siglip_starts_as_timm_does():
     assert np.max(np.abs(pooling["probe"])) <= 2 * 128**-0.5
 
 
+@pytest.mark.slow
 def test_eva_starts_smaller_the_deeper_a_block_is():
     image = params_of(CLIP(Architecture(presets.eva_image(32, 8, 128, 3, 2, 341), TEXT, 128)))["image"]
     blocks = image["transformer"]["blocks"]

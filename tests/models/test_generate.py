@@ -97,6 +97,7 @@ def test_captions_with_the_cache_are_those_without(name, method):
     assert all(set(ids[len(until_end(ids)) :]) <= {0} for ids in found)
 
 
+@pytest.mark.slow
 def test_top_p_draws_from_the_most_probable_tokens_alone():
     model, params, image = case("coca")
     image = np.repeat(image[:1], 64, axis=0)

@@ -54,6 +54,7 @@ def test_flops_are_those_of_the_step_as_it_is_written(remat, micro_batches, loss
     assert 8 * work_of(model, mesh, **options).flops == counted + by_pixels
 
 
+@pytest.mark.slow
 def test_a_data_parallel_step_moves_its_gradients_twice():
     model, mesh = clip(dtype=jnp.float32), make_mesh()
     step, arguments = traced(model, mesh)
