@@ -101,6 +101,11 @@ def on_cpu(mesh: Mesh | AbstractMesh | None) -> bool:
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
 
 
+def on_tpu(mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether a mesh is of TPUs; False for None and for a mesh that does not say."""
+    return mesh is not None and platform_of(mesh) == "tpu"
+
+
 def platform_of(mesh: Mesh | AbstractMesh) -> str:
     """``cpu``, ``gpu`` or ``tpu``; the empty string for a mesh without devices that says nothing about them."""
     if isinstance(mesh, Mesh):

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from clip_jax.devices.sharding import split_rows
 from clip_jax.models.compute import Compute
-from clip_jax.models.transformer import BlockInit, LayerNorm, normal, product, uniform, zeros
+from clip_jax.models.linear import add_bias, product
+from clip_jax.models.transformer import BlockInit, LayerNorm, normal, uniform, zeros
 
 
 class CrossAttention(nn.Module):
@@ -54,7 +55,7 @@ class CrossAttention(nn.Module):
         projected = self.variable("cache", "memory", project).value if self.compute.cache else project()
         asked = product("...w,whd->...hd", x, query, self.compute) + qkv_bias[0].astype(dtype)
         mixed = self.compute.attend(asked, projected[:, :, 0], projected[:, :, 1], causal=False, mask=None)
-        return product("...hd,hdw->...w", mixed, out, self.compute) + out_bias.astype(dtype)
+        return add_bias(product("...hd,hdw->...w", mixed, out, self.compute), out_bias, self.compute)
 
 
 class QueryPooling(nn.Module):

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from clip_jax.devices.sharding import on_cpu, split_rows
+from clip_jax.devices.sharding import split_rows
 from clip_jax.models.attention import Mask, Rotary, rotate
 from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.compute import REMAT_POLICIES, Compute
+from clip_jax.models.linear import add_bias, product
 
 Initializer = Callable[..., Array]
 
@@ -104,23 +105,6 @@ class BlockShape:
     """False: no biases at all, neither in attention, MLP nor norms (CapPa's decoder)."""
 
 
-def product(
-    equation: str, x: Float[Array, "*tokens features"], weight: Array, compute: Compute
-) -> Float[Array, "*tokens features"]:
-    """``jnp.einsum`` of activations, whose axes ``...`` are batch and tokens, and a weight in the compute type.
-
-    On a CPU all tokens of the batch become one axis. The gradient with respect to the weight sums over both axes, and
-    for a sum over two axes XLA first transposes the activations in memory: a third of a training step's time.
-    """
-    weight = weight.astype(compute.dtype)
-    if not on_cpu(compute.mesh):
-        return jnp.einsum(equation, x, weight)
-    features = equation.index(",") - len("...")
-    tokens = x.shape[: x.ndim - features]
-    result = jnp.einsum(equation.replace("...", "n"), x.reshape(-1, *x.shape[-features:]), weight)
-    return result.reshape(*tokens, *result.shape[1:])
-
-
 def bias(module: nn.Module, name: str, init: Initializer, axes: tuple, shape: tuple[int, ...]) -> Array:
     """A module's bias; zeros, and no parameter, where its ``shape`` has none."""
     if not module.shape.bias:
@@ -198,7 +182,7 @@ class Attention(nn.Module):
             mixed = product("...f,fw->...w", mixed, out.reshape(width, width), self.compute)
         else:
             mixed = product("...hd,hdw->...w", mixed, out, self.compute)
-        return mixed + out_bias.astype(dtype)
+        return add_bias(mixed, out_bias, self.compute)
 
     @property
     def _fused(self) -> bool:
@@ -216,8 +200,11 @@ class Attention(nn.Module):
         if self._fused:
             width, _, heads, dim = qkv.shape
             parts = (
-                product("...w,wf->...f", x, qkv[:, part].reshape(width, heads * dim), self.compute)
-                + bias[part].reshape(-1).astype(dtype)
+                add_bias(
+                    product("...w,wf->...f", x, qkv[:, part].reshape(width, heads * dim), self.compute),
+                    bias[part].reshape(-1),
+                    self.compute,
+                )
                 for part in range(3)
             )
             return tuple(checkpoint_name(part, "kernel_qkv").reshape(*x.shape[:2], heads, dim) for part in parts)
@@ -256,15 +243,15 @@ class MLP(nn.Module):
         up_bias = bias(self, "up_bias", init.mlp_up_bias, ("mlp",), (inner,))
         down = self.param("down", nn.with_logical_partitioning(init.mlp_down, ("mlp", "embed")), (inner, outer))
         down_bias = bias(self, "down_bias", init.mlp_down_bias, ("embed",), (outer,))
-        hidden = product("...w,wm->...m", x, up, compute) + up_bias.astype(dtype)
+        hidden = add_bias(product("...w,wm->...m", x, up, compute), up_bias, compute)
         if self.shape.swiglu:
             gate = self.param("gate", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
             gate_bias = self.param("gate_bias", nn.with_logical_partitioning(init.mlp_up_bias, ("mlp",)), (inner,))
-            hidden = nn.silu(product("...w,wm->...m", x, gate, compute) + gate_bias.astype(dtype)) * hidden
+            hidden = nn.silu(add_bias(product("...w,wm->...m", x, gate, compute), gate_bias, compute)) * hidden
             hidden = LayerNorm(dtype, self.shape.norm_epsilon, "mlp", name="norm")(hidden)
         else:
             hidden = ACTIVATIONS[self.shape.activation](hidden)
-        return product("...m,mw->...w", hidden, down, compute) + down_bias.astype(dtype)
+        return add_bias(product("...m,mw->...w", hidden, down, compute), down_bias, compute)
 
 
 class Block(nn.Module):

@@ -18,6 +18,7 @@ from clip_jax.models import flops
 from clip_jax.models.attention import Rotary
 from clip_jax.models.compute import DEFAULT, Compute
 from clip_jax.models.cross_attention import QueryPooling
+from clip_jax.models.linear import product
 from clip_jax.models.transformer import (
     MLP,
     BlockInit,
@@ -26,7 +27,6 @@ from clip_jax.models.transformer import (
     Stack,
     image_block_init,
     normal,
-    product,
     timm_block_init,
     uniform,
     zeros,
