@@ -5,6 +5,8 @@ vocabulary of 50,000. Here a device holds those of one chunk, in both passes: th
 Tokens without weight, which are padding, are sorted to the end, and chunks with only such tokens are skipped.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
@@ -14,11 +16,16 @@ from clip_jax.devices.sharding import batch_shards, copy_for_each_part, split_ro
 
 CHUNK_LOGITS = 2**24
 """Logits that a device holds at one time: 64 MiB of float32."""
+CHUNK_TOKENS = 1024
+"""Tokens that it holds at least: each chunk reads and writes the gradient of the head, 800 MB for 256,000 words."""
+
+Chunks = Float[Array, "chunks devices tokens *"]
 
 
 def chunk_size(tokens: int, vocabulary: int) -> int:
-    """The tokens of a chunk, of ``tokens`` on a device."""
-    return min(tokens, max(8, CHUNK_LOGITS // vocabulary))
+    """The tokens of a chunk, of ``tokens`` on a device: as few chunks as possible, of equal size."""
+    largest = max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
+    return -(-tokens // -(-tokens // largest))
 
 
 def cross_entropy(
@@ -29,11 +36,13 @@ def cross_entropy(
     mesh: Mesh | AbstractMesh | None,
     bias: Float[Array, "vocabulary"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums of ``-weight * log softmax(hidden @ head + bias)[target]``, and of weights of tokens predicted right."""
+    """Sums of ``-weight * log softmax(hidden @ head + bias)[target]``, and of weights of tokens predicted right.
+
+    The weights get no gradient.
+    """
     shards = 1 if mesh is None else batch_shards(mesh)
     tokens = targets.size // shards
     size = chunk_size(tokens, head.shape[1])
-    padding = -tokens % size
 
     def by_device(x: Array) -> Array:
         return split_rows(x.reshape(shards, tokens, *x.shape[2:]), mesh)
@@ -41,33 +50,88 @@ def cross_entropy(
     is_padding = by_device(weights) == 0
     order = jnp.argsort(is_padding, axis=1, stable=True)
     needed = jnp.max(jnp.sum(~is_padding, axis=1))
-    # Each device sums the gradients of all its chunks before they are added up: the bias is one more row of the head.
-    heads = copy_for_each_part(head if bias is None else jnp.concatenate([head, bias[None]]), mesh)
 
     def chunks(x: Array) -> Array:
         """[batch, length, ...] -> [chunks, devices, tokens, ...], each device's tokens with weight first."""
         x = jax.vmap(lambda rows, order: rows[order])(by_device(x), order)
-        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        x = jnp.pad(x, ((0, 0), (0, -tokens % size), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(shards, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    def one_chunk(heads: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        kernel = heads[:, : hidden.shape[-1]].astype(hidden.dtype)
-        logits = jnp.einsum("dtw,dwv->dtv", hidden, kernel, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + heads[:, -1:]
+    # Each device sums the gradients of all its chunks before they are added up.
+    heads = copy_for_each_part(head, mesh), None if bias is None else copy_for_each_part(bias[None], mesh)
+    loss, right = _sums(mesh, heads, chunks(hidden), chunks(targets), chunks(weights), needed)
+    return jnp.sum(loss), jnp.sum(right)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(
+    mesh: Mesh | AbstractMesh | None,
+    heads: tuple[Array, Array | None],
+    hidden: Chunks,
+    targets: Chunks,
+    weights: Chunks,
+    needed: Int[Array, ""],
+) -> tuple[Float[Array, " devices"], Float[Array, " devices"]]:
+    """The sums of each device, whose first ``needed`` tokens have weight."""
+    return _forward(mesh, heads, hidden, targets, weights, needed)[0]
+
+
+def _forward(mesh, heads, hidden, targets, weights, needed):
+    kernels, size = heads[0].astype(hidden.dtype), hidden.shape[2]
+
+    def compute(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+        logits = _logits(kernels, heads[1], hidden)
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - own
+        total = jax.nn.logsumexp(logits, axis=-1)
         right = own >= jnp.max(logits, axis=-1)
-        return jnp.sum(weights * losses, axis=1), jnp.sum(weights * right, axis=1)
+        return jnp.sum(weights * (total - own), axis=1), jnp.sum(weights * right, axis=1), total
 
-    nothing = (split_rows(jnp.zeros(shards, jnp.float32), mesh),) * 2
-
-    @jax.checkpoint
-    def step(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+    def step(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         number, *arrays = chunk
-        new = jax.lax.cond(number * size < needed, one_chunk, lambda *_: nothing, heads, *arrays)
-        return (sums[0] + new[0], sums[1] + new[1]), None
+        loss, right, total = jax.lax.cond(number * size < needed, compute, lambda *_: nothing, *arrays)
+        return (sums[0] + loss, sums[1] + right), total
 
-    arrays = (chunks(hidden), chunks(targets), chunks(weights))
-    sums, _ = jax.lax.scan(step, nothing, (jnp.arange(len(arrays[0])), *arrays))
-    return jnp.sum(sums[0]), jnp.sum(sums[1])
+    zeros = split_rows(jnp.zeros(hidden.shape[1:3], jnp.float32), mesh)
+    nothing = (zeros[:, 0], zeros[:, 0], zeros)
+    numbers = jnp.arange(len(hidden))
+    sums, totals = jax.lax.scan(step, nothing[:2], (numbers, hidden, targets, weights))
+    return sums, (heads, hidden, targets, weights, needed, totals)
+
+
+def _backward(mesh, saved, gradients):
+    heads, hidden, targets, weights, needed, totals = saved
+    kernels, size = heads[0].astype(hidden.dtype), hidden.shape[2]
+    vocabulary = jnp.arange(heads[0].shape[2])
+
+    def compute(sums, hidden: Array, targets: Array, weights: Array, total: Array):
+        probabilities = jnp.exp(_logits(kernels, heads[1], hidden) - total[..., None])
+        share = weights * gradients[0][:, None]
+        d_logits = (probabilities - (vocabulary == targets[..., None])) * share[..., None]
+        d_bias = None if heads[1] is None else jnp.sum(d_logits, axis=1, keepdims=True)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_kernel = jnp.einsum("dtw,dtv->dwv", hidden, d_logits, preferred_element_type=jnp.float32)
+        d_hidden = jnp.einsum("dtv,dwv->dtw", d_logits, kernels, preferred_element_type=jnp.float32)
+        return jax.tree.map(jnp.add, sums, (d_kernel, d_bias)), d_hidden.astype(hidden.dtype)
+
+    def step(sums, chunk: tuple[Array, ...]):
+        number, *arrays = chunk
+        return jax.lax.cond(
+            number * size < needed, compute, lambda sums, hidden, *_: (sums, jnp.zeros_like(hidden)), sums, *arrays
+        )
+
+    nothing = jax.tree.map(lambda x: copy_for_each_part(jnp.zeros(x.shape[1:], jnp.float32), mesh), heads)
+    numbers = jnp.arange(len(hidden))
+    sums, d_hidden = jax.lax.scan(step, nothing, (numbers, hidden, targets, weights, totals))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), sums, heads), d_hidden, None, None, None
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _logits(
+    kernels: Float[Array, "devices width vocabulary"],
+    biases: Float[Array, "devices 1 vocabulary"] | None,
+    hidden: Float[Array, "devices tokens width"],
+) -> Float[Array, "devices tokens vocabulary"]:
+    logits = jnp.einsum("dtw,dwv->dtv", hidden, kernels, preferred_element_type=jnp.float32)
+    return logits if biases is None else logits + biases
