@@ -94,7 +94,7 @@ def defaults() -> ConfigDict:
                 "init_from": "",  # initial weights: a run folder, foreign weights or hf://org/name (clip_jax.load)
                 "init_from_allow": (),  # tensors that may be missing, unexpected or of another shape: text/*
                 "dtype": "float32",  # of matrix products; parameters stay float32
-                "scan": True,  # one compiled block whatever the depth; False unrolls (about 10 % faster on CPU)
+                "scan": True,  # one compiled block whatever the depth; False unrolls (10 % faster on CPUs)
                 "remat": "none",  # recomputed in the backward pass: none, dots, named, offload, full
                 "attention": "auto",  # tpu, a Pallas kernel, on TPUs; cudnn on NVIDIA GPUs in bfloat16; else xla
                 "patch_dropout": 0.0,  # share of an image's patches that training drops (FLIP: 0.5 to 0.75)

@@ -24,6 +24,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.model.name = "ViT-B/16-quickgelu"  # the released weights use QuickGELU
     config.model.dtype = "bfloat16"
     config.model.remat = "dots"
+    config.model.scan = False  # a sixth faster on a TPU by the compiler's estimate, and slower to compile
 
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 2000

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--image: two files have the same name; draw them into different folders")
     subject = open_subject(arguments.model, batch_size=8)
     classes = subject.classifier(Prompts(tuple(labels), prompts))
-    make, output = dense.map_maker(subject.embedder, subject.weights), Path(arguments.output).expanduser()
+    make, output = dense.map_maker(subject), Path(arguments.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     for file, name in zip(files, names, strict=True):
         try:

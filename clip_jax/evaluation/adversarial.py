@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from clip_jax.devices.sharding import process_rows, to_devices
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.embed import decode_batch, readable
-from clip_jax.evaluation.subject import Ensemble, Result, Task, judge_probabilities, labelled, top1_hits
+from clip_jax.evaluation.subject import Ensemble, Result, Task, judge, judge_probabilities, labelled
 
 EPSILONS = (1, 2, 4, 8)
 """Radii in 255ths, of the published evaluations of CLIP (1 to 4) and of ImageNet (4, 8)."""
@@ -68,12 +68,13 @@ def _gradient(log_probability: Callable, x: Array) -> Array:
 
 def protocol(task: Task, models: Ensemble) -> Result:
     """Accuracy by attack and radius; ``mean`` is None for an ensemble whose models do not see the same pixels."""
-    embedded, clean = labelled(task.source, models), top1_hits(task, models)
+    embedded, judged = labelled(task.source, models), [judge(task, models)]
+    clean = judged[0].hits()
     wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
     skipped = embedded.skipped.total()
     if len({(model.embedder.image_size, model.embedder.preprocess) for model, _ in models}) > 1:
-        metrics = {"mean": None, "clean": float(clean.mean())}
-        return Result(metrics, "mean", len(clean), skipped, wanted, {"clean": clean}, {}, {})
+        metrics, details = {"mean": None, "clean": float(clean.mean())}, {"all_equal": judged[0].all_equal}
+        return Result(metrics, "mean", len(clean), skipped, wanted, {"clean": clean}, {}, details)
     attack, embedder = make_attack(task, models), models[0][0].embedder
     found: dict[tuple[str, int], list[np.ndarray]] = {(kind, e): [] for kind in ("fgsm", "pgd") for e in EPSILONS}
     rows = process_rows(embedder.mesh, embedder.batch_size)
@@ -89,19 +90,22 @@ def protocol(task: Task, models: Ensemble) -> Result:
             for kind, epsilon in found:
                 probabilities, valid = map(np.asarray, attack(kind, batch, float(epsilon)))
                 found[kind, epsilon].append(probabilities[: len(samples)][valid[: len(samples)]])
-    metrics, curves, hits = {}, {}, []
+    metrics, curves = {}, {}
     for kind in ("fgsm", "pgd"):
-        right = [
-            judge_probabilities(np.concatenate(found[kind, e]).astype(np.float64), embedded.labels, models).hits()
+        attacked = [
+            judge_probabilities(np.concatenate(found[kind, e]).astype(np.float64), embedded.labels, models)
             for e in EPSILONS
         ]
+        right = [each.hits() for each in attacked]
         metrics |= {kind: float(np.mean(right))}
         metrics |= {f"{kind}_{e}": float(v.mean()) for e, v in zip(EPSILONS, right, strict=True)}
         points = [[e, float(v.mean())] for e, v in zip(EPSILONS, right, strict=True)]
         curves[f"{kind}, by radius in 255ths"] = [[0, float(clean.mean())], *points]
-        hits += right
+        judged += attacked
     metrics = {"mean": (metrics["fgsm"] + metrics["pgd"]) / 2, "clean": float(clean.mean())} | metrics
-    return Result(metrics, "mean", len(clean), skipped, wanted, {"mean": np.concatenate(hits)}, curves, {})
+    hits = {"mean": np.concatenate([each.hits() for each in judged[1:]])}
+    details = {"all_equal": all(each.all_equal for each in judged)}
+    return Result(metrics, "mean", len(clean), skipped, wanted, hits, curves, details)
 
 
 def make_attack(task: Task, models: Ensemble) -> Callable:

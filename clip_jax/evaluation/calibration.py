@@ -4,6 +4,9 @@ The expected calibration error is the mean, over bins of equal width and weighte
 between accuracy and mean confidence. Traps: it depends on the number of bins (15 here, as in the paper), and a model
 that always answers with the classes' frequencies has none at all: read it beside accuracy. Under ties an image that is
 equally near to ten classes is a tenth right, so that a constant model with probabilities 1/C is calibrated at chance.
+
+A model that ranks the classes well may still be overconfident, for its scale (the inverse temperature) is that of
+training. ``fitted`` has the error that remains after temperature scaling (section 4.2 of the paper).
 """
 
 from typing import NamedTuple
@@ -11,9 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
 
 BINS = 15
+FITTED_ON = 5000
+"""Examples on which a scale is fitted, so that ``fitted`` takes less than a second for 50,000 of 1,000 classes."""
+BLOCK = 2048
+"""Examples whose probabilities exist at one time."""
 
 
 class Bin(NamedTuple):
@@ -57,12 +63,47 @@ def fit_scale(
     """
     if not np.isfinite(cosines).all():
         raise ValueError("cosines are not finite")
-    cosines = cosines.astype(np.float64)
+    cosines = cosines - cosines.max(axis=1, keepdims=True).astype(np.float64)
     right = cosines[np.arange(len(labels)), labels]
 
     def loss(log_scale: float) -> float:
         scale = np.exp(log_scale)
-        return float(np.mean(logsumexp(scale * cosines, axis=1) - scale * right))
+        return float(np.mean(np.log(np.exp(scale * cosines).sum(axis=1)) - scale * right))
 
-    found = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded", options={"xatol": 1e-6})
+    found = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded", options={"xatol": 1e-5})
     return float(np.exp(found.x))
+
+
+class Fitted(NamedTuple):
+    """What temperature scaling makes of a model."""
+
+    scale: float
+    """Fitted on all examples, at most ``FITTED_ON`` of them."""
+    calibration_error: float | None
+    """Of the examples of each half under the scale that was fitted on the other one; None for a single example."""
+
+
+def fitted(
+    cosines: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"], correct: Float[np.ndarray, " n"]
+) -> Fitted:
+    """The scale with the least cross-entropy, and the expected calibration error on data that it was not fitted on.
+
+    ``correct`` as in ``reliability``: no scale changes which class is nearest. What is drawn, and in which half an
+    example is, depends on its place alone.
+    """
+    order = np.random.default_rng(0).permutation(len(labels))
+
+    def fit(rows: np.ndarray) -> float:
+        return fit_scale(cosines[rows], labels[rows])
+
+    scale = fit(order[:FITTED_ON])
+    if len(labels) < 2:
+        return Fitted(scale, None)
+    halves, confidence = (order[::2], order[1::2]), np.zeros(len(labels))
+    for own, other in (halves, halves[::-1]):
+        fitted_on_other = fit(other[: FITTED_ON // 2])
+        for start in range(0, len(own), BLOCK):
+            rows = own[start : start + BLOCK]
+            below = cosines[rows] - cosines[rows].max(axis=1, keepdims=True)
+            confidence[rows] = 1 / np.exp(fitted_on_other * below).sum(axis=1)
+    return Fitted(scale, expected_calibration_error(confidence, correct))

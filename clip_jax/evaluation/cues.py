@@ -28,7 +28,9 @@ from clip_jax.data.sources.shapes.scenes import COMBINATIONS, draw_scene, genera
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.prompts import Prompts
 from clip_jax.evaluation.subject import Ensemble, Result, Task, class_probabilities, judge_probabilities, labelled
+from clip_jax.evaluation.zero_shot import Judged
 
+DRAWINGS = ("normal", "gray", "outline")
 CONTRASTS = (0.25, 0.5, 0.75, 1.0)
 NAMES = tuple(SHAPES)
 PROMPTS = Prompts(tuple(f"{color} {shape}" for color, shape in COMBINATIONS), shapes.TEMPLATES)
@@ -91,14 +93,16 @@ def redrawn(source: shapes.Shapes, what: str, contrast: float = 1.0) -> Redrawn:
 def protocol(task: Task, models: Ensemble) -> Result:
     """On scenes of the size of a ``shapes`` source; its own scenes and the task's prompts are not used."""
     source = task.source
-    right = {what: _hits(redrawn(source, what), models) for what in ("normal", "gray", "outline")}
+    judged = [_judge(redrawn(source, what), models) for what in DRAWINGS]
+    right = {what: each.hits() for what, each in zip(DRAWINGS, judged, strict=True)}
     count = len(right["normal"])
     textures = np.array([NAMES.index(other_shape(index)) for index in range(count)])
     by_shape, by_texture = [], []
     for contrast in CONTRASTS:
         conflict = redrawn(source, "conflict", contrast)
-        by_shape.append(_hits(conflict, models))
-        by_texture.append(_hits(conflict, models, textures))
+        judged.append(_judge(conflict, models))
+        by_shape.append(judged[-1].hits())
+        by_texture.append(_judge(conflict, models, textures).hits())
     shape, texture = float(by_shape[-1].mean()), float(by_texture[-1].mean())
     metrics: dict[str, float | None] = {what: float(values.mean()) for what, values in right.items()}
     metrics = {"mean": float(np.mean([metrics["gray"], metrics["outline"], shape]))} | metrics
@@ -110,13 +114,14 @@ def protocol(task: Task, models: Ensemble) -> Result:
     }
     wanted = prompts.for_model(PROMPTS, models[0][0].tokenizer).fingerprint
     hits = {"mean": np.concatenate([right["gray"], right["outline"], by_shape[-1]])}
-    return Result(metrics, "mean", count, 0, wanted, hits, curves, {})
+    details = {"all_equal": all(each.all_equal for each in judged)}
+    return Result(metrics, "mean", count, 0, wanted, hits, curves, details)
 
 
-def _hits(source: Redrawn, models: Ensemble, classes: np.ndarray | None = None) -> np.ndarray:
-    """1 for every picture whose nearest combination has the right shape, or that of ``classes``."""
+def _judge(source: Redrawn, models: Ensemble, classes: np.ndarray | None = None) -> Judged:
+    """A hit is a picture whose nearest combination has the right shape, or that of ``classes``."""
     task = Task(source.name, "zero_shot", source, PROMPTS)
     wanted = labelled(source, models).labels % len(NAMES) if classes is None else classes
     # Combinations are ordered by color, then shape.
     by_shape = class_probabilities(task, models).reshape(len(source), -1, len(NAMES)).max(axis=1)
-    return judge_probabilities(by_shape, wanted, models).hits()
+    return judge_probabilities(by_shape, wanted, models)

@@ -6,9 +6,12 @@ the final norm and the projection. For an attention pool (SigLIP) each patch is 
 the pool's MLP. Cosines are resized to the picture bilinearly; the nearest class is the pixel's.
 
 ``mean_iou``: intersection over union of each class over all pixels of the set, averaged over the classes that occur
-in the masks or in the predictions. Pixels of the value ``IGNORE`` are left out. Traps: whole images at the model's own
-size, as here, score several points below sliding windows at a larger one, and "background" as a class name describes
-nothing: published numbers leave it out or threshold it.
+in the masks or in the predictions. Pixels of the value ``IGNORE`` are left out. A pixel that is equally near to several
+classes counts as an equal share of each, as in ``zero_shot``: a constant model is right in 1/C of the pixels, and its
+``mean_iou`` is at most 1/C; argmax would give it the pixels of the first class, which may be most of a set.
+
+Traps: whole images at the model's own size, as here, score several points below sliding windows at a larger one, and
+"background" as a class name describes nothing: published numbers leave it out or threshold it.
 """
 
 from collections.abc import Callable
@@ -24,9 +27,9 @@ from clip_jax.data.sources.sample import BadSampleError
 from clip_jax.data.stream import read
 from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
-from clip_jax.evaluation.embed import Embedder, Variables
 from clip_jax.evaluation.masks import IGNORE
-from clip_jax.evaluation.subject import Ensemble, Result, Task
+from clip_jax.evaluation.ranking import TIE
+from clip_jax.evaluation.subject import Ensemble, Result, Subject, Task
 from clip_jax.models.clip import CLIP, Params, unit
 from clip_jax.models.transformer import MLP, LayerNorm, Stack, image_block_init
 from clip_jax.models.vit import rotary_angles
@@ -81,16 +84,24 @@ def upsample(maps: Float[np.ndarray, "rows columns classes"], height: int, width
 
 
 def confusion(
-    predicted: Int[np.ndarray, "height width"], mask: Int[np.ndarray, "height width"], classes: int
-) -> Int[np.ndarray, "classes classes"]:
-    """Pixels by their class in the mask (rows) and in the prediction. Raises ValueError for a mask of other classes."""
-    used = mask != IGNORE
-    if used.any() and not (mask[used].min() >= 0 and mask[used].max() < classes):
-        raise ValueError(f"a mask with class {int(mask[used].max())}; there are {classes}, and {IGNORE} is ignored")
-    return np.bincount(mask[used] * classes + predicted[used], minlength=classes**2).reshape(classes, classes)
+    maps: Float[np.ndarray, "height width classes"], mask: Int[np.ndarray, "height width"]
+) -> Float[np.ndarray, "classes classes"]:
+    """Pixels by their class in the mask (rows) and the nearest in maps of cosines; under ties, a share of each.
+
+    Raises ValueError for a mask of other classes.
+    """
+    classes = maps.shape[2]
+    counts = np.zeros((classes, classes))
+    for label in np.unique(mask[mask != IGNORE]).tolist():
+        if not 0 <= label < classes:
+            raise ValueError(f"a mask with class {label}; there are {classes}, and {IGNORE} is ignored")
+        cosines = maps[mask == label]
+        nearest = cosines >= cosines.max(axis=1, keepdims=True) - TIE
+        counts[label] = np.sum(nearest / nearest.sum(axis=1, keepdims=True), axis=0)
+    return counts
 
 
-def mean_iou(counts: Int[np.ndarray, "classes classes"]) -> tuple[float | None, list[float | None]]:
+def mean_iou(counts: Float[np.ndarray, "classes classes"]) -> tuple[float | None, list[float | None]]:
     """(the mean, each class's; None for a class that occurs nowhere) from the sum of ``confusion`` over a set."""
     both = np.diag(counts)
     union = counts.sum(axis=0) + counts.sum(axis=1) - both
@@ -101,34 +112,38 @@ def mean_iou(counts: Int[np.ndarray, "classes classes"]) -> tuple[float | None, 
 
 def protocol(task: Task, models: Ensemble) -> Result:
     """``mean_iou`` and the share of right pixels on a source with masks; an ensemble averages maps of cosines."""
-    counts = np.zeros((len(task.source.class_names),) * 2, np.int64)
-    hits, skipped = [], 0
-    makers = [(map_maker(m.embedder, m.weights), m.classifier(task.prompts), share) for m, share in models]
+    counts = np.zeros((len(task.source.class_names),) * 2)
+    hits, skipped, equal = [], 0, True
+    makers = [(map_maker(model), model.classifier(task.prompts), share) for model, share in models]
     for index in range(len(task.source)):
         try:
             mask, image = task.source.mask(index), read(task.source, index).image
             maps = sum(share * upsample(make(image) @ classes.T, *mask.shape) for make, classes, share in makers)
-            found = confusion(maps.argmax(axis=2), mask.astype(np.int64), len(counts))
+            found = confusion(maps, mask)
         except (BadSampleError, BadImageError):
             skipped += 1
             continue
         except ValueError as error:
             raise UserError(f"{task.source.name}, image {index}: {error}") from error
         counts += found
+        equal &= bool(np.ptp(maps, axis=2).max() <= TIE)
         hits.append(np.diag(found).sum() / max(1, found.sum()))
     if not hits:
         raise UserError(f"{task.source.name}: none of {len(task.source)} images can be used")
     mean, each = mean_iou(counts)
     metrics = {"mean_iou": mean, "pixel_accuracy": float(np.trace(counts) / max(1, counts.sum()))}
     named = sorted((v, name) for v, name in zip(each, task.source.class_names, strict=True) if v is not None)
-    details = {"iou": [[name, value] for value, name in named]}
+    details = {"all_equal": equal, "iou": [[name, value] for value, name in named]}
     wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
     return Result(metrics, "mean_iou", len(hits), skipped, wanted, {"pixels": np.array(hits)}, {}, details)
 
 
-def map_maker(embedder: Embedder, weights: Variables) -> Callable[[bytes], Float[np.ndarray, "rows columns dim"]]:
-    """From an image to the unit embeddings of its patches; the image is squashed, so that they cover all of it."""
-    how = embedder.preprocess
+def map_maker(subject: Subject) -> Callable[[bytes], Float[np.ndarray, "rows columns dim"]]:
+    """From an image to the unit embeddings of its patches; the image is squashed, so that they cover all of it.
+
+    What it returns raises UserError if they are not finite.
+    """
+    embedder, how = subject.embedder, subject.embedder.preprocess
 
     @jax.jit
     def encode(params: Params, pixels: UInt8[Array, "batch height width 3"]) -> Array:
@@ -141,6 +156,8 @@ def map_maker(embedder: Embedder, weights: Variables) -> Callable[[bytes], Float
         pixels = resize_and_crop(
             image, embedder.image_size, resize="squash", interpolation=how.interpolation, exif=how.exif
         )
-        return np.asarray(encode(weights.params, pixels[None]))[0]
+        found = np.asarray(encode(subject.weights.params, pixels[None]))[0]
+        subject.check("an image", patches=found.reshape(-1, found.shape[-1]))
+        return found
 
     return make

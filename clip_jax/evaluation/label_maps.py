@@ -86,12 +86,12 @@ def protocol(task: Task, models: Ensemble) -> Result:
         raise UserError(f"{task.name}: no example has a right class under these labels")
     probabilities = class_probabilities(task, models)
     judged = judge_probabilities(probabilities[used], right[used], models, only=task.labels.only)
-    count = probabilities.shape[1] if task.labels.only is None else len(task.labels.only)
-    metrics = {name: value for name, value in zero_shot.scores(judged, None, count).items() if name != "mean_per_class"}
-    metrics |= {"classes": count, "left_out": int(np.sum(~used))}
+    scores = zero_shot.scores(judged, None, judged.classes)
+    metrics = {name: value for name, value in scores.items() if name != "mean_per_class"}
+    metrics |= {"classes": judged.classes, "left_out": int(np.sum(~used))}
     wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
-    hits = {"top1": judged.hits()}
-    return Result(metrics, "top1", int(used.sum()), found.skipped.total(), wanted, hits, {}, {})
+    hits, details = {"top1": judged.hits()}, {"all_equal": judged.all_equal}
+    return Result(metrics, "top1", int(used.sum()), found.skipped.total(), wanted, hits, {}, details)
 
 
 def _classes(given: Any, classes: Sequence[str], where: str) -> tuple[int, ...]:

@@ -1,23 +1,23 @@
 """Named evaluations: what ``config.eval.<name>`` measures, on which source, and when.
 
-A protocol is a function of an evaluation and weights. A new one needs an entry in ``PROTOCOLS`` and its name in
-``settings.EVALUATION_CHOICES``.
+A protocol is a function of an evaluation, weights, and the classifiers that other evaluations made with these weights.
+A new one needs an entry in ``PROTOCOLS`` and its name in ``settings.EVALUATION_CHOICES``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from clip_jax.data.sources.sample import Source, notes
 from clip_jax.errors import UserError
-from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source, embed_texts
+from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source
 from clip_jax.evaluation.grounding import boxes
-from clip_jax.evaluation.prompts import Prompts, for_model
+from clip_jax.evaluation.prompts import Prompts
 from clip_jax.evaluation.retrieval import retrieval as retrieval_metrics
 from clip_jax.evaluation.runner import run
-from clip_jax.evaluation.subject import Subject, Task
-from clip_jax.evaluation.zero_shot import accuracy, classifier
+from clip_jax.evaluation.subject import Classifiers, Subject, Task
+from clip_jax.evaluation.zero_shot import accuracy
 from clip_jax.models.clip import Params
 
 Loss = Callable[[Params, np.ndarray, np.ndarray], float]
@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
 Metrics = dict[str, float]
 
 
-def retrieval(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
+def retrieval(evaluation: Evaluation, weights: Variables, classifiers: Classifiers) -> tuple[Metrics, Embedded]:
     """The metrics of ``retrieval.py``, and the loss over all pairs (each image with its first caption) as one batch."""
     embedded = embed_source(evaluation.embedder, weights, evaluation.source)
     metrics = {}
@@ -54,23 +54,18 @@ def retrieval(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
     return metrics | _counts(embedded), embedded
 
 
-def zero_shot(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
+def zero_shot(evaluation: Evaluation, weights: Variables, classifiers: Classifiers) -> tuple[Metrics, Embedded]:
     """Accuracy among the source's classes."""
-    embedded = embed_source(evaluation.embedder, weights, evaluation.source, texts=False)
+    subject = _subject(evaluation, weights, classifiers)
+    embedded = subject.embed(evaluation.source, texts=False)
     _check_labels(evaluation, embedded)
-
-    def encode(prompts: Sequence[str]) -> np.ndarray:
-        return embed_texts(evaluation.embedder, weights, prompts)
-
-    wanted = for_model(_prompts(evaluation), evaluation.tokenizer)
-    classes = classifier(wanted.class_names, wanted.templates, encode)
+    classes = subject.classifier(_prompts(evaluation))
     return accuracy(embedded.images, embedded.labels, classes) | _counts(embedded), embedded
 
 
-def by_runner(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded]:
+def by_runner(evaluation: Evaluation, weights: Variables, classifiers: Classifiers) -> tuple[Metrics, Embedded]:
     """A protocol that is shared with ``clip-jax evaluate``: composition and cues of the bundled scenes, attacks."""
-    scale = float(np.exp(np.asarray(weights.params["logit_scale"])))
-    subject = Subject(evaluation.name, evaluation.embedder, weights, scale, evaluation.tokenizer)
+    subject = _subject(evaluation, weights, classifiers)
     task = Task(evaluation.name, evaluation.protocol, evaluation.source, _prompts(evaluation))
     result = run(task, [subject])
     metrics = {name: value for name, value in result.metrics.items() if value is not None}
@@ -78,12 +73,12 @@ def by_runner(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embe
     return metrics | _counts(embedded), embedded
 
 
-def grounding(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, None]:
+def grounding(evaluation: Evaluation, weights: Variables, classifiers: Classifiers) -> tuple[Metrics, None]:
     """How far the boxes that the decoder finds for texts are from those of the examples; ``grounding.py``."""
     return boxes(evaluation.embedder, weights, evaluation.source), None
 
 
-PROTOCOLS: dict[str, Callable[[Evaluation, Variables], tuple[Metrics, Embedded | None]]] = {
+PROTOCOLS: dict[str, Callable[[Evaluation, Variables, Classifiers], tuple[Metrics, Embedded | None]]] = {
     "retrieval": retrieval,
     "zero_shot": zero_shot,
     "composition": by_runner,
@@ -100,9 +95,15 @@ OF_SCENES = {"composition": "shapes:heldout", "cues": CUES}
 """Protocols on the bundled scenes alone."""
 
 
-def evaluate(evaluation: Evaluation, weights: Variables) -> tuple[Metrics, Embedded | None]:
-    """Metrics named ``eval/<name>/<metric>``, and the embeddings from which they were computed, if any."""
-    metrics, embedded = PROTOCOLS[evaluation.protocol](evaluation, weights)
+def evaluate(
+    evaluation: Evaluation, weights: Variables, classifiers: Classifiers | None = None
+) -> tuple[Metrics, Embedded | None]:
+    """Metrics named ``eval/<name>/<metric>``, and the embeddings from which they were computed, if any.
+
+    Evaluations that are given the same ``classifiers`` encode the same prompts once; give other weights another dict.
+    """
+    classifiers = {} if classifiers is None else classifiers
+    metrics, embedded = PROTOCOLS[evaluation.protocol](evaluation, weights, classifiers)
     return {f"eval/{evaluation.name}/{name}": value for name, value in metrics.items()}, embedded
 
 
@@ -141,6 +142,11 @@ def _check_labels(evaluation: Evaluation, embedded: Embedded) -> None:
             f"{evaluation.source.name}: {len(wrong)} of {len(embedded.labels)} labels are not in 0..{classes - 1} "
             f"(example {embedded.indices[wrong[0]]} has {embedded.labels[wrong[0]]}); correct or remove these examples"
         )
+
+
+def _subject(evaluation: Evaluation, weights: Variables, classifiers: Classifiers) -> Subject:
+    scale = float(np.exp(np.asarray(weights.params["logit_scale"])))
+    return Subject(evaluation.name, evaluation.embedder, weights, scale, evaluation.tokenizer, classifiers)
 
 
 def _prompts(evaluation: Evaluation) -> Prompts:

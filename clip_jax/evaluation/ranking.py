@@ -94,6 +94,12 @@ def hit_of(above: np.ndarray, tied: np.ndarray, own: np.ndarray, k: int, ties: s
     return np.where(possible & (left > 0), 1 - miss, np.where(possible, 0.0, 1.0))
 
 
+def all_equal(placed: Placed, candidates: int) -> bool:
+    """Whether every query is equally similar to all candidates, its positives among them: the model is constant."""
+    _, tied, own = _best(placed)
+    return bool((tied + own == candidates).all())
+
+
 def first_rank(placed: Placed, ties: str) -> Float[np.ndarray, " queries"]:
     """The rank of the best positive among the negatives, from 1."""
     above, tied, own = _best(placed)

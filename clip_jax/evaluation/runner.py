@@ -39,10 +39,11 @@ from clip_jax.evaluation.subject import (
     Result,
     Subject,
     Task,
+    as_cosines,
     class_probabilities,
+    judge,
     judge_probabilities,
     labelled,
-    top1_hits,
 )
 
 
@@ -68,6 +69,8 @@ def _classification(task: Task, models: Ensemble, embedded: Embedded, probabilit
     metrics = zero_shot.scores(judged, labels, count)
     hits, confidence = judged.hits(), probabilities.max(axis=1)
     metrics["calibration_error"] = calibration.expected_calibration_error(confidence, hits)
+    fitted = calibration.fitted(as_cosines(probabilities, models), labels, hits)
+    metrics |= {"fitted_scale": fitted.scale, "fitted_calibration_error": fitted.calibration_error}
     metrics |= {"acc1": metrics["top1"], "acc5": metrics["top5"], "mean_per_class_recall": metrics["mean_per_class"]}
     bins = calibration.reliability(confidence, hits)
     per_class = zero_shot.by_class(judged, labels)
@@ -86,7 +89,7 @@ def _classification(task: Task, models: Ensemble, embedded: Embedded, probabilit
             }
             for c in worst
         ],
-        "all_equal": bool((judged.tied == count - 1).all()),
+        "all_equal": judged.all_equal,
     }
     if count <= 32:
         details["confusion"] = {"classes": list(names), "counts": confusion.tolist()}
@@ -115,8 +118,9 @@ def _retrieval(task: Task, models: Ensemble) -> Result:
     )
     mesh = models[0][0].embedder.mesh
     places = retrieval.place_both(images, texts, first.owner, mesh)
-    metrics, hits = {}, {}
+    metrics, hits, equal = {}, {}, []
     for placed, name, candidates in zip(places, ("i2t", "t2i"), (len(texts), len(images)), strict=True):
+        equal.append(ranking.all_equal(placed, candidates))
         metrics |= retrieval.summarize(placed, candidates, name, retrieval.RECALL_AT, "pessimistic")
         hits[f"{name}_R@1"] = ranking.hit(placed, 1, "pessimistic")
     for k in retrieval.RECALL_AT:  # CLIP_benchmark's names, by what is retrieved
@@ -126,7 +130,7 @@ def _retrieval(task: Task, models: Ensemble) -> Result:
     if "i2t_R@1" in metrics and "t2i_R@1" in metrics:
         metrics["mean_recall@1"] = (metrics["i2t_R@1"] + metrics["t2i_R@1"]) / 2
     metrics["captions_per_image"] = len(texts) / len(images)
-    details = {"ties": "pessimistic", "gallery": _gallery(first, images, texts, places[1])}
+    details = {"ties": "pessimistic", "all_equal": all(equal), "gallery": _gallery(first, images, texts, places[1])}
     return Result(metrics, "mean_recall@1", len(images), first.skipped.total(), None, hits, {}, details)
 
 
@@ -150,19 +154,22 @@ def _gallery(embedded: Embedded, images: np.ndarray, texts: np.ndarray, placed: 
 
 
 def _corruptions(task: Task, models: Ensemble) -> Result:
-    metrics, curves, hits = {}, {}, []
-    clean = top1_hits(task, models)
+    metrics, curves, judged = {}, {}, [judge(task, models)]
+    clean = judged[0].hits()
     for kind in CORRUPTIONS:
-        values = [top1_hits(task._replace(source=corrupted(task.source, kind, s)), models) for s in SEVERITIES]
+        found = [judge(task._replace(source=corrupted(task.source, kind, s)), models) for s in SEVERITIES]
+        values = [each.hits() for each in found]
         curves[kind] = [
             [0, float(clean.mean())],
             *([s, float(v.mean())] for s, v in zip(SEVERITIES, values, strict=True)),
         ]
         metrics[kind] = float(np.mean([v.mean() for v in values]))
-        hits += values
+        judged += found
     metrics = {"mean": float(np.mean(list(metrics.values()))), "clean": float(clean.mean())} | metrics
     wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
-    return Result(metrics, "mean", len(clean), 0, wanted, {"mean": np.concatenate(hits)}, curves, {})
+    hits = {"mean": np.concatenate([each.hits() for each in judged[1:]])}
+    details = {"all_equal": all(each.all_equal for each in judged)}
+    return Result(metrics, "mean", len(clean), 0, wanted, hits, curves, details)
 
 
 def _probe(task: Task, models: Ensemble) -> Result:

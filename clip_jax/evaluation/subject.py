@@ -20,6 +20,10 @@ EMBEDDED_SOURCES = 4
 """Sources whose embeddings are kept: as many as a suite uses for several tasks."""
 
 
+Classifiers = dict[str, Float[np.ndarray, "classes dim"]]
+"""The class vectors of one version of the weights, by the fingerprint of the prompts."""
+
+
 class Task(NamedTuple):
     """One line of a suite: its name, its protocol (a key of ``PROTOCOLS``) and what is measured."""
 
@@ -63,12 +67,23 @@ def fingerprint(weights: Variables, tokenizer: str, image_size: int, preprocess:
 
 
 class Subject:
-    """A model with its embeddings: each source is embedded once, each set of prompts becomes a classifier once."""
+    """A model with its embeddings: each source is embedded once, each set of prompts becomes a classifier once.
 
-    def __init__(self, name: str, embedder: Embedder, weights: Variables, scale: float, tokenizer: str):
+    ``classifiers`` are those that other subjects with the same weights made, and receive those that this one makes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        embedder: Embedder,
+        weights: Variables,
+        scale: float,
+        tokenizer: str,
+        classifiers: Classifiers | None = None,
+    ):
         self.name, self.embedder, self.weights, self.scale, self.tokenizer = name, embedder, weights, scale, tokenizer
         self._embedded: dict[tuple[str, bool], Embedded] = {}
-        self._classifiers: dict[str, np.ndarray] = {}
+        self._classifiers = {} if classifiers is None else classifiers
 
     @property
     def fingerprint(self) -> str:
@@ -81,17 +96,18 @@ class Subject:
             while len(self._embedded) >= EMBEDDED_SOURCES:
                 self._embedded.pop(next(iter(self._embedded)))
             embedded = embed_source(self.embedder, self.weights, source, texts=texts)
-            self._check(source.name, images=embedded.images, texts=embedded.texts)
+            self.check(source.name, images=embedded.images, texts=embedded.texts)
             self._embedded[key] = embedded
         return self._embedded[key]
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
         """The embeddings of texts. Raises UserError if they are not finite."""
         found = embed_texts(self.embedder, self.weights, texts)
-        self._check("prompts", texts=found)
+        self.check("prompts", texts=found)
         return found
 
-    def _check(self, of: str, **embeddings: np.ndarray) -> None:
+    def check(self, of: str, **embeddings: Float[np.ndarray, "n dim"]) -> None:
+        """Raises UserError for embeddings of something that are not finite."""
         try:
             ranking.check_finite(**embeddings)
         except ValueError as error:
@@ -130,18 +146,24 @@ def class_probabilities(task: Task, models: Ensemble) -> Float[np.ndarray, "imag
     return mixed
 
 
-def top1_hits(task: Task, models: Ensemble) -> Float[np.ndarray, " images"]:
+def judge(task: Task, models: Ensemble) -> zero_shot.Judged:
     labels, probabilities = labelled(task.source, models).labels, class_probabilities(task, models)
-    return judge_probabilities(probabilities, labels, models).hits()
+    return judge_probabilities(probabilities, labels, models)
 
 
 def judge_probabilities(
     probabilities: np.ndarray, labels: np.ndarray, models: Ensemble, only: Sequence[int] | None = None
 ) -> zero_shot.Judged:
+    cosines = as_cosines(probabilities, models)
+    return zero_shot.judge(cosines, labels, np.eye(probabilities.shape[1]), only=only)
+
+
+def as_cosines(
+    probabilities: Float[np.ndarray, "images classes"], models: Ensemble
+) -> Float[np.ndarray, "images classes"]:
     """Log-probabilities divided by the scale differ as cosines do, so that ties mean the same for an ensemble."""
     scale = sum(share * model.scale for model, share in models)
-    logs = np.log(np.maximum(probabilities, 1e-300)) / scale
-    return zero_shot.judge(logs, labels, np.eye(probabilities.shape[1]), only=only)
+    return np.log(np.maximum(probabilities, 1e-300)) / scale
 
 
 def mean_cosines(

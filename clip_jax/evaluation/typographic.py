@@ -26,9 +26,9 @@ from clip_jax.evaluation.subject import (
     Result,
     Task,
     class_probabilities,
+    judge,
     judge_probabilities,
     labelled,
-    top1_hits,
 )
 
 SIZES = (0.06, 0.1, 0.15, 0.2)
@@ -75,13 +75,12 @@ def protocol(task: Task, models: Ensemble) -> Result:
     painted = np.array(
         [wrong_class(label, len(names), key) for label, key in zip(embedded.labels.tolist(), keys, strict=True)]
     )
-    clean = top1_hits(task, models)
-    right, fooled = [clean], [_hits(task, models, painted)]
-    for size in SIZES:
-        changed = task._replace(source=attacked(task.source, names, size))
-        right.append(top1_hits(changed, models))
-        fooled.append(_hits(changed, models, painted))
-    metrics = {"mean": float(np.mean(right[1:])), "clean": float(clean.mean()), "fooled": float(np.mean(fooled[1:]))}
+    judged, fooled = [], []
+    for each in (task, *(task._replace(source=attacked(task.source, names, size)) for size in SIZES)):
+        judged.append(judge(each, models))
+        fooled.append(_hits(each, models, painted))
+    right = [each.hits() for each in judged]
+    metrics = {"mean": float(np.mean(right[1:])), "clean": float(right[0].mean()), "fooled": float(np.mean(fooled[1:]))}
     metrics |= {f"letters_{100 * size:g}": float(v.mean()) for size, v in zip(SIZES, right[1:], strict=True)}
     at = [0.0, *(100 * size for size in SIZES)]
     curves = {
@@ -89,8 +88,8 @@ def protocol(task: Task, models: Ensemble) -> Result:
         for title, values in (("right, by letters in % of the height", right), ("taken for the word", fooled))
     }
     wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
-    hits = {"mean": np.concatenate(right[1:])}
-    return Result(metrics, "mean", len(clean), embedded.skipped.total(), wanted, hits, curves, {})
+    hits, details = {"mean": np.concatenate(right[1:])}, {"all_equal": all(each.all_equal for each in judged)}
+    return Result(metrics, "mean", len(painted), embedded.skipped.total(), wanted, hits, curves, details)
 
 
 def _hits(task: Task, models: Ensemble, classes: np.ndarray) -> np.ndarray:

@@ -56,6 +56,13 @@ class Judged(NamedTuple):
     """The number of wrong classes that are equally near."""
     own: Int[np.ndarray, " images"]
     """The number of right classes that are equally near: 1, or more where an image has several."""
+    classes: int
+    """The number of classes among which the nearest is chosen."""
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether all classes are equally near to every image: the model is constant, and its score is chance."""
+        return bool((self.tied + self.own == self.classes).all())
 
     def hits(self, k: int = 1) -> Float[np.ndarray, " images"]:
         """Whether a right class is among the k nearest; under ties, the probability of it."""
@@ -100,7 +107,7 @@ def judge(
         reached = np.count_nonzero(nearness >= best - TIE, axis=1)
         own = _count_right(nearness, own_places, best)
         found.append((predicted, above, reached - above - own, own))
-    return Judged(*map(np.concatenate, zip(*found, strict=True)))
+    return Judged(*map(np.concatenate, zip(*found, strict=True)), len(allowed))
 
 
 def scores(

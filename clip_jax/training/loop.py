@@ -202,10 +202,11 @@ def evaluate(
 ) -> Gallery | None:
     """Logs the metrics of the evaluations; after the last step, returns pairs of one of them to show."""
     recorder.pending.settle()
-    values, gallery, started = {}, None, time.perf_counter()
+    values, classifiers, gallery, started = {}, {}, None, time.perf_counter()
+    weights = Variables(state.evaluated, state.batch_stats)
     with recorder.meter.paused():
         for evaluation in evaluations:
-            found, embedded = protocols.evaluate(evaluation, Variables(state.evaluated, state.batch_stats))
+            found, embedded = protocols.evaluate(evaluation, weights, classifiers)
             values |= found
             if step == run.steps and gallery is None and evaluation.protocol == "retrieval":
                 gallery = gallery_of(evaluation, embedded)

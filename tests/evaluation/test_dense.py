@@ -3,15 +3,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.commands import evaluate, main
 from clip_jax.data.sources.shapes import open_shapes
 from clip_jax.errors import UserError
-from clip_jax.evaluation import dense
+from clip_jax.evaluation import dense, runner
 from clip_jax.evaluation.masks import IGNORE, MaskedScenes
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.reports import maps
+from tests.data.shards import jpeg
+from tests.evaluation.test_every_protocol import model, task_of
 from tests.models.test_clip import SMALL, computed, inputs, params_of
 
 
@@ -58,12 +62,32 @@ def test_a_resnet_has_no_such_maps():
 
 def test_mean_iou_by_hand():
     mask = np.array([[0, 0, 1, IGNORE], [0, 2, 1, 1]])
-    predicted = np.array([[0, 1, 1, 1], [0, 0, 1, 0]])
-    mean, each = dense.mean_iou(dense.confusion(predicted, mask, 4))
+    maps = np.eye(4)[[[0, 1, 1, 1], [0, 0, 1, 0]]]
+    mean, each = dense.mean_iou(dense.confusion(maps, mask))
     assert each == [2 / 5, 2 / 4, 0.0, None] and mean == pytest.approx((2 / 5 + 2 / 4) / 3)
     assert dense.mean_iou(np.zeros((2, 2), int)) == (None, [None, None])
     with pytest.raises(ValueError, match="class 2; there are 2"):
-        dense.confusion(predicted, mask, 2)
+        dense.confusion(maps[..., :2], mask)
+
+
+def test_a_pixel_that_is_equally_near_to_several_classes_is_a_share_of_each():
+    maps = np.array([[[0.5, 0.5, 0.1], [0.5, 0.5 + 5e-7, 0.5], [0.2, 0.1, 0.4]]])
+    counts = dense.confusion(maps, np.array([[0, 1, 1]]))
+    np.testing.assert_allclose(counts, [[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3 + 1], [0, 0, 0]])
+
+
+def test_patches_that_are_not_finite_are_refused_in_an_evaluation_and_in_segment(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    subject = model(constant=True)
+    monkeypatch.setattr(evaluate, "open_subject", lambda *arguments, **options: subject)
+    monkeypatch.setattr(dense, "patch_embeddings", lambda *_: jnp.full((1, 4, 4, 8), 0.3).at[0, 1, 2].set(jnp.nan))
+    message = "constant on an image: patches: 1 of 16 embeddings are not finite; the model is broken"
+    with pytest.raises(UserError, match=message):
+        runner.run(task_of("dense"), [subject])
+    arguments = ["--model=x", "--labels=a cat,a dog", f"--image={tmp_path / 'a.jpg'}", f"--output={tmp_path / 'out'}"]
+    assert main(["segment", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not list((tmp_path / "out").iterdir())
 
 
 def test_masks_of_the_scenes_are_their_objects_and_maps_are_drawn():

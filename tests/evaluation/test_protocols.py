@@ -1,6 +1,8 @@
 """Protocols of a run beyond retrieval and zero-shot: the same numbers as after it, and canonical prompts for SigLIP."""
 
+import contextlib
 import functools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,9 +13,10 @@ from clip_jax.data.sources.shapes import open_shapes
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.errors import UserError
-from clip_jax.evaluation import protocols, runner
+from clip_jax.evaluation import protocols, runner, subject, typographic
 from clip_jax.evaluation.embed import Variables, make_embedder
 from clip_jax.evaluation.protocols import Evaluation
+from clip_jax.training import loop
 from tests.data.shards import sample, write_shard
 from tests.evaluation.test_embed import Letters
 from tests.models.test_clip import SMALL, computed, params_of
@@ -49,6 +52,30 @@ def test_composition_and_corruptions_in_a_run_are_those_after_it(monkeypatch):
     assert set(found) == {f"eval/e/{m}" for m in ("mean", "clean", "noise", "blur", "images", "skipped")}
     zero_shot, _ = protocols.evaluate(evaluation("zero_shot", labelled), weights())
     assert found["eval/e/clean"] == pytest.approx(zero_shot["eval/e/zero_shot_top1"]) and len(embedded.images) == 24
+
+
+def test_evaluations_of_one_step_encode_the_same_prompts_once(monkeypatch):
+    """Zero-shot, corruptions and words of a step share their text classifier; the next step has another."""
+    encoded, encode = [], subject.embed_texts
+    monkeypatch.setattr(subject, "embed_texts", lambda *given: encoded.append(len(given[2])) or encode(*given))
+    monkeypatch.setattr(runner, "SEVERITIES", (2,))
+    monkeypatch.setattr(runner, "CORRUPTIONS", ("blur",))
+    monkeypatch.setattr(typographic, "SIZES", (0.2,))
+    labelled = open_shapes("zero_shot", image_size=32, examples=8)
+    first = evaluation("zero_shot", labelled)
+    evaluations = [first._replace(name=p, protocol=p) for p in ("zero_shot", "corruptions", "typographic")]
+    evaluations.append(first._replace(name="other", templates=("a {}", "one {}")))
+    recorder = SimpleNamespace(
+        pending=SimpleNamespace(settle=lambda: None),
+        meter=SimpleNamespace(paused=contextlib.nullcontext),
+        write=lambda step, values, line: written.append(values),
+    )
+    written, run = [], SimpleNamespace(steps=9)
+    for step, seed in ((1, 0), (2, 1)):
+        state = SimpleNamespace(evaluated=params_of(computed(SMALL), seed), batch_stats={})
+        loop.evaluate(run, evaluations, state, step, recorder)
+    assert encoded == [24, 48, 24, 48]
+    assert written[0]["eval/corruptions/clean"] == pytest.approx(written[0]["eval/zero_shot/zero_shot_top1"])
 
 
 def test_a_source_that_a_protocol_cannot_use_is_said(tmp_path):

@@ -117,6 +117,14 @@ def test_a_constant_model_finds_nothing_at_real_sizes():
     assert found["i2t_R@10"] == found["t2i_R@10"] == 0 and found["t2i_mean_rank"] == 1500
 
 
+@pytest.mark.parametrize(("images", "texts", "expected"), [(1, 1, True), (1, 6, False), (4, 1, False), (2, 2, False)])
+def test_scores_are_all_equal_only_if_those_of_both_directions_are(images, texts, expected):
+    x, y, _ = random(4, 6)
+    x, y = x[np.arange(4) % images], y[np.arange(6) % texts]
+    placed = place_both(x, y, np.array([0, 0, 1, 2, 3, 3]))
+    assert all(ranking.all_equal(p, n) for p, n in zip(placed, (6, 4), strict=True)) == expected
+
+
 def test_a_perfect_model_finds_everything_and_k_beyond_the_candidates_is_left_out():
     images, _, _ = random(8, 8)
     found = retrieval(images, images, np.arange(8), at=(1, 7, 8, 100))

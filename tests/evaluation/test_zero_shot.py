@@ -1,11 +1,14 @@
 """Zero-shot classification: hand-computed cases, brute force, chance for a constant model."""
 
+import json
+
 import numpy as np
 import pytest
 
 from clip_jax.commands import main
 from clip_jax.errors import UserError
-from clip_jax.evaluation import multi_label, zero_shot
+from clip_jax.evaluation import label_maps, multi_label, runner, zero_shot
+from tests.evaluation.test_every_protocol import NAMES, model, task_of
 
 VECTORS = {"a cat": [1, 0, 0], "one cat": [0, 1, 0], "a dog": [0, 0, 1], "one dog": [0, 0, -1 / 2]}
 
@@ -120,6 +123,20 @@ def test_a_super_class_is_as_near_as_its_nearest_child():
     assert judged.hits().mean() == np.mean(grouped.argmax(axis=1) == labels)
 
 
+def test_a_map_to_all_classes_of_the_same_parent_is_the_accuracy_of_super_classes(tmp_path):
+    """``--labels`` with a class for each of its siblings: an image is right if its nearest class is one of them."""
+    parents, task, subject = np.array([0, 1, 0, 1, 1]), task_of("zero_shot"), model(constant=False)
+    siblings = {name: [NAMES[i] for i in np.flatnonzero(parents == p)] for name, p in zip(NAMES, parents, strict=True)}
+    (tmp_path / "parents.json").write_text(json.dumps(siblings))
+    labels = label_maps.read(str(tmp_path / "parents.json"), None, NAMES, NAMES, len(task.source))
+    found = runner.run(task._replace(protocol="labels", labels=labels), [subject])
+    embedded = subject.embed(task.source, texts=False)
+    classes = subject.classifier(task.prompts)
+    judged = zero_shot.judge(embedded.images, parents[embedded.labels], classes, parents=parents)
+    assert found.hits["top1"].tolist() == judged.hits().tolist() and 0 < found.metrics["top1"] < 1
+    assert found.metrics["top1"] > zero_shot.judge(embedded.images, embedded.labels, classes).hits().mean()
+
+
 def test_an_image_with_several_labels_is_right_with_any_and_chance_is_their_share():
     """ImageNet's ReaL labels, padded with -1."""
     classes = np.eye(4, dtype=np.float32)
@@ -129,7 +146,8 @@ def test_an_image_with_several_labels_is_right_with_any_and_chance_is_their_shar
     assert judged.hits(1).tolist() == [1, 0, 1] and judged.hits(3).tolist() == [1, 1, 1]
     assert zero_shot.scores(judged, None, 4)["mean_per_class"] is None
     same = np.ones((1, 4), np.float32) / 2
-    assert zero_shot.judge(same, np.array([[1, 3]]), np.repeat(same, 4, 0)).hits()[0] == pytest.approx(2 / 4)
+    constant = zero_shot.judge(same, np.array([[1, 3]]), np.repeat(same, 4, 0))
+    assert constant.hits()[0] == pytest.approx(2 / 4) and constant.all_equal and not judged.all_equal
 
 
 def test_embeddings_that_are_not_finite_and_labels_that_are_no_class_are_refused():
