@@ -57,8 +57,8 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
         return Cost(
             flops=pairs * flops // tensor,
             activations=_saved(traceable(model), pairs // micro_batches),
-            # A chunk's logits and their gradient; the head's copies in both types and its gradient.
-            working=4 * decoder.vocab_size * (2 * chunk_size(tokens, decoder.vocab_size) + 3 * decoder.width) // tensor,
+            # In float32 and in the compute type: a chunk's logits and their gradient; the head, with its gradient.
+            working=2 * decoder.vocab_size * (3 * chunk_size(tokens, decoder.vocab_size) + 5 * decoder.width) // tensor,
         )
 
     return Objective(prepare=prepare, local=local, cost=cost)
