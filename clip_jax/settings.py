@@ -164,9 +164,10 @@ def evaluation(**fields: Any) -> ConfigDict:
     """A named evaluation: ``config.eval.<name> = evaluation(source="folder:photos/held_out", every_epochs=1.0)``."""
     known = {
         "protocol": "retrieval",  # retrieval (with the held-out loss), zero_shot, or one below
-        # composition takes shapes:heldout, cues shapes:zero_shot, grounding examples with boxes; corruptions,
-        # typographic and adversarial need labels. The source is kind:where, like data.train; "": off
+        # composition and dense take shapes:heldout, cues shapes:zero_shot, grounding examples with boxes; corruptions,
+        # typographic, adversarial and probe need labels. The source is kind:where, like data.train; "": off
         "source": "",
+        "train": "",  # probe: the source that it is fitted on, with the same classes
         "caption": "",  # like data.caption, of this source; empty: data.caption
         "templates": ("a photo of a {}.",),  # zero_shot: prompts; {} is the class name
         "batch_size": AUTO,  # -1: the training batch
@@ -240,7 +241,7 @@ SEVERAL = ("data.train",)
 EVALUATION_CHOICES = {
     "protocol": (
         *("retrieval", "zero_shot", "composition", "corruptions"),
-        *("typographic", "adversarial", "cues", "grounding"),
+        *("typographic", "adversarial", "cues", "grounding", "probe", "dense"),
     )
 }
 EVALUATION_RANGES = {"batch_size": Range(1, auto=True)}

@@ -27,12 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class-names", help="class names, in the order of the labels: a published set or a file")
     parser.add_argument("--labels", help="right classes by example or by class, as JSON: ReaL's, or ObjectNet's map")
     parser.add_argument("--only", help="a file with the classes, one per line, among which the nearest is chosen")
+    parser.add_argument(
+        "--probe",
+        nargs="?",
+        const="embeddings",
+        choices=("embeddings", "pooled"),
+        help="also a linear probe of every classification set with a split train/; pooled: before the projection",
+    )
     parser.add_argument("--weights", help="weights of the models in the ensemble, as in 2,1; default: equal")
     parser.add_argument("--batch-size", type=int, default=64)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from clip_jax.evaluation import results, runner, suites  # after parsing: JAX takes a second to import
+    from clip_jax.evaluation.probe_protocol import probes
 
     suite = arguments.suite or ("data" if arguments.data else "quick")
     if arguments.batch_size < 1:
@@ -62,6 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
                 caption=arguments.caption,
                 image=arguments.image,
             )
+            if arguments.probe:
+                tasks, missing = plans[size]
+                plans[size] = (*tasks, *probes(tasks, pooled=arguments.probe == "pooled")), missing
         tasks, missing = plans[size]
         weights = shares if len(group) > 1 else None
         fingerprint = "+".join(subject.fingerprint for subject in group) + (f" {weights}" if weights else "")

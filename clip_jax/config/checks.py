@@ -32,6 +32,7 @@ def check(config: ConfigDict, where: str) -> None:
     _check_lengths_of_time(given, where, known_settings(evaluations))
     _check_combinations(given, where)
     _check_tuples(given, where, evaluations)
+    _check_probes(given, where, evaluations)
     phases.check(config, where)
     for number, phase in enumerate(phases.phases(config)[1:]):
         alone = ConfigDict(phase.config.to_dict(), type_safe=False)
@@ -162,6 +163,15 @@ def _check_tuples(given: Mapping[str, Any], where: str, evaluations: tuple[str, 
         values = given[f"data.{key}"]
         if not _are_numbers(values, 2, above=0) or not values[0] <= values[1] <= highest:
             raise UserError(f"{where}: data.{key}={values}: {meaning}")
+
+
+def _check_probes(given: Mapping[str, Any], where: str, evaluations: tuple[str, ...]) -> None:
+    for name in evaluations:
+        protocol, source, train = (given[f"eval.{name}.{field}"] for field in ("protocol", "source", "train"))
+        if train and protocol != "probe":
+            raise UserError(f"{where}: eval.{name}.train has no effect with protocol={protocol}; it is for probe")
+        if protocol == "probe" and source and not train:
+            raise UserError(f"{where}: eval.{name}.train is missing: the source that the probe is fitted on")
 
 
 def _check_mixture(given: Mapping[str, Any], where: str) -> None:

@@ -91,7 +91,7 @@ def siblings(key: str, known: Mapping[str, Any]) -> dict[str, Any]:
 
 def expand_home(key: str, value: Any) -> Any:
     """A setting with the user's home in place of ``~``, where the setting is a path or a source (``tar:~/shards``)."""
-    if key not in PATHS and not re.fullmatch(r"eval\.[^.]+\.source", key):
+    if key not in PATHS and not re.fullmatch(r"eval\.[^.]+\.(source|train)", key):
         return value
     if isinstance(value, tuple | list):  # a mixture: sources with their weights
         return type(value)(expand_home(key, part) for part in value)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from clip_jax.data.sources import captions, open_source
 from clip_jax.data.sources.sample import Source
-from clip_jax.data.sources.tar import open_tar
+from clip_jax.data.sources.tar import TarSource, open_tar
 from clip_jax.errors import UserError
 from clip_jax.evaluation import aro, label_maps, layouts, masks, prompts
 from clip_jax.evaluation.label_maps import LabelMap
@@ -49,12 +49,7 @@ def open_benchmark(folder: Path) -> Dataset:
         raise UserError(
             f"{folder}/dataset_type.txt: {kind} sets are not read; classification, retrieval, multilabel are"
         )
-    text = _read(folder / "test" / "nshards.txt").strip()
-    count = int(text) if text.isdigit() else 0
-    missing = [number for number in range(count) if not (folder / "test" / f"{number}.tar").is_file()]
-    if missing or not count:
-        raise UserError(f"{folder}/test: {len(missing)} of {text or 0} shards are missing; download the set again")
-    shards = str(folder / "test")
+    files, shards = _shards(folder / "test"), str(folder / "test")
     if kind == "retrieval":
         source = dataclasses.replace(open_tar(shards, caption=captions.LINES), name=f"benchmark:{name}")
         return Dataset(name, "retrieval", source, None)
@@ -65,10 +60,21 @@ def open_benchmark(folder: Path) -> Dataset:
     lines = _lines(file) or prompts.published("templates").get(_base(name), DEFAULT_TEMPLATES)
     templates = prompts.read_templates(lines, str(file))
     if kind == "multilabel":
-        files = [folder / "test" / f"{number}.tar" for number in range(count)]
         return Dataset(name, "multi_label", layouts.open_multi_label(name, files, names), Prompts(names, templates))
     source = dataclasses.replace(open_tar(shards, class_names=names), name=f"benchmark:{name}")
     return Dataset(name, "zero_shot", source, Prompts(names, templates))
+
+
+def open_train(source: Source) -> Source | None:
+    """The split ``train`` of a classification set whose test split ``open_benchmark`` opened, if it has one."""
+    if not (isinstance(source, TarSource) and source.name.startswith("benchmark:")):
+        return None
+    folder = Path(source.shards[0]).parents[1] / "train"
+    if not (folder / "nshards.txt").is_file():
+        return None
+    _shards(folder)
+    opened = open_tar(str(folder), class_names=source.class_names)
+    return dataclasses.replace(opened, name=f"{source.name} train")
 
 
 def open_dataset(
@@ -146,6 +152,16 @@ def _with_prompts(
 def _base(name: str) -> str:
     """CLIP_benchmark's name of a set without its task group: ``vtab-flowers`` -> ``flowers``."""
     return name.split("-", 1)[-1] if name.startswith("vtab-") else name
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The shards of a split. Raises UserError for those that are missing."""
+    text = _read(folder / "nshards.txt").strip()
+    files = [folder / f"{number}.tar" for number in range(int(text) if text.isdigit() else 0)]
+    missing = sum(not file.is_file() for file in files)
+    if missing or not files:
+        raise UserError(f"{folder}: {missing} of {text or 0} shards are missing; download the set again")
+    return files
 
 
 def _read(path: Path) -> str:

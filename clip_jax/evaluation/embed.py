@@ -60,6 +60,8 @@ class Encoders(NamedTuple):
     complete: Callable[[Variables, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     """(weights, uint8[B, H, W, 3], first ids int32[B, L], their number int32[B]) -> int32[B, L], the ids of a text
     about each image; None if the model has no decoder that reads a text."""
+    pooled: Callable[[Variables, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None
+    """Like ``image``, with the features before the projection, not of unit length (``CLIP.pool_image``)."""
 
 
 class Embedder(NamedTuple):
@@ -79,6 +81,10 @@ class Embedder(NamedTuple):
     width: int
     """Features of an embedding."""
 
+    def pooled(self) -> "Embedder":
+        """With the features before the projection in place of the embeddings of images."""
+        return self._replace(encoders=self.encoders._replace(image=self.encoders.pooled))
+
 
 def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh) -> Encoders:
     """The batch is split over the mesh, on which the model must compute (``model.compute.mesh``)."""
@@ -87,6 +93,9 @@ def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh
     def image(weights: Variables, pixels: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         encoded = model.encode_image(weights.params, preprocess.normalize(pixels), weights.batch_stats)
         return unit(encoded), valid
+
+    def pooled(weights: Variables, pixels: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return model.pool_image(weights.params, preprocess.normalize(pixels)), valid
 
     def text(weights: Variables, tokens: jax.Array) -> jax.Array:
         return unit(model.encode_text(weights.params, tokens))
@@ -101,6 +110,7 @@ def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh
         jax.jit(image, in_shardings=(None, rows, rows), out_shardings=whole),
         jax.jit(text, in_shardings=(None, rows), out_shardings=whole),
         jax.jit(completed, in_shardings=(None, rows, rows, rows), out_shardings=whole) if reads else None,
+        jax.jit(pooled, in_shardings=(None, rows, rows), out_shardings=whole),
     )
 
 

@@ -8,12 +8,12 @@ data together. The strength is C of scikit-learn's ``LogisticRegression``, which
 
 with a bias that is not penalized; ours is that minimum, by the same optimizer (SciPy's).
 
-Traps. The paper takes features before the projection and as they are; CLIP_benchmark takes normalized embeddings and
-AdamW, and its numbers differ. C depends on the scale of the features and on their number. Few-shot numbers of one seed
-vary by points: report the mean and the spread.
+Traps. The paper takes features before the projection and as they are (appendix A.3; ``CLIP.pool_image``);
+CLIP_benchmark takes normalized embeddings and AdamW, and its numbers differ. C depends on the scale of the features and
+on their number. Few-shot numbers of one seed vary by points: report the mean and the spread.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
-from scipy.special import logsumexp, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.ranking import check_finite
@@ -48,6 +48,10 @@ class Linear(NamedTuple):
         """Top-1. A constant head is right for one class alone: never above the share of the largest class."""
         check_finite(features=features)
         return float(np.mean(self.logits(features).argmax(axis=1) == labels))
+
+    def log_likelihood(self, features: Float[np.ndarray, "n features"], labels: Int[np.ndarray, " n"]) -> float:
+        """The mean logarithm of the probability of the right class."""
+        return float(np.mean(log_softmax(self.logits(features), axis=1)[np.arange(len(labels)), labels]))
 
 
 def logistic_regression(
@@ -103,24 +107,37 @@ def linear_probe(
 ) -> Probe:
     """Sweeps C on the validation split as the paper does, then fits on both splits with the best.
 
-    Of equally good values the smallest C is taken, which regularizes most.
+    Of values with the same accuracy the most likely is taken: on a small split that is easy to separate, the smallest C
+    would be a head whose probabilities are all alike.
     """
-    tried: dict[int, float] = {}
+    tried: dict[int, tuple[float, float]] = {}
 
-    def score(index: int) -> float:
+    def score(index: int) -> tuple[float, float]:
         if index not in tried:
             head = logistic_regression(*train, classes, SWEEP[index], iterations=iterations)
-            tried[index] = head.accuracy(*validation)
+            tried[index] = head.accuracy(*validation), head.log_likelihood(*validation)
         return tried[index]
 
-    best = max(FIRST_SWEEP, key=lambda i: (score(i), -i))
-    step = FIRST_STEP
+    best, step = max(FIRST_SWEEP, key=score), FIRST_STEP
     while step:
         around = [i for i in (best - step, best, best + step) if 0 <= i < len(SWEEP)]
-        best, step = max(around, key=lambda i: (score(i), -i)), step // 2
+        best, step = max(around, key=score), step // 2
     both = [np.concatenate(parts) for parts in zip(train, validation, strict=True)]
     head = logistic_regression(*both, classes, SWEEP[best], iterations=iterations)
-    return Probe(head, float(SWEEP[best]), {float(SWEEP[i]): tried[i] for i in sorted(tried)})
+    return Probe(head, float(SWEEP[best]), {float(SWEEP[i]): tried[i][0] for i in sorted(tried)})
+
+
+def linear_probe_of(
+    features: Float[np.ndarray, "n features"],
+    labels: Int[np.ndarray, " n"],
+    classes: int,
+    *,
+    iterations: int = 1000,
+) -> Probe:
+    """``linear_probe`` of data without a validation split: it is a third of the examples, always the same ones."""
+    order, cut = np.random.default_rng(0).permutation(len(labels)), len(labels) * 2 // 3
+    train, validation = ((features[rows], labels[rows]) for rows in (order[:cut], order[cut:]))
+    return linear_probe(train, validation, classes, iterations=iterations)
 
 
 def ridge(
@@ -186,7 +203,7 @@ def few_shot(
     return curve
 
 
-def shots_that_equal(curve: dict[int, list[float]], zero_shot: float) -> float | None:
+def shots_that_equal(curve: Mapping[float, Sequence[float]], zero_shot: float) -> float | None:
     """The shots at which a few-shot probe equals zero-shot accuracy, interpolated between the logarithms of shots.
 
     None where no number of shots of the curve reaches it (Radford et al. 2021, figure 7).

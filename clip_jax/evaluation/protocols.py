@@ -7,12 +7,16 @@ A new one needs an entry in ``PROTOCOLS`` and its name in ``settings.EVALUATION_
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from clip_jax.data.sources.sample import Source, notes
+from clip_jax.devices.sharding import replicated
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Embedded, Embedder, Variables, embed_source
 from clip_jax.evaluation.grounding import boxes
+from clip_jax.evaluation.masks import MaskedScenes
+from clip_jax.evaluation.probe_protocol import few_shot
 from clip_jax.evaluation.prompts import Prompts
 from clip_jax.evaluation.retrieval import retrieval as retrieval_metrics
 from clip_jax.evaluation.runner import run
@@ -37,6 +41,8 @@ class Evaluation(NamedTuple):
     """The held-out loss over all pairs; None if the run has no contrastive objective."""
     tokenizer: str = ""
     """The kind of tokenizer of the model: SigLIP models expect canonical prompts."""
+    train: Source | None = None
+    """The source that a probe is fitted on."""
 
 
 Metrics = dict[str, float]
@@ -58,7 +64,7 @@ def zero_shot(evaluation: Evaluation, weights: Variables, classifiers: Classifie
     """Accuracy among the source's classes."""
     subject = _subject(evaluation, weights, classifiers)
     embedded = subject.embed(evaluation.source, texts=False)
-    _check_labels(evaluation, embedded)
+    _check_labels(evaluation.source, embedded)
     classes = subject.classifier(_prompts(evaluation))
     return accuracy(embedded.images, embedded.labels, classes) | _counts(embedded), embedded
 
@@ -71,6 +77,26 @@ def by_runner(evaluation: Evaluation, weights: Variables, classifiers: Classifie
     metrics = {name: value for name, value in result.metrics.items() if value is not None}
     embedded = subject.embed(evaluation.source, texts=evaluation.protocol == "composition")
     return metrics | _counts(embedded), embedded
+
+
+def probe(evaluation: Evaluation, weights: Variables, classifiers: Classifiers) -> tuple[Metrics, Embedded]:
+    """``all_shot`` and few-shot accuracy of ``probe_protocol.py``: ridge alone, which needs no sweep."""
+    subject, sources = _subject(evaluation, weights, classifiers), (evaluation.train, evaluation.source)
+    train, test = (subject.embed(source, texts=False) for source in sources)
+    for source, embedded in zip(sources, (train, test), strict=True):
+        _check_labels(source, embedded)
+    found = few_shot((train.images, train.labels), (test.images, test.labels), len(evaluation.source.class_names))
+    return found.means() | _counts(test), test
+
+
+def dense(evaluation: Evaluation, weights: Variables, classifiers: Classifiers) -> tuple[Metrics, None]:
+    """Segmentation of the bundled scenes by their patches; ``dense.py``."""
+    # It takes one picture at a time, on each device: the image tower must be there in one piece.
+    image = jax.device_put(weights.params["image"], replicated(evaluation.embedder.mesh))
+    subject = _subject(evaluation, weights._replace(params=weights.params | {"image": image}), classifiers)
+    scenes = MaskedScenes(evaluation.source)
+    result = run(Task(evaluation.name, "dense", scenes, Prompts(scenes.class_names, evaluation.templates)), [subject])
+    return result.metrics | {"images": result.examples, "skipped": result.skipped}, None
 
 
 def grounding(evaluation: Evaluation, weights: Variables, classifiers: Classifiers) -> tuple[Metrics, None]:
@@ -87,11 +113,13 @@ PROTOCOLS: dict[str, Callable[[Evaluation, Variables, Classifiers], tuple[Metric
     "adversarial": by_runner,
     "cues": by_runner,
     "grounding": grounding,
+    "probe": probe,
+    "dense": dense,
 }
-LABELED = ("zero_shot", "corruptions", "typographic", "adversarial")
+LABELED = ("zero_shot", "corruptions", "typographic", "adversarial", "probe")
 """Protocols that need labels."""
 CUES = "shapes:zero_shot"
-OF_SCENES = {"composition": "shapes:heldout", "cues": CUES}
+OF_SCENES = {"composition": "shapes:heldout", "cues": CUES, "dense": "shapes:heldout"}
 """Protocols on the bundled scenes alone."""
 
 
@@ -116,6 +144,14 @@ def check(evaluation: Evaluation) -> None:
     scenes = OF_SCENES.get(evaluation.protocol, "")
     if scenes and not (hasattr(evaluation.source, "describe") and (evaluation.source.class_names or scenes != CUES)):
         raise UserError(f"{where}: {evaluation.protocol} is measured on the bundled scenes: {scenes}")
+    if evaluation.protocol == "probe":
+        _check_train(evaluation)
+    tower = evaluation.embedder.model.architecture.image
+    if evaluation.protocol == "dense" and (tower.has_batch_norm or tower.pooling == "queries"):
+        raise UserError(
+            f"config.eval.{evaluation.name}.protocol=dense: the patches of "
+            f"{'a ResNet' if tower.has_batch_norm else 'a pool of several queries'} cannot be compared with texts"
+        )
     if evaluation.protocol == "grounding" and evaluation.embedder.encoders.complete is None:
         raise UserError(
             f"config.eval.{evaluation.name}.protocol=grounding: the model has no decoder that finds boxes; give "
@@ -123,23 +159,35 @@ def check(evaluation: Evaluation) -> None:
         )
 
 
+def _check_train(evaluation: Evaluation) -> None:
+    source, train = evaluation.source, evaluation.train
+    where = f"config.eval.{evaluation.name}.train={train.name}"
+    if tuple(train.class_names) != tuple(source.class_names):
+        raise UserError(f"{where}: its classes are not those of {source.name}")
+    if train.fingerprint == source.fingerprint:
+        raise UserError(f"{where}: the images on which the probe is tested; fit it on others")
+
+
 def try_one_batch(evaluation: Evaluation, weights: Variables) -> None:
     """Embeds one batch, so that a source without usable examples is reported before training and not after it."""
     try:
-        embedded = embed_source(evaluation.embedder, weights, evaluation.source, limit=evaluation.embedder.batch_size)
-        if evaluation.source.class_names and evaluation.protocol in LABELED:
-            _check_labels(evaluation, embedded)
+        for source in (evaluation.source, evaluation.train):
+            if source is None:
+                continue
+            embedded = embed_source(evaluation.embedder, weights, source, limit=evaluation.embedder.batch_size)
+            if source.class_names and evaluation.protocol in LABELED:
+                _check_labels(source, embedded)
     except UserError as error:
         raise UserError(f"config.eval.{evaluation.name}: {error}") from error
 
 
-def _check_labels(evaluation: Evaluation, embedded: Embedded) -> None:
+def _check_labels(source: Source, embedded: Embedded) -> None:
     """Raises UserError for a label that is no class: counted as wrong, it would only lower the accuracy."""
-    classes = len(evaluation.source.class_names)
+    classes = len(source.class_names)
     wrong = np.flatnonzero((embedded.labels < 0) | (embedded.labels >= classes))
     if len(wrong):
         raise UserError(
-            f"{evaluation.source.name}: {len(wrong)} of {len(embedded.labels)} labels are not in 0..{classes - 1} "
+            f"{source.name}: {len(wrong)} of {len(embedded.labels)} labels are not in 0..{classes - 1} "
             f"(example {embedded.indices[wrong[0]]} has {embedded.labels[wrong[0]]}); correct or remove these examples"
         )
 

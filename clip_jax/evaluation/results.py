@@ -25,7 +25,7 @@ from clip_jax import __version__
 from clip_jax.evaluation.subject import Result, Task
 from clip_jax.storage import atomic
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """To be increased with every change of a definition: results with another number are computed again."""
 CLIP_BENCHMARK_TASKS = {
     "zero_shot": "zeroshot_classification",

@@ -5,6 +5,7 @@ a result are plain numbers or None; ``curves`` and ``details`` are for the repor
 example, for paired comparisons.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from clip_jax.evaluation import (
     dense,
     label_maps,
     multi_label,
-    probe,
+    probe_protocol,
     prompts,
     ranking,
     retrieval,
@@ -172,31 +173,6 @@ def _corruptions(task: Task, models: Ensemble) -> Result:
     return Result(metrics, "mean", len(clean), 0, wanted, hits, curves, details)
 
 
-def _probe(task: Task, models: Ensemble) -> Result:
-    """Fitted on two thirds of ``train`` with a sweep on the rest, then few-shot from all of it.
-
-    The features are unit embeddings, those of an ensemble side by side.
-    """
-    train, test = ([model.embed(source, texts=False) for model, _ in models] for source in (task.train, task.source))
-    classes = len(task.source.class_names)
-    (x, y), (x_test, y_test) = ((np.concatenate([e.images for e in es], 1), es[0].labels) for es in (train, test))
-    order = np.random.default_rng(0).permutation(len(y))
-    cut = len(y) * 2 // 3
-    found = probe.linear_probe(
-        (x[order[:cut]], y[order[:cut]]), (x[order[cut:]], y[order[cut:]]), classes, iterations=300
-    )
-    correct = (found.head.logits(x_test).argmax(axis=1) == y_test).astype(np.float64)
-    most = int(np.bincount(y, minlength=classes).min())
-    shots = [k for k in (1, 2, 4, 8, 16) if k <= most]
-    curve = probe.few_shot((x, y), (x_test, y_test), classes, shots, fit=probe.ridge)
-    metrics = {"lp_acc1": float(correct.mean()), "C": found.c}
-    metrics |= {f"{k}_shot": float(np.mean(values)) for k, values in curve.items()}
-    metrics |= {f"{k}_shot_std": float(np.std(values)) for k, values in curve.items()}
-    points = [[k, float(np.mean(values))] for k, values in curve.items()]
-    skipped = test[0].skipped.total()
-    return Result(metrics, "lp_acc1", len(y_test), skipped, None, {"lp_acc1": correct}, {"few-shot": points}, {})
-
-
 PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
     "zero_shot": _zero_shot,
     "retrieval": _retrieval,
@@ -212,7 +188,8 @@ PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
     "typographic": typographic.protocol,
     "adversarial": adversarial.protocol,
     "cues": cues.protocol,
-    "probe": _probe,
+    "probe": probe_protocol.protocol,
+    "probe_pooled": functools.partial(probe_protocol.protocol, pooled=True),
 }
 
 

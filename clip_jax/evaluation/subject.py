@@ -100,6 +100,10 @@ class Subject:
             self._embedded[key] = embedded
         return self._embedded[key]
 
+    def pooled(self) -> "Subject":
+        """This model with image features before the projection, as they are (``CLIP.pool_image``)."""
+        return Subject(self.name, self.embedder.pooled(), self.weights, self.scale, self.tokenizer)
+
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
         """The embeddings of texts. Raises UserError if they are not finite."""
         found = embed_texts(self.embedder, self.weights, texts)

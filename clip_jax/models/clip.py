@@ -127,6 +127,18 @@ class CLIP:
         """Normalized pixels to embeddings, not of unit length; ``batch_stats`` are needed with batch norm only."""
         return self.image_tower.apply(_variables(params, batch_stats), image)[0]
 
+    def pool_image(self, params: Params, image: Float[Array, "batch height width 3"]) -> Float[Array, "batch width"]:
+        """What the image tower pools, before its projection; without one, the same as ``encode_image``.
+
+        The features of the CLIP paper's linear probes (Radford et al. 2021, appendix A.3: I_f of figure 3). Raises
+        UserError for a ResNet.
+        """
+        tower = self.architecture.image
+        if not isinstance(tower, ImageTower):
+            raise UserError("a ResNet has no features before the projection: its attention pool ends with it")
+        module = replace(tower, projection=False).module(self.architecture.embed_dim, self.compute)
+        return module.apply({"params": params["image"]}, image)[0]
+
     def patches(
         self, params: Params, image: Float[Array, "batch height width 3"], batch_stats: Params | None = None
     ) -> Float[Array, "batch *tokens width"]:

@@ -15,7 +15,7 @@ from clip_jax.reports.plots import HELD_OUT_COLORS, SMALL, Line, figure
 Record = Mapping[str, Any]
 Pictures = Callable[[str, int], UInt8[np.ndarray, "side side 3"]]
 """(dataset, index in its source) -> a picture; all of one size."""
-PLAIN = {"C", "captions_per_image", "classes", "classes_left_out", "fitted_scale", "left_out"}
+PLAIN = {"C", "captions_per_image", "classes", "classes_left_out", "fitted_scale", "left_out", "shots_equal_zero_shot"}
 """Metrics that are not fractions of 1."""
 ALIASES = ("acc1", "acc5", "mean_per_class_recall", "image_retrieval_", "text_retrieval_")
 """CLIP_benchmark's names of metrics that have ours, too."""

@@ -103,7 +103,7 @@ def repeated_pairs(run: Run) -> tuple[str, ...]:
 
 def summary(step: int, values: Mapping[str, float]) -> str:
     """One line of an evaluation's numbers."""
-    shown = ("loss", "zero_shot_top1", "i2t_R@1", "t2i_R@1", "i2t_R@5", "t2i_R@5", "mean")
+    shown = ("loss", "zero_shot_top1", "i2t_R@1", "t2i_R@1", "i2t_R@5", "t2i_R@5", "mean", "all_shot", "mean_iou")
     parts = [f"{name.removeprefix('eval/')} {v:.3f}" for name, v in values.items() if name.split("/")[-1] in shown]
     return f"evaluation at step {step}: " + "  ".join(parts)
 

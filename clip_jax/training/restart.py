@@ -23,7 +23,7 @@ from clip_jax.training.setup import make_schedule
 
 SHAPE = ("optimizer.schedule", *(f"optimizer.cooldown_{name}" for name in (*UNITS, "form")))
 """Settings that may change where they change no learning rate of the past: a cooldown after a constant rate."""
-RESULT = ("protocol", "source", "caption", "templates")
+RESULT = ("protocol", "source", "train", "caption", "templates")
 """The fields of an evaluation that change its numbers; schedule and batch size do not."""
 
 

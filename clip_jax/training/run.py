@@ -202,12 +202,13 @@ def make_order(config: ConfigDict, train: Source) -> Order | MixedOrder:
     )
 
 
-def open_evaluation(config: ConfigDict, name: str, image_size: int) -> Source:
-    """The source of a named evaluation, with a caption setting of its own."""
+def open_evaluation(config: ConfigDict, name: str, image_size: int) -> tuple[Source, Source | None]:
+    """The source of a named evaluation, with a caption setting of its own, and the one that a probe is fitted on."""
     evaluation = config.eval[name]
     source, caption = evaluation.source, evaluation.caption or config.data.caption
     boxes = config.data.boxes if evaluation.protocol == "grounding" and has_boxes(source) else ""
-    return _open(config, source, caption, image_size, boxes)
+    train = _open(config, evaluation.train, caption, image_size) if evaluation.train else None
+    return _open(config, source, caption, image_size, boxes), train
 
 
 def check_labels(config: ConfigDict, train: Source) -> None:
@@ -253,14 +254,14 @@ def make_evaluations(
     learner: Learner,
     preset: Preset,
     tokenizer: Tokenizer,
-    opened: dict[str, Source],
+    opened: dict[str, tuple[Source, Source | None]],
     examples: int,
 ) -> tuple[Evaluation, ...]:
     """The evaluations of a phase; those with the same batch size share their compiled encoders."""
     embedders, made = {}, []
     contrastive = config.objectives.contrastive
     loss = make_held_out_loss(contrastive.loss, learner.mesh) if contrastive.weight > 0 else None
-    for name, source in opened.items():
+    for name, (source, train) in opened.items():
         settings = config.eval[name]
         batch_size = config.batch_size if settings.batch_size == configs.AUTO else settings.batch_size
         if batch_size not in embedders:
@@ -276,6 +277,7 @@ def make_evaluations(
             embedder=embedders[batch_size],
             loss=loss,
             tokenizer=preset.tokenizer,
+            train=train,
         )
         protocols.check(evaluation)
         made.append(evaluation)

@@ -73,7 +73,7 @@ def test_the_quick_suite_has_every_protocol_and_a_page_without_links(run, tmp_pa
     assert {"i2t_R@1", "t2i_mAP", "image_retrieval_recall@5"} <= found["shapes_retrieval"].keys()
     assert {"binding", "relation", "negation", "order"} <= found["shapes_composition"].keys()
     assert {"noise", "blur", "jpeg", "clean"} <= found["shapes_corruptions"].keys()
-    assert {"lp_acc1", "1_shot", "2_shot"} <= found["shapes_probe"].keys()
+    assert {"lp_acc1", "1_shot", "all_shot", "shots_equal_zero_shot"} <= found["shapes_probe"].keys()
     assert all(line["metrics"]["main_metric"] is not None for line in lines)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 5 and {row["task"] for row in rows} >= {"zeroshot_classification", "zeroshot_retrieval"}
@@ -188,3 +188,20 @@ def test_a_model_that_gives_nan_is_refused(run, tmp_path, monkeypatch, short, ca
     monkeypatch.setattr(embed, "make_encoders", broken)
     assert main(["evaluate", f"--model={run}", f"--output={tmp_path}"]) == 2
     assert "not finite" in capsys.readouterr().err
+
+
+def test_a_linear_probe_is_added_to_a_suite_without_changing_its_average(
+    run, benchmarks, tmp_path, monkeypatch, capsys
+):
+    pets = shutil.copytree(benchmarks / "wds_pets", tmp_path / "wds_pets")
+    samples = [{"jpg": jpeg(50 + i), "cls": str(i % 3).encode()} for i in range(9)]
+    (pets / "train").mkdir()
+    write_shard(pets / "train" / "0.tar", samples)
+    (pets / "train" / "nshards.txt").write_text("1")
+    monkeypatch.setitem(suites.SUITES, "imagenet", (suites.Entry("Pets", "pets", suites.TOP1),))
+    command = ["evaluate", f"--model={run}", "--suite=imagenet", f"--data={tmp_path}", f"--output={tmp_path / 'out'}"]
+    assert main([*command, "--probe"]) == 0
+    found = {kind: read(next((tmp_path / "out").glob(f"*/{kind}.json"))) for kind in ("pets", "pets_probe")}
+    assert found["pets_probe"]["task"] == "linear_probe" and found["pets_probe"]["examples"] == 12
+    assert 0 <= found["pets_probe"]["metrics"]["lp_acc1"] <= 1
+    assert f"imagenet average  {found['pets']['metrics']['top1']:.4f}" in capsys.readouterr().out

@@ -65,6 +65,8 @@ def recipe(tmp_path, body: str) -> str:
         ("    config.data.train = (('tar:a', 1.0, 3),)\n", "data.train: 3 of tar:a is not a caption setting"),
         ("    config.data.mixture = 'share'\n", "data.mixture has no effect with a single source"),
         ("    config.eval.a = evaluation(templates=('a photo',))\n", "write {} once, for the class name"),
+        ("    config.eval.a = evaluation(protocol='probe', source='folder:x')\n", "eval.a.train is missing"),
+        ("    config.eval.a = evaluation(train='folder:x')\n", "eval.a.train has no effect with protocol=retrieval"),
         ("    config.eval.a = 'folder:x'\n", "eval.a is a section: config.eval.a = evaluation(source='folder:x'"),
         ("    config.eval.a = evaluation()\n    config.eval.a.sorce = 'x'\n", "nearest: eval.a.source"),
         ("    config.loss.name = 'sigmoid'\n", "config.loss is config.objectives.contrastive now"),
@@ -181,6 +183,7 @@ def test_settings_of_earlier_versions_are_read_under_todays_names():
     assert (config.eval.coco.source, config.eval.coco.protocol) == ("folder:a", "retrieval")
     assert config.eval.coco.batch_size == 7
     assert (config.eval.pets.source, config.eval.pets.protocol) == ("folder:b", "zero_shot")
+    assert config.eval.pets.train == ""  # which came later
     assert config.eval.pets.templates == ("a {}",) and duration(config, "eval.pets.every_", 100) == 5
     assert override(config, {"loss.name": "softmax"}, "x").objectives.contrastive.loss == "softmax"
     later = later_settings(old, config)

@@ -43,6 +43,21 @@ def test_the_sweep_finds_the_best_value_of_all_and_fits_on_both_splits():
     assert len(found.validation) < 20
 
 
+def test_of_equal_accuracies_the_most_likely_is_taken():
+    """Where every strength is right, the smallest C would give all classes the same probability."""
+    train, validation = blobs(24, noise=0.01), blobs(60, noise=0.01, seed=1)
+    found = probe.linear_probe(train, validation, 4)
+    assert set(found.validation.values()) == {1.0}
+    assert found.head.log_likelihood(*validation) > np.log(0.9)
+
+
+def test_without_a_validation_split_a_third_chooses_the_strength_and_all_examples_fit_the_head():
+    x, y = blobs(60, noise=2.0)
+    found = probe.linear_probe_of(x, y, 4, iterations=20)
+    assert all(accuracy * 20 == pytest.approx(round(accuracy * 20)) for accuracy in found.validation.values())
+    assert found.head.loss == pytest.approx(probe.logistic_regression(x, y, 4, found.c, iterations=20).loss)
+
+
 @pytest.mark.parametrize("n", [5, 200])
 def test_ridge_solves_the_normal_equations_with_fewer_and_more_examples_than_features(n):
     x, y = blobs(n)

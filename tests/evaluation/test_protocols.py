@@ -1,6 +1,7 @@
 """Protocols of a run beyond retrieval and zero-shot: the same numbers as after it, and canonical prompts for SigLIP."""
 
 import contextlib
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -13,9 +14,13 @@ from clip_jax.data.sources.shapes import open_shapes
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.errors import UserError
-from clip_jax.evaluation import protocols, runner, subject, typographic
-from clip_jax.evaluation.embed import Variables, make_embedder
+from clip_jax.evaluation import probe, protocols, runner, subject, typographic
+from clip_jax.evaluation.embed import Variables, embed_source, make_embedder
+from clip_jax.evaluation.masks import MaskedScenes
+from clip_jax.evaluation.prompts import Prompts
 from clip_jax.evaluation.protocols import Evaluation
+from clip_jax.evaluation.subject import Task
+from clip_jax.models.resnet import ResNetTower
 from clip_jax.training import loop
 from tests.data.shards import sample, write_shard
 from tests.evaluation.test_embed import Letters
@@ -76,6 +81,37 @@ def test_evaluations_of_one_step_encode_the_same_prompts_once(monkeypatch):
         loop.evaluate(run, evaluations, state, step, recorder)
     assert encoded == [24, 48, 24, 48]
     assert written[0]["eval/corruptions/clean"] == pytest.approx(written[0]["eval/zero_shot/zero_shot_top1"])
+
+
+def test_a_probe_in_a_run_is_ridge_on_the_embeddings_of_its_two_sources():
+    test, train = (open_shapes("zero_shot", image_size=32, examples=n) for n in (48, 24 * 9))
+    one = evaluation("probe", test)._replace(train=train)
+    found, embedded = protocols.evaluate(one, weights())
+    shots = {f"eval/e/{k}_shot" for k in (1, 2, 4, 8, "all")}  # nine images per class
+    assert set(found) == shots | {"eval/e/images", "eval/e/skipped"} and len(embedded.images) == 48
+    fitted = embed_source(one.embedder, weights(), train, texts=False)
+    head = probe.ridge(fitted.images, fitted.labels, 24)
+    assert found["eval/e/all_shot"] == head.accuracy(embedded.images, embedded.labels) > 1 / 24
+    protocols.check(one)
+    with pytest.raises(UserError, match=r"config.eval.e.train=shapes:zero_shot: the images on which"):
+        protocols.check(one._replace(train=test))
+    with pytest.raises(UserError, match=r"config.eval.e.train=shapes:heldout: its classes are not those"):
+        protocols.check(one._replace(train=open_shapes("heldout", image_size=32, examples=24)))
+
+
+def test_dense_in_a_run_is_the_one_after_it():
+    scenes = open_shapes("heldout", image_size=32, examples=3)
+    one = evaluation("dense", scenes)
+    found, _ = protocols.evaluate(one, weights())
+    masked = MaskedScenes(scenes)
+    after = runner.run(
+        Task("d", "dense", masked, Prompts(masked.class_names, one.templates)),
+        [subject.Subject("m", one.embedder, weights(), 1.0, "")],
+    )
+    assert found == {f"eval/e/{m}": v for m, v in after.metrics.items()} | {"eval/e/images": 3, "eval/e/skipped": 0}
+    model = computed(dataclasses.replace(SMALL, image=ResNetTower(64, (1, 1, 1, 1), 8, 4)))
+    with pytest.raises(UserError, match=r"config.eval.e.protocol=dense: the patches of a ResNet"):
+        protocols.check(one._replace(embedder=one.embedder._replace(model=model)))
 
 
 def test_a_source_that_a_protocol_cannot_use_is_said(tmp_path):

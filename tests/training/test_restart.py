@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from clip_jax.config import evaluation
 from clip_jax.data.sources.tar import open_tar
 from clip_jax.errors import UserError
 from clip_jax.storage import lock, run_folder
@@ -82,6 +83,10 @@ def test_both_ways_out_of_bad_data_work(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_evaluation_is_another_one_by_every_field_but_its_schedule_and_batch_size():
+    assert {*restart.RESULT} == {*evaluation()} - {"batch_size", "every_steps", "every_examples", "every_epochs"}
+
+
 def test_a_finished_run_is_evaluated_on_what_it_lacks(small_run, tmp_path):
     """A source in place of another, and one more; at the next start nothing is lacking."""
     copy = shutil.copytree(small_run, tmp_path / "run")

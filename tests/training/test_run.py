@@ -75,6 +75,10 @@ def test_the_first_loss_is_about_the_logarithm_of_the_batch(small_run):
             {"eval.pets.source": "shapes:train", "eval.pets.protocol": "zero_shot"},
             "its examples have no labels to classify",
         ),
+        (
+            {"eval.p.protocol": "probe", "eval.p.source": "shapes:zero_shot", "eval.p.train": "shapes:train"},
+            "config.eval.p.train=shapes:train: its classes are not those of shapes:zero_shot",
+        ),
         ({"data.caption": "captoin"}, "captoin: no .json that was tried has text in this field (nearest: caption)"),
         ({"data.caption": "tag", "eval.held_out.caption": "tags"}, "with text there are caption, captions.de, tags"),
         ({"model.text.vocab_size": "40"}, "vocab_size=40 is too small"),
@@ -110,10 +114,11 @@ def test_the_users_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     runs.write_recipe(tmp_path)
     overrides = {"data.train": "tar:~/train", "tokenizer.vocab": "~/a.model", "eval.a.source": "folder:~/x"}
+    overrides |= {"eval.a.protocol": "probe", "eval.a.train": "folder:~/y"}
     folder, config, _ = loop.read_config("~/run", "~/recipe.py", overrides)
     assert folder.path == tmp_path / "run" and str(folder) == str(tmp_path / "run")
     assert (config.data.train, config.tokenizer.vocab) == (f"tar:{tmp_path}/train", f"{tmp_path}/a.model")
-    assert config.eval.a.source == f"folder:{tmp_path}/x"
+    assert (config.eval.a.source, config.eval.a.train) == (f"folder:{tmp_path}/x", f"folder:{tmp_path}/y")
 
 
 @pytest.mark.slow
