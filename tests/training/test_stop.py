@@ -25,10 +25,10 @@ from tests.training.steps import train
 from tests.training.test_resume import lines
 
 
-def start(tmp_path, *arguments) -> subprocess.Popen:
+def start(tmp_path, *arguments, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         ["env", "--default-signal", *runs.command(*arguments)],  # the test runner may ignore SIGINT
-        env=runs.environment(tmp_path),
+        env=runs.environment(tmp_path) | variables,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -113,12 +113,12 @@ def test_ctrl_c_stays_ignored_where_the_shell_has_ignored_it():
     assert subprocess.run(command, cwd=runs.ROOT).returncode == 0
 
 
-def start_two(tmp_path):
+def start_two(tmp_path, **variables: str):
     """Two processes of one run that would take long."""
     port = portpicker.pick_unused_port()
     arguments = (f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}", "--config.steps=2000")
     joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.eval.held_out.every_steps=1000")
-    return [start(tmp_path, *arguments, *joined, f"--process_id={i}") for i in range(2)]
+    return [start(tmp_path, *arguments, *joined, f"--process_id={i}", **variables) for i in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,15 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_pat
 
 @pytest.mark.slow
 def test_when_one_of_two_processes_dies_the_other_ends_by_itself(tmp_path):
-    both = start_two(tmp_path)
+    # JAX's processes notice after 100 s without a heartbeat; here after 10.
+    patched = tmp_path / "patched"
+    patched.mkdir()
+    (patched / "sitecustomize.py").write_text(
+        "import functools, jax\n"
+        "jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)\n"
+    )
+    path = os.pathsep.join((str(patched), runs.environment(tmp_path).get("PYTHONPATH", "")))
+    both = start_two(tmp_path, PYTHONPATH=path)
     wait_for(lambda: lines(tmp_path / "run") >= 4, both[0])
     both[1].kill()
     output = both[0].communicate(timeout=120)[0]  # and not after the minutes that JAX would wait for the other at exit
