@@ -86,12 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
             value = results.main_value(record)
             shown = "none" if value is None else f"{value:.4f}"
             print(f"{name}  {task.name}  {record['main_metric']} {shown}  {done}".rstrip(), flush=True)
-    results.write_tables(output, records)
-    for line in missing:
+    averages = suites.averages(suite, records)
+    results.write_tables(output, records, averages)
+    for line in (*missing, *averages):
         print(line)
-    for line in suites.averages(suite, records, missing):
-        print(line)
-    _write_report(output, arguments.model, records, sources)
+    _write_report(output, arguments.model, records, sources, averages)
     print(f"{output}/report.html, results.md, results.csv, results.jsonl")
 
 
@@ -120,7 +119,7 @@ def _weights(text: str | None, models: int) -> list[float] | None:
     return shares
 
 
-def _write_report(output: Path, models: list[str], records: list[dict], sources: dict) -> None:
+def _write_report(output: Path, models: list[str], records: list[dict], sources: dict, notes: list[str]) -> None:
     from clip_jax.data import images
     from clip_jax.reports import evaluation as page
     from clip_jax.storage import atomic
@@ -128,4 +127,5 @@ def _write_report(output: Path, models: list[str], records: list[dict], sources:
     def picture(dataset: str, index: int):
         return images.resize_and_crop(sources[dataset][index].image, 72)
 
-    atomic.write_text(output / "report.html", page.render(f"Evaluation of {', '.join(models)}", records, picture))
+    title = f"Evaluation of {', '.join(models)}"
+    atomic.write_text(output / "report.html", page.render(title, records, picture, notes))

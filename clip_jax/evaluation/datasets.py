@@ -21,6 +21,8 @@ from clip_jax.evaluation.label_maps import LabelMap
 from clip_jax.evaluation.prompts import Prompts
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+LIKE_IMAGENET = ("imagenetv2", "imagenet-a", "imagenet-r", "imagenet-o", "imagenet_sketch", "objectnet")
+"""Sets with ImageNet's prompts."""
 
 
 class Dataset(NamedTuple):
@@ -57,7 +59,8 @@ def open_benchmark(folder: Path) -> Dataset:
     if not names:
         raise UserError(f"{folder}/classnames.txt: missing; it has one class per line, in the order of the labels")
     file = folder / "zeroshot_classification_templates.txt"
-    lines = _lines(file) or prompts.published("templates").get(_base(name), DEFAULT_TEMPLATES)
+    published = "imagenet1k" if name in LIKE_IMAGENET else _base(name)
+    lines = _lines(file) or prompts.published("templates").get(published, DEFAULT_TEMPLATES)
     templates = prompts.read_templates(lines, str(file))
     if kind == "multilabel":
         return Dataset(name, "multi_label", layouts.open_multi_label(name, files, names), Prompts(names, templates))

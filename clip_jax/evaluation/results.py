@@ -106,8 +106,8 @@ def main_value(record: Mapping[str, Any]) -> float | None:
     return record["metrics"].get(record["main_metric"])
 
 
-def write_tables(output: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """``results.jsonl``, ``results.csv`` and ``results.md`` of all records."""
+def write_tables(output: Path, records: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> None:
+    """``results.jsonl``, ``results.csv`` and ``results.md`` of all records; the last ends with the notes."""
     lines = [
         json.dumps(
             {
@@ -128,7 +128,7 @@ def write_tables(output: Path, records: Sequence[Mapping[str, Any]]) -> None:
     for r in records:
         table.writerow(["" if v is None else v for v in (*(r[h] for h in head), *(r["metrics"].get(n) for n in names))])
     atomic.write_text(output / "results.csv", file.getvalue())
-    atomic.write_text(output / "results.md", markdown(records))
+    atomic.write_text(output / "results.md", markdown(records) + "".join(f"\n{note}\n" for note in notes))
 
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:

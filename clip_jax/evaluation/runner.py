@@ -68,6 +68,10 @@ def _classification(task: Task, models: Ensemble, embedded: Embedded, probabilit
     labels, count = embedded.labels, probabilities.shape[1]
     judged = judge_probabilities(probabilities, labels, models)
     metrics = zero_shot.scores(judged, labels, count)
+    metrics["top1_top5"] = None if metrics["top5"] is None else (metrics["top1"] + metrics["top5"]) / 2
+    metrics["f1_macro"] = zero_shot.f1_macro(judged, labels)
+    if count == 2:
+        metrics["roc_auc"] = multi_label.roc_auc(probabilities[:, 1], labels == 1)
     hits, confidence = judged.hits(), probabilities.max(axis=1)
     metrics["calibration_error"] = calibration.expected_calibration_error(confidence, hits)
     fitted = calibration.fitted(as_cosines(probabilities, models), labels, hits)

@@ -19,9 +19,11 @@ class Entry(NamedTuple):
 
     title: str
     folder: str
-    """CLIP_benchmark's name, with or without ``wds_``; empty: not published in its layout."""
+    """CLIP_benchmark's name, with or without ``wds_``; empty: not read in its layout."""
     metric: str
     """The metric in the results; empty: the suite's metric is not computed from this layout."""
+    original: str = ""
+    """Where the original is, of a set that CLIP_benchmark does not publish; an own folder in its layout is read."""
 
 
 TOP1, MEAN = "top1", "mean_per_class"
@@ -31,7 +33,7 @@ PAPER27 = (
     Entry("Food-101", "food101", TOP1),
     Entry("CIFAR-10", "vtab-cifar10", TOP1),
     Entry("CIFAR-100", "vtab-cifar100", TOP1),
-    Entry("Birdsnap", "", TOP1),
+    Entry("Birdsnap", "birdsnap", TOP1, "http://thomasberg.org"),
     Entry("SUN397", "sun397", TOP1),
     Entry("Stanford Cars", "cars", TOP1),
     Entry("FGVC Aircraft", "fgvc_aircraft", MEAN),
@@ -49,10 +51,13 @@ PAPER27 = (
     Entry("KITTI distance", "vtab-kitti_closest_vehicle_distance", TOP1),
     Entry("Country211", "country211", TOP1),
     Entry("PatchCamelyon", "vtab-pcam", TOP1),
-    Entry("UCF101", "", TOP1),
-    Entry("Kinetics-700", "", ""),  # mean of top-1 and top-5
+    Entry("UCF101", "ucf101", TOP1, "https://www.crcv.ucf.edu/data/UCF101.php, the middle frame of each video"),
+    Entry(
+        *("Kinetics-700", "kinetics700", "top1_top5"),
+        "https://github.com/cvdfoundation/kinetics-dataset, the middle frame of each video",
+    ),
     Entry("CLEVR counts", "vtab-clevr_count_all", TOP1),
-    Entry("Hateful Memes", "", ""),  # ROC AUC
+    Entry("Hateful Memes", "hateful_memes", "roc_auc", "https://hatefulmemeschallenge.com"),
     Entry("Rendered SST2", "renderedsst2", TOP1),
     Entry("ImageNet", "imagenet1k", TOP1),
 )
@@ -96,7 +101,7 @@ DATACOMP38 = (
     Entry("Flickr30k", "flickr30k", "mean_recall@1"),
     Entry("MS-COCO", "mscoco_captions", "mean_recall@1"),
     Entry("WinoGAViL", "", ""),  # Jaccard index
-    Entry("iWildCam", "wilds-iwildcam", ""),  # F1, macro
+    Entry("iWildCam", "wilds-iwildcam", "f1_macro"),
     Entry("Camelyon17", "wilds-camelyon17", TOP1),
     Entry("FMoW", "wilds-fmow", ""),  # worst region
     Entry("Dollar Street", "dollar_street", ""),  # worst income group, top-5
@@ -105,6 +110,7 @@ DATACOMP38 = (
 
 SUITES = {"imagenet": IMAGENET, "paper27": PAPER27, "datacomp38": DATACOMP38}
 SUITES["full"] = tuple(dict.fromkeys((*PAPER27, *DATACOMP38)))
+"""Every other given set is evaluated too, but does not count for the average."""
 
 
 def tasks(
@@ -134,12 +140,17 @@ def tasks(
             raise UserError("--suite=data: name the data, as in --data=folder:photos")
     else:
         by_folder = {_plain(d.name): d for d in opened}
+        others = [d for d in opened if _plain(d.name) not in {_plain(entry.folder) for entry in SUITES[suite]}]
         for entry in SUITES[suite]:
             dataset = by_folder.get(_plain(entry.folder)) if entry.folder else None
             if dataset is None or not entry.metric:
                 missing.append(_where_to_get(entry, there=dataset is not None))
             else:
                 found.append(runner.task_of(dataset)._replace(name=entry.folder, metric=entry.metric))
+        if suite == "full":
+            found += map(runner.task_of, others)
+        else:
+            missing += [f"{d.name}: no set of {suite}, so not evaluated; --suite=full does" for d in others]
         if not found:
             roots = ", ".join(map(str, data)) or "--data"
             raise UserError(
@@ -151,7 +162,7 @@ def tasks(
     return tuple(found), missing
 
 
-def averages(suite: str, records: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> list[str]:
+def averages(suite: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line per model: the mean of a suite's metrics, or why there is none."""
     if suite not in SUITES:
         return []
@@ -160,7 +171,8 @@ def averages(suite: str, records: Sequence[Mapping[str, Any]], missing: Sequence
     for model in dict.fromkeys(r["model"] for r in records):
         values = [r["metrics"].get(metric.get(_plain(r["dataset"]), "")) for r in records if r["model"] == model]
         mean = average(values, len(SUITES[suite]))
-        why = f"null: {len(missing)} of {len(SUITES[suite])} sets are missing"
+        absent = len(SUITES[suite]) - sum(value is not None for value in values)
+        why = f"null: {absent} of {len(SUITES[suite])} sets are missing"
         lines.append(f"{model}  {suite} average  {why if mean is None else f'{mean:.4f}'}")
     return lines
 
@@ -180,4 +192,6 @@ def _where_to_get(entry: Entry, *, there: bool) -> str:
         return f"{entry.title}: its metric is not computed from this layout"
     if not entry.folder:
         return f"{entry.title}: not published in CLIP_benchmark's layout"
+    if entry.original:
+        return f"{entry.title}: missing; {entry.original}; a folder {entry.folder} in CLIP_benchmark's layout is read"
     return f"{entry.title}: missing; {HUB}{entry.folder}"

@@ -128,6 +128,18 @@ def by_class(judged: Judged, labels: Int[np.ndarray, " images"]) -> dict[int, fl
     return {int(label): float(hits[labels == label].mean()) for label in present}
 
 
+def f1_macro(judged: Judged, labels: Int[np.ndarray, " images"]) -> float:
+    """The mean over classes of the harmonic mean of precision and recall, as iWildCam is scored (Koh et al. 2021).
+
+    Classes that are neither a label nor predicted are left out, as in scikit-learn. Of equally near classes the first
+    is predicted.
+    """
+    classes = np.union1d(labels, judged.predicted)
+    both = np.array([np.sum((labels == c) & (judged.predicted == c)) for c in classes])
+    either = np.array([np.sum(labels == c) + np.sum(judged.predicted == c) for c in classes])
+    return float(np.mean(2 * both / either))
+
+
 def accuracy(
     images: Float[np.ndarray, "images dim"],
     labels: Int[np.ndarray, " images"],

@@ -21,8 +21,8 @@ ALIASES = ("acc1", "acc5", "mean_per_class_recall", "image_retrieval_", "text_re
 """CLIP_benchmark's names of metrics that have ours, too."""
 
 
-def render(title: str, records: Sequence[Record], pictures: Pictures) -> str:
-    """The page. Models are compared task by task, in the order of the records."""
+def render(title: str, records: Sequence[Record], pictures: Pictures, notes: Sequence[str] = ()) -> str:
+    """The page. Models are compared task by task, in the order of the records; the notes are below the first table."""
     models = list(dict.fromkeys(r["model"] for r in records))
     tasks: dict[str, list[Record]] = {}
     for record in records:
@@ -32,7 +32,8 @@ def render(title: str, records: Sequence[Record], pictures: Pictures) -> str:
     for dataset, found in tasks.items():
         values = {r["model"]: r["metrics"].get(r["main_metric"]) for r in found}
         rows[f"{dataset} ({found[0]['main_metric']})"] = [_value("", values.get(m)) for m in models]
-    body = f"<h1>{escape(title)}</h1>\n" + document.section("Main metrics", document.results("dataset", models, rows))
+    main = document.results("dataset", models, rows) + "".join(f"<p>{escape(note)}</p>\n" for note in notes)
+    body = f"<h1>{escape(title)}</h1>\n" + document.section("Main metrics", main)
     body += "".join(_task(dataset, found, shown) for dataset, found in tasks.items())
     return document.page(title, body, shown.styles())
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clip_jax.commands import main
-from clip_jax.evaluation import runner, suites
+from clip_jax.evaluation import datasets, runner, suites
 from tests.data.shards import jpeg, write_shard
 
 OLD_RUNS = Path(__file__).parents[1] / "data" / "old_runs"
@@ -149,6 +149,7 @@ def test_a_suite_lists_what_is_missing_and_has_no_average_then(run, benchmarks, 
     assert "paper27 average  null: 26 of 27 sets are missing" in said and "vtab-pets  mean_per_class" in said
     assert (len(suites.PAPER27), len(suites.DATACOMP38)) == (27, 38)
     assert suites.average([0.5, None], 2) is None and suites.average([0.5, 1.0], 2) == 0.75
+    assert "UCF101: missing; https://www.crcv.ucf.edu" in said and "folder ucf101 in CLIP_benchmark's layout" in said
     assert main(["evaluate", f"--model={run}", "--suite=imagenet", f"--output={tmp_path / 'out'}"]) == 2
 
 
@@ -188,6 +189,31 @@ def test_a_model_that_gives_nan_is_refused(run, tmp_path, monkeypatch, short, ca
     monkeypatch.setattr(embed, "make_encoders", broken)
     assert main(["evaluate", f"--model={run}", f"--output={tmp_path}"]) == 2
     assert "not finite" in capsys.readouterr().err
+
+
+def test_a_whole_suite_has_an_average_and_no_given_set_is_ignored(run, benchmarks, tmp_path, monkeypatch, capsys):
+    """Two classes in the layout of Hateful Memes, ImageNet-A's without templates, and a set of no suite."""
+    for name, count in (("hateful_memes", 2), ("wds_imagenet-a", 3), ("wds_mine", 3)):
+        folder = shutil.copytree(benchmarks / "wds_pets", tmp_path / "data" / name)
+        (folder / "zeroshot_classification_templates.txt").unlink()
+        for number in range(2):
+            samples = [{"jpg": jpeg(10 * number + i), "cls": str(i % count).encode()} for i in range(6)]
+            write_shard(folder / "test" / f"{number}.tar", samples)
+        (folder / "classnames.txt").write_text("\n".join(("cat", "dog", "bird")[:count]))
+    entries = (suites.Entry("Memes", "hateful_memes", "roc_auc"), suites.Entry("A", "imagenet-a", "f1_macro"))
+    for suite in ("imagenet", "full"):
+        monkeypatch.setitem(suites.SUITES, suite, entries)
+        out = tmp_path / suite
+        command = ["evaluate", f"--model={run}", f"--suite={suite}", f"--data={tmp_path / 'data'}", f"--output={out}"]
+        assert main(command) == 0
+        said = capsys.readouterr().out
+        found = [read(next(out.glob(f"*/{e.folder}.json")))["metrics"][e.metric] for e in entries]
+        average = f"{suite} average  {np.mean(found):.4f}"
+        assert average in said and average in (out / "results.md").read_text()
+        assert average in (out / "report.html").read_text()
+        assert ("mine: no set of imagenet, so not evaluated" in said) == (suite == "imagenet")
+        assert bool(list(out.glob("*/mine.json"))) == (suite == "full")
+    assert len(datasets.open_benchmark(tmp_path / "data" / "wds_imagenet-a").prompts.templates) == 80
 
 
 def test_a_linear_probe_is_added_to_a_suite_without_changing_its_average(

@@ -186,3 +186,10 @@ def test_multi_label_does_not_depend_on_the_order_of_images():
     order = rng.permutation(60)
     expected = multi_label.multi_label(scores, positive)
     assert multi_label.multi_label(scores[order], positive[order]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_f1_is_the_mean_over_the_classes_that_occur():
+    labels, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 2])
+    nothing = np.zeros(6, int)
+    found = zero_shot.f1_macro(zero_shot.Judged(predicted, nothing, nothing, nothing + 1, 5), labels)
+    assert found == pytest.approx(np.mean([4 / 5, 2 / 4, 2 / 2, 0]))  # class 3 is predicted, class 4 nowhere
