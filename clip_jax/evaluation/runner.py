@@ -197,7 +197,7 @@ PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
 }
 
 
-def quick(image_size: int, *, classification: int = 480, pairs: int = 512, corrupted: int = 24) -> tuple[Task, ...]:
+def quick(image_size: int, *, classification: int = 384, pairs: int = 512, corrupted: int = 16) -> tuple[Task, ...]:
     """The suite that needs no download: rendered scenes of combinations of color and shape that are never trained on.
 
     The probe is fitted on further scenes of the same classes, ``classification`` of them.
