@@ -143,15 +143,15 @@ def start(folder: str) -> dict[str, float]:
 def synthetic(folder: Path) -> dict[str, float]:
     """The index of two billion samples in 20,000 shards."""
     shards, facts = 20_000, ([0] * 4, LeftOut().to_json(), Labels())
-    place = folder / "synthetic"
-    place.mkdir()
+    index_folder = folder / "synthetic"
+    index_folder.mkdir()
     table = [[f"{i:05d}.tar", 1, "0", SYNTHETIC // shards, "d", *facts] for i in range(shards)]
-    (place / "shards.json").write_text(json.dumps(table))
-    with open(place / "rows", "wb") as file:
+    (index_folder / "shards.json").write_text(json.dumps(table))
+    with open(index_folder / "rows", "wb") as file:
         file.truncate(24 * SYNTHETIC)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, cpu = time.perf_counter(), time.process_time()
-    index = tar_index.load(place)
+    index = tar_index.load(index_folder)
     found = {"open 2e9 s": time.perf_counter() - began, "open 2e9 CPU s": time.process_time() - cpu}
     order, orders, cold, warm = Order(SYNTHETIC, BATCH, seed=0), [], [], []
     for step in range(50):

@@ -163,14 +163,14 @@ def read(row: Row, workdir: Path, data: str) -> dict:
 def held_out(images: np.ndarray, texts: np.ndarray) -> dict:
     """name -> [value, standard error]; row i of both is a pair."""
     cosines = (images @ texts.T).astype(np.float32)
-    pairs, own = len(cosines), np.diag(cosines)[:, None]
+    pairs, paired = len(cosines), np.diag(cosines)[:, None]
     both = (cosines, cosines.T)
     # Ties are pessimistic, as everywhere (clip_jax/evaluation/ranking.py).
-    ranks = np.stack([np.sum(c >= own - 1e-6, axis=1) for c in both], axis=1)
+    ranks = np.stack([np.sum(c >= paired - 1e-6, axis=1) for c in both], axis=1)
 
     def losses(scale: float) -> np.ndarray:
         sums = [scale * c.max(1) + np.log(np.exp(scale * (c - c.max(1, keepdims=True))).sum(1)) for c in both]
-        return sum(sums) / 2 - scale * own[:, 0]
+        return sum(sums) / 2 - scale * paired[:, 0]
 
     loss = min((losses(scale) for scale in np.geomspace(2, 200, 24)), key=np.mean)
     draws = np.random.default_rng(0).integers(pairs, size=(RESAMPLES, pairs))

@@ -68,8 +68,8 @@ def _captioning(config: ConfigDict) -> None:
 
 def _stage_b(config: ConfigDict) -> None:
     """SigLIP 2's last fifth, with heads in proportion to the towers."""
-    own = config.objectives.self_distillation
-    own.local_size, own.prototypes, own.hidden, own.bottleneck = 32, 1024, 256, 64
+    distillation = config.objectives.self_distillation
+    distillation.local_size, distillation.prototypes, distillation.hidden, distillation.bottleneck = 32, 1024, 256, 64
     config.phases = ({"start": config.steps * 4 // 5, "objectives.self_distillation.weight": 0.25},)
 
 
@@ -108,18 +108,18 @@ TEACHER = {"image": (192, 4), "text": (192, 3)}
 
 def get_config(what: str = "scenes,softmax,runs/objectives,data"):
     name, objective, folder, data = what.split(",")
-    of, places = SETS[name], {"folder": folder, "data": data}
+    of, folders = SETS[name], {"folder": folder, "data": data}
     config = defaults()
     config.steps, config.batch_size = of.steps, 128
-    config.data.train, config.data.caption = of.train.format(**places), of.caption
+    config.data.train, config.data.caption = of.train.format(**folders), of.caption
     config.data.crop_scale, config.data.crop_ratio = of.crop_scale, of.crop_ratio
     config.ema_decay = 0.98
 
     config.eval.held_out = evaluation(
-        source=of.held_out.format(**places), caption=of.held_out_caption, every_steps=of.steps // READINGS
+        source=of.held_out.format(**folders), caption=of.held_out_caption, every_steps=of.steps // READINGS
     )
     if of.probe:
-        source = str(of.probe["source"]).format(**places)
+        source = str(of.probe["source"]).format(**folders)
         config.eval.probe = evaluation(templates=TEMPLATES, caption=of.held_out_caption)
         config.eval.probe.update({**of.probe, "source": source})
     config.checkpoint.every_steps = of.steps // 2
@@ -132,8 +132,8 @@ def get_config(what: str = "scenes,softmax,runs/objectives,data"):
     config.model.image.image_size, config.model.image.patch_size = 64, 16
     config.model.text.context_length, config.model.text.vocab_size = of.length, of.words
     for tower, (width, layers) in (TEACHER if objective == "teacher" else TOWERS).items():
-        own = config.model[tower]
-        own.width, own.layers, own.heads, own.mlp_width = width, layers, width // 32, 4 * width
+        sizes = config.model[tower]
+        sizes.width, sizes.layers, sizes.heads, sizes.mlp_width = width, layers, width // 32, 4 * width
 
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1.5e-3, 40
     config.optimizer.schedule = "constant"

@@ -84,7 +84,7 @@ def _relative(name: str, times: Mapping[str, Sequence[float]]) -> float | None:
     """The median, over the turns, of an objective's seconds per step relative to those of softmax."""
     if name not in times or "softmax" not in times:
         return None
-    return statistics.median(own / plain for own, plain in zip(times[name], times["softmax"], strict=True))
+    return statistics.median(seconds / plain for seconds, plain in zip(times[name], times["softmax"], strict=True))
 
 
 def _equal_cost(name: str, runs: Sequence[dict], steps: int, cost: float | None, column: int) -> str:
@@ -94,11 +94,11 @@ def _equal_cost(name: str, runs: Sequence[dict], steps: int, cost: float | None,
     """
     if cost is None:
         return ""
-    place = min(steps, steps / cost)
+    at_step = min(steps, steps / cost)
     if name == "stage B":
-        place = min(steps, 0.8 * steps + 0.2 * steps / cost)
+        at_step = min(steps, 0.8 * steps + 0.2 * steps / cost)
     found = []
     for run in runs:
         curve = np.array(run["curve"])
-        found.append(float(np.interp(place, curve[:, 0], curve[:, column])))
+        found.append(float(np.interp(at_step, curve[:, 0], curve[:, column])))
     return f"{statistics.mean(found):.3f}"

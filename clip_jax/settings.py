@@ -63,7 +63,7 @@ def defaults() -> ConfigDict:
                 # Lengths in tokens, (16, 32, 77): each batch has the shortest one that holds its texts; (): all are as
                 # long as the context. For causal text towers that pool at the end token.
                 "text_buckets": (),
-                # Of the crop, as torchvision's transforms; docs/data.md has the settings of published recipes.
+                # Augmentations of the crop, as torchvision's; docs/data.md has the settings of published recipes.
                 "augment": {
                     "flip": 0.0,  # probability of a mirrored image; captions with left and right become wrong
                     "jitter": (),  # largest change of brightness, contrast, saturation, hue: (0.4, 0.4, 0.4, 0.1)
@@ -71,8 +71,8 @@ def defaults() -> ConfigDict:
                     "gray": 0.0,  # probability of an image without colors
                     "where": "host",  # by the workers; or device, in the step, with other random numbers
                 },
-                # Of random crops; evaluation always has Pillow's. simd: the same filter, several times as fast, rounded
-                # differently; pip install 'clip-jax-tpu[fast]'.
+                # How random crops are resized; evaluation always uses Pillow. simd: the same filter, several times as
+                # fast, rounded differently; pip install 'clip-jax-tpu[fast]'.
                 "resize": "pillow",
                 "shuffle_block": 1,  # examples read together; 1: a full shuffle
                 "shuffle_window": 1,  # blocks mixed with each other
@@ -206,15 +206,14 @@ class Range(NamedTuple):
 
 def choices() -> dict[str, tuple]:
     """The settings that take one of a few values."""
-    own = {f"objectives.{name}.{key}": v for name, kind in OBJECTIVES.items() for key, v in kind.choices.items()}
-    return CHOICES | own
+    return CHOICES | {f"objectives.{n}.{key}": v for n, kind in OBJECTIVES.items() for key, v in kind.choices.items()}
 
 
 def ranges() -> dict[str, Range]:
     """The ranges of all numbers but lengths of time in several units, which have rules of their own."""
     weights = {f"objectives.{name}.weight": Range(0) for name in OBJECTIVES}
-    own = {f"objectives.{n}.{key}": Range(*v) for n, kind in OBJECTIVES.items() for key, v in kind.ranges.items()}
-    return RANGES | weights | own
+    ranges = {f"objectives.{n}.{key}": Range(*v) for n, kind in OBJECTIVES.items() for key, v in kind.ranges.items()}
+    return RANGES | weights | ranges
 
 
 CHOICES = {

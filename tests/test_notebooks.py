@@ -22,11 +22,11 @@ NOTEBOOKS = sorted((ROOT / "launch").glob("*.ipynb"))
 def execute(path: Path, **parameters: object) -> str:
     """Everything that the executed notebook shows, with other values for the names in its cell of parameters."""
     read = nbformat.read(path, as_version=4)
-    [place] = [i for i, cell in enumerate(read.cells) if "parameters" in cell.metadata.get("tags", ())]
-    names = set(re.findall(r"^(\w+)(?:, (\w+))? =", read.cells[place].source, re.MULTILINE))
+    [number] = [i for i, cell in enumerate(read.cells) if "parameters" in cell.metadata.get("tags", ())]
+    names = set(re.findall(r"^(\w+)(?:, (\w+))? =", read.cells[number].source, re.MULTILINE))
     assert parameters.keys() <= {name for pair in names for name in pair}
     values = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    read.cells.insert(place + 1, nbformat.v4.new_code_cell(values))
+    read.cells.insert(number + 1, nbformat.v4.new_code_cell(values))
     NotebookClient(read, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     if folder := os.environ.get("CLIP_JAX_EXECUTED"):  # to look at
         nbformat.write(read, Path(folder) / path.name)

@@ -58,7 +58,7 @@ COMMANDS = {
 }
 
 OF_THE_USER = (*NO_ACCESS, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.EDQUOT)
-"""Errors of the system that need no traceback: a place that cannot be written, a full disk."""
+"""Errors of the system that need no traceback: a file that cannot be written, a full disk."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OF_THE_USER:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"clip-jax {arguments.command}: {place}{error.strerror}", file=sys.stderr)
+        origin = f"{error.filename}: " if error.filename else ""
+        print(f"clip-jax {arguments.command}: {origin}{error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Exception as error:
         if not (reason := out_of_memory(error)):

@@ -143,10 +143,10 @@ def _split(found: Labeled, tested: Labeled | None) -> tuple[Labeled, Labeled]:
     features, labels = found
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        if len(own) < 2:
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
             raise UserError(f"class {label} has one usable image: none is left to test; give --test or --test-features")
-        held_out[np.random.default_rng(label).permutation(own)[: max(1, len(own) // TEST_SHARE)]] = True
+        held_out[np.random.default_rng(label).permutation(members)[: max(1, len(members) // TEST_SHARE)]] = True
     return (features[~held_out], labels[~held_out]), (features[held_out], labels[held_out])
 
 

@@ -95,20 +95,20 @@ def _embed(subject: Any, source: Any, indices: range, manifest: dict[str, Any]) 
         for kind, rows in (("image", "views"), ("text", "captions"))
     }
     samples, texts = {}, []
-    for place, index in enumerate(indices):
+    for row, index in enumerate(indices):
         try:
             sample = read(source, index)
         except BadSampleError:
             continue
-        samples[place] = sample.image
-        texts += [(place, number, text) for number, text in enumerate(sample.captions[: manifest["captions"]])]
-    jobs = [(place, view) for place in samples for view in range(manifest["views"])]
+        samples[row] = sample.image
+        texts += [(row, number, text) for number, text in enumerate(sample.captions[: manifest["captions"]])]
+    jobs = [(row, view) for row in samples for view in range(manifest["views"])]
 
     def cropped(job: tuple[int, int]) -> np.ndarray | None:
-        place, view = job
+        row, view = job
         try:
             return reinforced.crop(
-                samples[place], embedder.image_size, indices[place], view, manifest, embedder.preprocess.interpolation
+                samples[row], embedder.image_size, indices[row], view, manifest, embedder.preprocess.interpolation
             )
         except images.BadImageError:
             return None
@@ -118,17 +118,17 @@ def _embed(subject: Any, source: Any, indices: range, manifest: dict[str, Any]) 
         for start in range(0, len(jobs), embedder.batch_size):
             chunk, pixels = jobs[start : start + embedder.batch_size], np.zeros(shape, np.uint8)
             valid = np.zeros(embedder.batch_size, bool)
-            for row, image in enumerate(pool.map(cropped, chunk)):
+            for slot, image in enumerate(pool.map(cropped, chunk)):
                 if image is not None:
-                    pixels[row], valid[row] = image, True
+                    pixels[slot], valid[slot] = image, True
             batch = to_devices({"image": pixels, "valid": valid}, embedder.mesh, embedder.batch_size)
             embeddings = jax.device_get(embedder.encoders.image(subject.weights, batch["image"], batch["valid"])[0])
-            for (place, view), embedding, ok in zip(chunk, embeddings, valid, strict=False):
+            for (row, view), embedding, ok in zip(chunk, embeddings, valid, strict=False):
                 if ok:
-                    found["image"][place, view] = embedding
+                    found["image"][row, view] = embedding
     if texts:
-        for (place, number, _), embedding in zip(
+        for (row, number, _), embedding in zip(
             texts, embed_texts(embedder, subject.weights, [text for *_, text in texts]), strict=True
         ):
-            found["text"][place, number] = embedding
+            found["text"][row, number] = embedding
     return found

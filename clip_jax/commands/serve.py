@@ -104,7 +104,7 @@ def open_pictures(folder: Path, data: str | None):
     try:
         source = open_source(where, **columns)
     except UserError as error:
-        raise UserError(f"the pictures of the index: {error}; --data names another place") from error
+        raise UserError(f"the pictures of the index: {error}; --data names another folder") from error
     if source.fingerprint != manifest.get("source", source.fingerprint):
         raise UserError(f"{where}: not what the index was made from; embed it again, or name its copy with --data")
     return source, ""

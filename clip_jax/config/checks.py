@@ -12,6 +12,7 @@ from clip_jax.config import phases
 from clip_jax.config.flat import expand_home, flatten, known_settings, set_value, siblings, typed
 from clip_jax.data import templates
 from clip_jax.errors import UserError, nearest
+from clip_jax.objectives import OBJECTIVES
 from clip_jax.settings import (
     AUTO,
     EVALUATION_CHOICES,
@@ -117,7 +118,7 @@ def _check_combinations(given: Mapping[str, Any], where: str) -> None:
     weights = {key: value for key, value in given.items() if re.fullmatch(r"objectives\.[^.]+\.weight", key)}
     if not any(weights.values()):
         raise UserError(f"{where}: nothing to train: give one of {', '.join(weights)} a weight above 0")
-    compares = any(given[f"objectives.{name}.weight"] > 0 for name in ("contrastive", "distillation"))
+    compares = any(spec.compares and given[f"objectives.{name}.weight"] > 0 for name, spec in OBJECTIVES.items())
     if given["batch_size"] == 1 and compares:
         raise UserError(f"{where}: batch_size=1: a pair is contrasted with the others of its batch; take 2 or more")
 

@@ -77,7 +77,7 @@ def jitter(
     )
     changes = [change if strength[kind] > 0 else lambda x: x for kind, change in enumerate(changes)]
     # A loop, for every image of a batch has another order: each round computes all changes and selects.
-    return jax.lax.fori_loop(0, 4, lambda place, x: jax.lax.switch(order[place], changes, x), x)
+    return jax.lax.fori_loop(0, 4, lambda i, x: jax.lax.switch(order[i], changes, x), x)
 
 
 def luminance(x: Planes) -> Int[Array, "height width"]:

@@ -56,17 +56,17 @@ def random_resized_crop(
     The crop is drawn from the size in a JPEG's header, and the file is then decoded as small as this crop allows.
     """
     turn = images.orientation(data) if exif and not isinstance(data, np.ndarray) else 1
-    whole = None if isinstance(data, np.ndarray) else images.jpeg_size(data)
-    if whole is None:
+    full = None if isinstance(data, np.ndarray) else images.jpeg_size(data)
+    if full is None:
         pixels = np.asarray(images.decode(data, exif=exif))
         width, height = pixels.shape[1], pixels.shape[0]
         box = images.crop_box(width, height, rng, scale, ratio)
         return images.Crop(resize(pixels, box, size, interpolation), images.relative(box, width, height))
-    width, height = whole[::-1] if turn in (5, 6, 7, 8) else whole  # these swap the sides
+    width, height = full[::-1] if turn in (5, 6, 7, 8) else full  # these swap the sides
     box = images.crop_box(width, height, rng, scale, ratio)
     sides = min(box[2] - box[0], box[3] - box[1])
     factor = next((f for f in FACTORS if sides >= f * MARGIN * size), 1)
-    least = {"min_width": math.ceil(whole[0] / factor), "min_height": math.ceil(whole[1] / factor)}
+    least = {"min_width": math.ceil(full[0] / factor), "min_height": math.ceil(full[1] / factor)}
     pixels = images.decode_jpeg(data, min_factor=factor, **least)
     if pixels is None:  # Pillow says what is wrong, or decodes the whole image
         pixels, factor = np.asarray(images.decode(data)), 1

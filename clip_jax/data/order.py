@@ -159,9 +159,9 @@ class MixedOrder:
             sources = np.searchsorted(ends, rows, side="right")
             samples = np.empty_like(rows)
             for source in np.unique(sources):
-                own = sources == source
-                seen = before[source] + rows[own] - (ends[source - 1] if source else 0)
-                samples[own] = self._first(source) + self.orders[source].indices(seen)
+                of_source = sources == source
+                seen = before[source] + rows[of_source] - (ends[source - 1] if source else 0)
+                samples[of_source] = self._first(source) + self.orders[source].indices(seen)
             out[inside] = samples
         return out
 
@@ -208,10 +208,10 @@ def mix(
     weight * samples. ``by_share``: weights are shares of the batch, and an epoch is the sum of samples.
     """
     exact = [Fraction(str(weight)) * (1 if by_share else n) for weight, n in zip(weights, samples, strict=True)]
-    whole = lcm(*(share.denominator for share in exact))
+    denominator = lcm(*(share.denominator for share in exact))
     return MixedOrder(
         orders=tuple(Order(n, batch_size, fold(seed, i, 3), block, window) for i, n in enumerate(samples)),
-        shares=tuple(int(share * whole) for share in exact),
+        shares=tuple(int(share * denominator) for share in exact),
         epoch=sum(samples) if by_share else max(1, int(sum(exact))),
         batch_size=batch_size,
         seed=seed,

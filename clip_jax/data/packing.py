@@ -149,10 +149,10 @@ def _members(sample: Sample, extension: str, image: bytes) -> dict[str, bytes]:
 
 
 def _encoded(given: bytes | np.ndarray, image: Image.Image, max_size: int) -> tuple[str, bytes]:
-    short, kept = min(image.size), "" if isinstance(given, np.ndarray) else _extension(given)
+    short, extension = min(image.size), "" if isinstance(given, np.ndarray) else _extension(given)
     resized = 0 < max_size < short
-    if kept and not resized:
-        return kept, given
+    if extension and not resized:
+        return extension, given
     options = {}
     if not isinstance(given, np.ndarray) and (orientation := images.orientation(given)) != 1:
         # A new file is turned as the old one was, with config.data.exif_orientation and the boxes that go with it.

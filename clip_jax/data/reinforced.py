@@ -46,8 +46,8 @@ class Store(NamedTuple):
 
     def rows(self, kind: str, index: int) -> Float[np.ndarray, "rows widths"]:
         """The embeddings of an example's views or captions, those that there are."""
-        shard, place = divmod(index, self.manifest["shard_size"])
-        rows = self.shards[kind][shard][place]
+        shard, row = divmod(index, self.manifest["shard_size"])
+        rows = self.shards[kind][shard][row]
         return rows[np.isfinite(rows[:, 0])]
 
 

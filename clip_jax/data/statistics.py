@@ -79,7 +79,7 @@ def inspect(
     """
     count = min(inspected, len(source))
     indices = [i * len(source) // count for i in range(count)]
-    kept = {indices[i * count // min(shown, count)] for i in range(min(shown, count))}
+    chosen = {indices[i * count // min(shown, count)] for i in range(min(shown, count))}
 
     def look(index: int) -> _Seen | BadSampleError:
         key = f"example {index}"
@@ -93,7 +93,7 @@ def inspect(
             return error
         data = sample.image if isinstance(sample.image, bytes) else sample.image.tobytes()
         picture = None
-        if index in kept:
+        if index in chosen:
             small = image.copy()
             small.thumbnail((thumbnail, thumbnail))
             picture = np.asarray(small)

@@ -131,8 +131,8 @@ def gather_features(table: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.A
     if mesh is None:
         return table
     rows = nn.logical_to_mesh_axes(("vocab",), RULES)[0]
-    whole = PartitionSpec(rows if table.shape[0] % mesh.shape[rows] == 0 else None)
-    return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, whole))
+    rows_spec = PartitionSpec(rows if table.shape[0] % mesh.shape[rows] == 0 else None)
+    return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, rows_spec))
 
 
 def copy_for_each_part(kernel: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
@@ -171,25 +171,25 @@ def take_rows(x: jax.Array, rows: jax.Array, mesh: Mesh | AbstractMesh) -> jax.A
     pixels of 65,536 images, 10 GB.
     """
     shards, count = batch_shards(mesh), len(rows)
-    split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    split, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
 
-    def device(own: jax.Array, rows: jax.Array) -> jax.Array:
+    def device(local: jax.Array, rows: jax.Array) -> jax.Array:
         # A sum over the devices of what one of them has; on booleans there is no sum.
-        numbers = own.astype(jnp.uint8) if own.dtype == bool else own
-        first = jax.lax.axis_index(BATCH_AXES) * len(own)
+        numbers = local.astype(jnp.uint8) if local.dtype == bool else local
+        first = jax.lax.axis_index(BATCH_AXES) * len(local)
 
-        def send(_: None, wanted: jax.Array) -> tuple[None, jax.Array]:
+        def exchange(_: None, wanted: jax.Array) -> tuple[None, jax.Array]:
             """``wanted``: the row that each device is to have next."""
             index = wanted - first
-            is_own = (index >= 0) & (index < len(own))
-            found = numbers[jnp.clip(index, 0, len(own) - 1)]
-            found = jnp.where(is_own.reshape(-1, *(1,) * (own.ndim - 1)), found, 0)
+            is_local = (index >= 0) & (index < len(local))
+            found = numbers[jnp.clip(index, 0, len(local) - 1)]
+            found = jnp.where(is_local.reshape(-1, *(1,) * (local.ndim - 1)), found, 0)
             return None, jax.lax.psum_scatter(found, BATCH_AXES, scatter_dimension=0)
 
-        _, taken = jax.lax.scan(send, None, rows.reshape(shards, count // shards).T)
-        return taken.astype(own.dtype)
+        _, taken = jax.lax.scan(exchange, None, rows.reshape(shards, count // shards).T)
+        return taken.astype(local.dtype)
 
-    return jax.shard_map(device, mesh=mesh, in_specs=(split, whole), out_specs=split)(x, rows)
+    return jax.shard_map(device, mesh=mesh, in_specs=(split, everywhere), out_specs=split)(x, rows)
 
 
 def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:

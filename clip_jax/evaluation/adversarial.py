@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from clip_jax.devices.sharding import process_rows, to_devices
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.embed import decode_batch, readable
-from clip_jax.evaluation.subject import Ensemble, Result, Task, judge, judge_probabilities, labelled
+from clip_jax.evaluation.subject import Ensemble, Result, Task, judge, judge_probabilities, labeled
 
 EPSILONS = (1, 2, 4, 8)
 """Radii in 255ths, of the published evaluations of CLIP (1 to 4) and of ImageNet (4, 8)."""
@@ -68,7 +68,7 @@ def _gradient(log_probability: Callable, x: Array) -> Array:
 
 def protocol(task: Task, models: Ensemble) -> Result:
     """Accuracy by attack and radius; ``mean`` is None for an ensemble whose models do not see the same pixels."""
-    embedded, judged = labelled(task.source, models), [judge(task, models)]
+    embedded, judged = labeled(task.source, models), [judge(task, models)]
     clean = judged[0].hits()
     wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
     skipped = embedded.skipped.total()
@@ -115,8 +115,8 @@ def make_attack(task: Task, models: Ensemble) -> Callable:
 
     def probabilities(weights: Sequence, x: Array, valid: Array) -> tuple[Array, Array]:
         logs = []
-        for (model, share), own, vectors in zip(models, weights, classes, strict=True):
-            embeddings, valid = model.embedder.encoders.image(own, x, valid)
+        for (model, share), params, vectors in zip(models, weights, classes, strict=True):
+            embeddings, valid = model.embedder.encoders.image(params, x, valid)
             logits = model.scale * jnp.dot(embeddings, vectors.T, precision=jax.lax.Precision.HIGHEST)
             logs.append(jnp.log(share) + jax.nn.log_softmax(logits))
         return jax.nn.logsumexp(jnp.stack(logs), axis=0), valid

@@ -49,8 +49,8 @@ def open_aro(folder: Path) -> layouts.Captioned:
             files.append(layouts.image_file(folder, layouts.text(row, "image_path", where)))
             texts.append(tuple(layouts.text(row, f"{truth}_caption", where) for truth in ("true", "false")))
             crops.append(_crop(row, where))
-            own = row.get("relation_name") if kind == "relation" else row.get("attributes")
-            groups.append(f"{kind}: {' '.join(own) if isinstance(own, list) else own}")
+            name = row.get("relation_name") if kind == "relation" else row.get("attributes")
+            groups.append(f"{kind}: {' '.join(name) if isinstance(name, list) else name}")
     return layouts.captioned("aro", folder, files, texts, groups, crops)
 
 

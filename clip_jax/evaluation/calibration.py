@@ -80,7 +80,7 @@ class Fitted(NamedTuple):
     scale: float
     """Fitted on all examples, at most ``FITTED_ON`` of them."""
     calibration_error: float | None
-    """Of the examples of each half under the scale that was fitted on the other one; None for a single example."""
+    """The error on each half under the scale that was fitted on the other half; None for a single example."""
 
 
 def fitted(
@@ -89,7 +89,7 @@ def fitted(
     """The scale with the least cross-entropy, and the expected calibration error on data that it was not fitted on.
 
     ``correct`` as in ``reliability``: no scale changes which class is nearest. What is drawn, and in which half an
-    example is, depends on its place alone.
+    example is, depends on its index alone.
     """
     order = np.random.default_rng(0).permutation(len(labels))
 
@@ -100,10 +100,10 @@ def fitted(
     if len(labels) < 2:
         return Fitted(scale, None)
     halves, confidence = (order[::2], order[1::2]), np.zeros(len(labels))
-    for own, other in (halves, halves[::-1]):
+    for half, other in (halves, halves[::-1]):
         fitted_on_other = fit(other[: FITTED_ON // 2])
-        for start in range(0, len(own), BLOCK):
-            rows = own[start : start + BLOCK]
+        for start in range(0, len(half), BLOCK):
+            rows = half[start : start + BLOCK]
             below = cosines[rows] - cosines[rows].max(axis=1, keepdims=True)
             confidence[rows] = 1 / np.exp(fitted_on_other * below).sum(axis=1)
     return Fitted(scale, expected_calibration_error(confidence, correct))

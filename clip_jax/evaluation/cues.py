@@ -27,7 +27,7 @@ from clip_jax.data.sources.shapes.rendering import SHAPES, Scene, render
 from clip_jax.data.sources.shapes.scenes import COMBINATIONS, draw_scene, generator
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.prompts import Prompts
-from clip_jax.evaluation.subject import Ensemble, Result, Task, class_probabilities, judge_probabilities, labelled
+from clip_jax.evaluation.subject import Ensemble, Result, Task, class_probabilities, judge_probabilities, labeled
 from clip_jax.evaluation.zero_shot import Judged
 
 DRAWINGS = ("normal", "gray", "outline")
@@ -69,8 +69,8 @@ def scene(index: int) -> Scene:
 
 def other_shape(index: int) -> str:
     """The shape that fills the silhouette of a scene; every pair of shapes occurs."""
-    own = index % len(NAMES)
-    return NAMES[(own + 1 + index % (len(NAMES) - 1)) % len(NAMES)]
+    shape = index % len(NAMES)
+    return NAMES[(shape + 1 + index % (len(NAMES) - 1)) % len(NAMES)]
 
 
 def redrawn(source: shapes.Shapes, what: str, contrast: float = 1.0) -> Redrawn:
@@ -121,7 +121,7 @@ def protocol(task: Task, models: Ensemble) -> Result:
 def _judge(source: Redrawn, models: Ensemble, classes: np.ndarray | None = None) -> Judged:
     """A hit is a picture whose nearest combination has the right shape, or that of ``classes``."""
     task = Task(source.name, "zero_shot", source, PROMPTS)
-    wanted = labelled(source, models).labels % len(NAMES) if classes is None else classes
+    wanted = labeled(source, models).labels % len(NAMES) if classes is None else classes
     # Combinations are ordered by color, then shape.
     by_shape = class_probabilities(task, models).reshape(len(source), -1, len(NAMES)).max(axis=1)
     return judge_probabilities(by_shape, wanted, models)

@@ -42,31 +42,32 @@ def patch_embeddings(
     tower = model.architecture.image
     if tower.has_batch_norm:
         raise UserError("patches have embeddings in vision transformers only; this image tower is a ResNet")
-    own, rows, columns = params["image"], pixels.shape[1] // tower.patch_size, pixels.shape[2] // tower.patch_size
+    image_params = params["image"]
+    rows, columns = (side // tower.patch_size for side in pixels.shape[1:3])
     inits, compute = image_block_init(tower.width, tower.mlp_width), model.compute
     norm = LayerNorm(compute.dtype, tower.norm_epsilon)
     if tower.pooling == "attention":
         tokens = model.image_tokens(params, pixels)[:, int(tower.class_token) :]
-        tokens = norm.apply({"params": own["norm_post"]}, tokens) if tower.norm_before_pooling else tokens
-        pool = own["attention_pooling"]
+        tokens = norm.apply({"params": image_params["norm_post"]}, tokens) if tower.norm_before_pooling else tokens
+        pool = image_params["attention_pooling"]
         value = jnp.einsum("...w,whd->...hd", tokens, pool["key_value"][:, 1]) + pool["key_value_bias"][1]
         pooled = jnp.einsum("...hd,hdw->...w", value, pool["out"]) + pool["out_bias"]
         normed = norm.apply({"params": pool["norm"]}, pooled)
         x = pooled + MLP(tower.block, inits, compute).apply({"params": pool["mlp"]}, normed)
-        x = x if tower.norm_before_pooling else norm.apply({"params": own["norm_post"]}, x)
+        x = x if tower.norm_before_pooling else norm.apply({"params": image_params["norm_post"]}, x)
     else:
         before = model.image_tokens(params, pixels, -2) if tower.layers > 1 else _embedded(model, params, pixels)
-        last = jax.tree.map(lambda leaf: leaf[-1:], own["transformer"])
+        last = jax.tree.map(lambda leaf: leaf[-1:], image_params["transformer"])
         rotary = None
         if tower.rotary_grid is not None:
             head_dim = tower.width // tower.heads
             rotary = rotary_angles(rows, columns, head_dim, tower.rotary_grid, tower.class_token)
         values_only = compute._replace(attend=lambda query, key, value, *, causal, mask: value)
         x = Stack(1, tower.block, inits, values_only).apply({"params": last}, before, rotary)
-        x = norm.apply({"params": own["norm_post"]}, x[:, int(tower.class_token) :])
+        x = norm.apply({"params": image_params["norm_post"]}, x[:, int(tower.class_token) :])
     if tower.projection:
-        x = x @ own["projection"]
-        x = x + own["projection_bias"] if tower.projection_bias else x
+        x = x @ image_params["projection"]
+        x = x + image_params["projection_bias"] if tower.projection_bias else x
     return unit(x).reshape(len(pixels), rows, columns, -1)
 
 

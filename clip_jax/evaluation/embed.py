@@ -88,7 +88,7 @@ class Embedder(NamedTuple):
 
 def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh) -> Encoders:
     """The batch is split over the mesh, on which the model must compute (``model.compute.mesh``)."""
-    rows, whole = batch_sharding(mesh), replicated(mesh)
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
 
     def image(weights: Variables, pixels: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         encoded = model.encode_image(weights.params, preprocess.normalize(pixels), weights.batch_stats)
@@ -107,10 +107,10 @@ def make_encoders(model: CLIP, preprocess: Preprocess, mesh: Mesh | AbstractMesh
     decoder = model.architecture.decoder
     reads = decoder is not None and decoder.form == "cappa"
     return Encoders(
-        jax.jit(image, in_shardings=(None, rows, rows), out_shardings=whole),
-        jax.jit(text, in_shardings=(None, rows), out_shardings=whole),
-        jax.jit(completed, in_shardings=(None, rows, rows, rows), out_shardings=whole) if reads else None,
-        jax.jit(pooled, in_shardings=(None, rows, rows), out_shardings=whole),
+        jax.jit(image, in_shardings=(None, rows, rows), out_shardings=everywhere),
+        jax.jit(text, in_shardings=(None, rows), out_shardings=everywhere),
+        jax.jit(completed, in_shardings=(None, rows, rows, rows), out_shardings=everywhere) if reads else None,
+        jax.jit(pooled, in_shardings=(None, rows, rows), out_shardings=everywhere),
     )
 
 

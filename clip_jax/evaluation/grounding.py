@@ -101,8 +101,8 @@ def _in_center(sides: Sides, width: int, height: int) -> Sides:
     left, top, right, bottom = sides
     short = min(width, height)
     across, down = ((width - short) / 2 / width, width / short), ((height - short) / 2 / height, height / short)
-    places = zip((left, top, right, bottom), (across, down) * 2, strict=True)
-    moved = ((side - first) * scale for side, (first, scale) in places)
+    moves = zip((left, top, right, bottom), (across, down) * 2, strict=True)
+    moved = ((side - first) * scale for side, (first, scale) in moves)
     return tuple(min(max(side, 0.0), 1.0) for side in moved)
 
 

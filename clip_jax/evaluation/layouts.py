@@ -103,15 +103,15 @@ class MultiLabel:
     name: str
     fingerprint: str
     class_names: tuple[str, ...]
-    places: tuple[tuple[Path, int, int], ...] = field(repr=False)
+    spans: tuple[tuple[Path, int, int], ...] = field(repr=False)
     """Shard, offset and size of every image."""
     positive: Bool[np.ndarray, "images classes"] = field(repr=False)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.spans)
 
     def __getitem__(self, index: int) -> Sample:
-        shard, offset, size = self.places[index]
+        shard, offset, size = self.spans[index]
         with shard.open("rb") as file:
             file.seek(offset)
             return Sample(file.read(size), ("",), f"{shard.name}[{index}]")
@@ -119,7 +119,7 @@ class MultiLabel:
 
 def open_multi_label(name: str, shards: Sequence[Path], class_names: tuple[str, ...]) -> MultiLabel:
     """Members ``KEY.npy`` are a 0 or 1 for each class. Raises UserError for a pair that is not complete or not so."""
-    places, rows, digest = [], [], hashlib.sha256(json.dumps(class_names).encode())
+    spans, rows, digest = [], [], hashlib.sha256(json.dumps(class_names).encode())
     for shard in shards:
         images, labels = {}, {}
         with tarfile.open(shard) as archive:
@@ -133,11 +133,11 @@ def open_multi_label(name: str, shards: Sequence[Path], class_names: tuple[str, 
         if images.keys() != labels.keys():
             alone = sorted(images.keys() ^ labels.keys())[0]
             raise UserError(f"{shard}: {alone} has no image or no .npy with its labels")
-        places += images.values()
+        spans += images.values()
         rows += [labels[key] for key in images]
     positive = np.stack(rows) if rows else np.zeros((0, len(class_names)), bool)
     digest.update(positive.tobytes())
-    return MultiLabel(f"benchmark:{name}", digest.hexdigest()[:24], class_names, tuple(places), positive)
+    return MultiLabel(f"benchmark:{name}", digest.hexdigest()[:24], class_names, tuple(spans), positive)
 
 
 def _labels(data: bytes, where: str, class_names: tuple[str, ...]) -> Bool[np.ndarray, " classes"]:

@@ -76,9 +76,9 @@ def protocol(task: Task, models: Ensemble) -> Result:
     metrics |= {"mAP_11": multi_label(scores, positive, points=11)["mAP"]}
     wanted = prompts.for_model(task.prompts, models[0][0].tokenizer).fingerprint
     # Per image, for paired comparisons: the average precision of its own classes among all.
-    own = np.array([average_precision(s, p) or 0.0 for s, p in zip(scores, positive, strict=True)])
+    by_image = np.array([average_precision(s, p) or 0.0 for s, p in zip(scores, positive, strict=True)])
     details = {"all_equal": bool(np.ptp(scores) <= TIE)}
-    return Result(metrics, "mAP", len(scores), found.skipped.total(), wanted, {"by_image": own}, {}, details)
+    return Result(metrics, "mAP", len(scores), found.skipped.total(), wanted, {"by_image": by_image}, {}, details)
 
 
 def _mean(values: list[float | None]) -> float | None:

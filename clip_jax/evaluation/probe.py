@@ -175,10 +175,12 @@ def draw_shots(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int[np.n
     """
     rng, chosen = np.random.default_rng(seed), []
     for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        if len(own) < shots:
-            raise UserError(f"{shots} shots: class {label} has only {len(own)} examples; ask for {len(own)} or fewer")
-        chosen.append(rng.permutation(own)[:shots])
+        members = np.flatnonzero(labels == label)
+        if len(members) < shots:
+            raise UserError(
+                f"{shots} shots: class {label} has only {len(members)} examples; ask for {len(members)} or fewer"
+            )
+        chosen.append(rng.permutation(members)[:shots])
     return np.concatenate(chosen)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from clip_jax.data.sources.sample import Source
 from clip_jax.errors import UserError
 from clip_jax.evaluation import datasets, probe, prompts, ranking
-from clip_jax.evaluation.subject import Ensemble, Result, Task, judge, labelled
+from clip_jax.evaluation.subject import Ensemble, Result, Task, judge, labeled
 
 SHOTS = (1, 2, 4, 8, 16)
 
@@ -77,7 +77,7 @@ def protocol(task: Task, models: Ensemble, *, pooled: bool = False) -> Result:
 
 
 def _features(source: Source, models: Ensemble) -> Labeled:
-    labels = labelled(source, models).labels
+    labels = labeled(source, models).labels
     return np.concatenate([model.embed(source, texts=False).images for model, _ in models], axis=1), labels
 
 

@@ -31,7 +31,7 @@ QUERY_BLOCK, CANDIDATE_BLOCK = 2048, 1024
 """Queries of a device and candidates whose similarities exist at one time: 8 MiB."""
 
 
-class Placed(NamedTuple):
+class Ranked(NamedTuple):
     """The positives of each query, the most similar first; -inf in ``similarity`` where a query has fewer."""
 
     similarity: Float[np.ndarray, "queries positives"]
@@ -50,14 +50,14 @@ def check_finite(**embeddings: Float[np.ndarray, "n dim"]) -> None:
             raise ValueError(f"{name}: {bad} of {len(rows)} embeddings are not finite")
 
 
-def place(
+def rank(
     queries: Float[np.ndarray, "queries dim"],
     group: Int[np.ndarray, " queries"],
     positives: Int[np.ndarray, "queries positives"],
     candidates: Float[np.ndarray, "candidates dim"],
     candidate_group: Int[np.ndarray, " candidates"],
     mesh: Mesh | None = None,
-) -> Placed:
+) -> Ranked:
     """Counts the candidates of other groups that are as similar to a query as its positives.
 
     ``positives[q]`` are indices of the candidates of group ``group[q]``, -1 where there are no more. Embeddings are of
@@ -68,72 +68,72 @@ def place(
         there = np.flatnonzero(positives[:, column] >= 0)
         for start in range(0, len(there), QUERY_BLOCK):
             rows = there[start : start + QUERY_BLOCK]
-            own = candidates[positives[rows, column]]
-            similarity[rows, column] = np.einsum("qd,qd->q", queries[rows], own, dtype=np.float64)
+            equal = candidates[positives[rows, column]]
+            similarity[rows, column] = np.einsum("qd,qd->q", queries[rows], equal, dtype=np.float64)
     similarity = _join_tied(-np.sort(-similarity, axis=1))
     above, tied = _count(queries, group, similarity, candidates, candidate_group, mesh)
-    return Placed(similarity, above, tied)
+    return Ranked(similarity, above, tied)
 
 
-def hit(placed: Placed, k: int, ties: str) -> Float[np.ndarray, " queries"]:
+def hit(ranked: Ranked, k: int, ties: str) -> Float[np.ndarray, " queries"]:
     """Whether any positive is among the k nearest; under expected ties the probability of it, in 0..1."""
-    return hit_of(*_best(placed), k, ties)
+    return hit_of(*_best(ranked), k, ties)
 
 
-def hit_of(above: np.ndarray, tied: np.ndarray, own: np.ndarray, k: int, ties: str) -> Float[np.ndarray, " queries"]:
+def hit_of(above: np.ndarray, tied: np.ndarray, equal: np.ndarray, k: int, ties: str) -> Float[np.ndarray, " queries"]:
     """``hit`` from the number of negatives above the best positive, of negatives and of positives tied with it."""
     if ties != "expected":
         return (above + (tied if ties == "pessimistic" else 0) < k).astype(np.float64)
-    # None of ``own`` positives among the first ``left`` of all equal ones: C(tied, left) / C(tied + own, left).
-    left = np.clip(k - above, 0, tied + own)
+    # None of ``equal`` positives among the first ``left`` of all equal ones: C(tied, left) / C(tied + equal, left).
+    left = np.clip(k - above, 0, tied + equal)
     possible = left <= tied
     left = np.where(possible, left, 0)
     miss = np.exp(
-        gammaln(tied + 1) - gammaln(tied - left + 1) - gammaln(tied + own + 1) + gammaln(tied + own - left + 1)
+        gammaln(tied + 1) - gammaln(tied - left + 1) - gammaln(tied + equal + 1) + gammaln(tied + equal - left + 1)
     )
     return np.where(possible & (left > 0), 1 - miss, np.where(possible, 0.0, 1.0))
 
 
-def all_equal(placed: Placed, candidates: int) -> bool:
+def all_equal(ranked: Ranked, candidates: int) -> bool:
     """Whether every query is equally similar to all candidates, its positives among them: the model is constant."""
-    _, tied, own = _best(placed)
-    return bool((tied + own == candidates).all())
+    _, tied, equal = _best(ranked)
+    return bool((tied + equal == candidates).all())
 
 
-def first_rank(placed: Placed, ties: str) -> Float[np.ndarray, " queries"]:
+def first_rank(ranked: Ranked, ties: str) -> Float[np.ndarray, " queries"]:
     """The rank of the best positive among the negatives, from 1."""
-    above, tied, own = _best(placed)
-    return 1 + above + {"pessimistic": tied, "optimistic": 0, "expected": tied / (own + 1)}[ties]
+    above, tied, equal = _best(ranked)
+    return 1 + above + {"pessimistic": tied, "optimistic": 0, "expected": tied / (equal + 1)}[ties]
 
 
-def average_precision(placed: Placed, ties: str) -> Float[np.ndarray, " queries"]:
+def average_precision(ranked: Ranked, ties: str) -> Float[np.ndarray, " queries"]:
     """The mean, over the positives of a query, of the precision where each of them stands.
 
     Under expected ties in closed form (McSherry and Najork 2008, section 3).
     """
-    there = np.isfinite(placed.similarity)
-    order = np.arange(1, placed.similarity.shape[1] + 1)
+    there = np.isfinite(ranked.similarity)
+    order = np.arange(1, ranked.similarity.shape[1] + 1)
     if ties != "expected":
-        before = placed.above + (placed.tied if ties == "pessimistic" else 0)
+        before = ranked.above + (ranked.tied if ties == "pessimistic" else 0)
         precision = order / (order + before)
     else:
-        # Of a group of ``own`` positives with equal similarity, ``first`` positives and ``above`` negatives come first.
-        same = placed.similarity[:, :, None] == placed.similarity[:, None, :]
-        own = (same & there[:, None, :]).sum(axis=2)
-        first = ((placed.similarity[:, None, :] > placed.similarity[:, :, None]) & there[:, None, :]).sum(axis=2)
-        # Position s of the group's n holds a positive with probability own / n, and then expects (first + 1 + (s - 1)
+        # Before a group of ``equal`` tied positives come ``first`` positives and ``above`` negatives.
+        same = ranked.similarity[:, :, None] == ranked.similarity[:, None, :]
+        equal = (same & there[:, None, :]).sum(axis=2)
+        first = ((ranked.similarity[:, None, :] > ranked.similarity[:, :, None]) & there[:, None, :]).sum(axis=2)
+        # Position s of the group's n holds a positive with probability equal / n, and then expects (first + 1 + (s - 1)
         # slope) positives up to itself: a sum of (a + slope s) / (c + s), which harmonic numbers give.
-        n, c = own + placed.tied, first + placed.above
-        slope = np.divide(own - 1, n - 1, out=np.zeros(n.shape), where=n > 1)
+        n, c = equal + ranked.tied, first + ranked.above
+        slope = np.divide(equal - 1, n - 1, out=np.zeros(n.shape), where=n > 1)
         a = first + 1 - slope
         precision = (slope * n + (a - slope * c) * (digamma(c + n + 1) - digamma(c + 1))) / np.maximum(n, 1)
     return np.where(there, precision, 0).sum(axis=1) / there.sum(axis=1)
 
 
-def _best(placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _best(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(negatives above, negatives tied, positives tied) of each query's best positive."""
-    own = (placed.similarity == placed.similarity[:, :1]).sum(axis=1)
-    return placed.above[:, 0].astype(np.float64), placed.tied[:, 0].astype(np.float64), own
+    equal = (ranked.similarity == ranked.similarity[:, :1]).sum(axis=1)
+    return ranked.above[:, 0].astype(np.float64), ranked.tied[:, 0].astype(np.float64), equal
 
 
 def _join_tied(similarity: Float[np.ndarray, "queries positives"]) -> Float[np.ndarray, "queries positives"]:
@@ -187,8 +187,8 @@ def _counter(mesh: Mesh | None):
 
     if mesh is None:
         return jax.jit(count)
-    split, whole = batch_sharding(mesh), replicated(mesh)
-    return jax.jit(count, in_shardings=(split,) * 3 + (whole,) * 3, out_shardings=whole)
+    split, everywhere = batch_sharding(mesh), replicated(mesh)
+    return jax.jit(count, in_shardings=(split,) * 3 + (everywhere,) * 3, out_shardings=everywhere)
 
 
 def _put(mesh: Mesh | None):

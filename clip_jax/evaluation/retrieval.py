@@ -19,17 +19,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from clip_jax.evaluation.ranking import Placed, average_precision, check_finite, first_rank, hit, place
+from clip_jax.evaluation.ranking import Ranked, average_precision, check_finite, first_rank, hit, rank
 
 RECALL_AT = (1, 5, 10)
 
 
-def place_both(
+def rank_both(
     images: Float[np.ndarray, "images dim"],
     texts: Float[np.ndarray, "texts dim"],
     owner: Int[np.ndarray, " texts"],
     mesh: Mesh | None = None,
-) -> tuple[Placed, Placed]:
+) -> tuple[Ranked, Ranked]:
     """(image to text, text to image) for unit embeddings; ``owner[t]`` is the image that text t describes.
 
     Images without a text, and texts of no image (owner -1), are candidates and no queries. Raises ValueError for
@@ -41,10 +41,10 @@ def place_both(
     described = np.unique(owner[owner >= 0])
     if not len(described):
         raise ValueError("owner: no text describes any image")
-    image_to_text = place(images[described], described, _captions_of(described, owner), texts, owner, mesh)
+    image_to_text = rank(images[described], described, _captions_of(described, owner), texts, owner, mesh)
     queries = np.flatnonzero(owner >= 0)
     image_numbers = np.arange(len(images))
-    text_to_image = place(texts[queries], owner[queries], owner[queries, None], images, image_numbers, mesh)
+    text_to_image = rank(texts[queries], owner[queries], owner[queries, None], images, image_numbers, mesh)
     return image_to_text, text_to_image
 
 
@@ -58,20 +58,20 @@ def retrieval(
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """``{"i2t_R@1": ..., "i2t_mean_rank": ..., "i2t_median_rank": ..., "i2t_mAP": ..., "t2i_R@1": ..., ...}``."""
-    image_to_text, text_to_image = place_both(images, texts, owner, mesh)
+    image_to_text, text_to_image = rank_both(images, texts, owner, mesh)
     return summarize(image_to_text, len(texts), "i2t", at, ties) | summarize(
         text_to_image, len(images), "t2i", at, ties
     )
 
 
-def summarize(placed: Placed, candidates: int, name: str, at: tuple[int, ...], ties: str) -> dict[str, float]:
+def summarize(ranked: Ranked, candidates: int, name: str, at: tuple[int, ...], ties: str) -> dict[str, float]:
     """The metrics of one direction, named ``<name>_R@k`` and so on."""
-    ranks = first_rank(placed, ties)
-    recalls = {f"{name}_R@{k}": float(hit(placed, k, ties).mean()) for k in at if k < candidates}
+    ranks = first_rank(ranked, ties)
+    recalls = {f"{name}_R@{k}": float(hit(ranked, k, ties).mean()) for k in at if k < candidates}
     return recalls | {
         f"{name}_mean_rank": float(ranks.mean()),
         f"{name}_median_rank": float(np.median(ranks)),
-        f"{name}_mAP": float(average_precision(placed, ties).mean()),
+        f"{name}_mAP": float(average_precision(ranked, ties).mean()),
     }
 
 

@@ -45,9 +45,9 @@ def _jpeg(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
 
 
 def _contrast(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
-    kept = (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
+    contrast = (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
     mean = pixels.mean(axis=(0, 1), keepdims=True) / 255
-    return _bytes((pixels / 255 - mean) * kept + mean)
+    return _bytes((pixels / 255 - mean) * contrast + mean)
 
 
 def _brightness(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
@@ -56,10 +56,10 @@ def _brightness(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pixe
 
 
 def _pixelate(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
-    kept = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
+    scale = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
     height, width = pixels.shape[:2]
     small = Image.fromarray(pixels).resize(
-        (max(1, int(width * kept)), max(1, int(height * kept))), Image.Resampling.BOX
+        (max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BOX
     )
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
 

@@ -44,7 +44,7 @@ from clip_jax.evaluation.subject import (
     class_probabilities,
     judge,
     judge_probabilities,
-    labelled,
+    labeled,
 )
 
 
@@ -59,7 +59,7 @@ def run(task: Task, subjects: Sequence[Subject], weights: Sequence[float] | None
 
 
 def _zero_shot(task: Task, models: Ensemble) -> Result:
-    embedded = labelled(task.source, models)
+    embedded = labeled(task.source, models)
     probabilities = class_probabilities(task, models)
     return _classification(task, models, embedded, probabilities)
 
@@ -122,12 +122,12 @@ def _retrieval(task: Task, models: Ensemble) -> Result:
         for field in ("images", "texts")
     )
     mesh = models[0][0].embedder.mesh
-    places = retrieval.place_both(images, texts, first.owner, mesh)
+    both = retrieval.rank_both(images, texts, first.owner, mesh)
     metrics, hits, equal = {}, {}, []
-    for placed, name, candidates in zip(places, ("i2t", "t2i"), (len(texts), len(images)), strict=True):
-        equal.append(ranking.all_equal(placed, candidates))
-        metrics |= retrieval.summarize(placed, candidates, name, retrieval.RECALL_AT, "pessimistic")
-        hits[f"{name}_R@1"] = ranking.hit(placed, 1, "pessimistic")
+    for ranked, name, candidates in zip(both, ("i2t", "t2i"), (len(texts), len(images)), strict=True):
+        equal.append(ranking.all_equal(ranked, candidates))
+        metrics |= retrieval.summarize(ranked, candidates, name, retrieval.RECALL_AT, "pessimistic")
+        hits[f"{name}_R@1"] = ranking.hit(ranked, 1, "pessimistic")
     for k in retrieval.RECALL_AT:  # CLIP_benchmark's names, by what is retrieved
         if f"t2i_R@{k}" in metrics and f"i2t_R@{k}" in metrics:
             metrics[f"image_retrieval_recall@{k}"] = metrics[f"t2i_R@{k}"]
@@ -135,13 +135,13 @@ def _retrieval(task: Task, models: Ensemble) -> Result:
     if "i2t_R@1" in metrics and "t2i_R@1" in metrics:
         metrics["mean_recall@1"] = (metrics["i2t_R@1"] + metrics["t2i_R@1"]) / 2
     metrics["captions_per_image"] = len(texts) / len(images)
-    details = {"ties": "pessimistic", "all_equal": all(equal), "gallery": _gallery(first, images, texts, places[1])}
+    details = {"ties": "pessimistic", "all_equal": all(equal), "gallery": _gallery(first, images, texts, both[1])}
     return Result(metrics, "mean_recall@1", len(images), first.skipped.total(), None, hits, {}, details)
 
 
-def _gallery(embedded: Embedded, images: np.ndarray, texts: np.ndarray, placed: ranking.Placed) -> list[dict[str, Any]]:
+def _gallery(embedded: Embedded, images: np.ndarray, texts: np.ndarray, ranked: ranking.Ranked) -> list[dict[str, Any]]:
     """The first captions and those whose image ranks lowest, each with the nearest images (indices of the source)."""
-    ranks = ranking.first_rank(placed, "pessimistic")
+    ranks = ranking.first_rank(ranked, "pessimistic")
     first = list(range(min(4, len(texts))))
     shown = first + [int(t) for t in np.argsort(-ranks, kind="stable") if t not in first and ranks[t] > 1][:4]
     found = []
@@ -221,18 +221,18 @@ def robustness(image_size: int, given: Iterable[Task], *, classification: int = 
     """Corruptions, words and adversarial pixels on every given set with labels, or else on the bundled scenes; and the
     cues of the bundled scenes."""
     scenes = shapes.open_shapes("zero_shot", image_size=max(32, image_size), examples=classification)
-    own = Task("shapes", "zero_shot", scenes, Prompts(shapes.CLASS_NAMES, shapes.TEMPLATES))
-    sets = [task for task in given if task.protocol == "zero_shot"] or [own]
+    bundled = Task("shapes", "zero_shot", scenes, Prompts(shapes.CLASS_NAMES, shapes.TEMPLATES))
+    sets = [task for task in given if task.protocol == "zero_shot"] or [bundled]
     kinds = ("corruptions", "typographic", "adversarial")
     attacked = [task._replace(name=f"{task.name}_{kind}", protocol=kind) for task in sets for kind in kinds]
-    return (*attacked, own._replace(name="shapes_cues", protocol="cues"))
+    return (*attacked, bundled._replace(name="shapes_cues", protocol="cues"))
 
 
 def dense_suite(image_size: int, given: Iterable[Task], *, pictures: int = 96) -> tuple[Task, ...]:
     """Every given set with masks, or else the bundled scenes."""
     scenes = MaskedScenes(shapes.open_shapes("heldout", image_size=max(32, image_size), examples=pictures))
-    own = Task("shapes_dense", "dense", scenes, Prompts(scenes.class_names, shapes.TEMPLATES))
-    return tuple(task for task in given if task.protocol == "dense") or (own,)
+    bundled = Task("shapes_dense", "dense", scenes, Prompts(scenes.class_names, shapes.TEMPLATES))
+    return tuple(task for task in given if task.protocol == "dense") or (bundled,)
 
 
 @dataclass(frozen=True)

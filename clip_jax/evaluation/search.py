@@ -83,8 +83,8 @@ def _nearest(mesh: Mesh | None, k: int):
 
     if mesh is None:
         return jax.jit(nearest)
-    whole = replicated(mesh)
-    return jax.jit(nearest, in_shardings=(whole, batch_sharding(mesh), None), out_shardings=whole)
+    everywhere = replicated(mesh)
+    return jax.jit(nearest, in_shardings=(everywhere, batch_sharding(mesh), None), out_shardings=everywhere)
 
 
 def top_k(

@@ -129,7 +129,7 @@ class Subject:
 Ensemble = Sequence[tuple[Subject, float]]
 
 
-def labelled(source: Source, models: Ensemble) -> Embedded:
+def labeled(source: Source, models: Ensemble) -> Embedded:
     embedded = models[0][0].embed(source, texts=False)
     outside = (embedded.labels < 0) | (embedded.labels >= len(source.class_names))
     if outside.any():
@@ -151,7 +151,7 @@ def class_probabilities(task: Task, models: Ensemble) -> Float[np.ndarray, "imag
 
 
 def judge(task: Task, models: Ensemble) -> zero_shot.Judged:
-    labels, probabilities = labelled(task.source, models).labels, class_probabilities(task, models)
+    labels, probabilities = labeled(task.source, models).labels, class_probabilities(task, models)
     return judge_probabilities(probabilities, labels, models)
 
 

@@ -28,7 +28,7 @@ from clip_jax.evaluation.subject import (
     class_probabilities,
     judge,
     judge_probabilities,
-    labelled,
+    labeled,
 )
 
 SIZES = (0.06, 0.1, 0.15, 0.2)
@@ -70,7 +70,7 @@ def attacked(source: Source, names: tuple[str, ...], size: float) -> Changed:
 
 def protocol(task: Task, models: Ensemble) -> Result:
     """Accuracy and fooled images by the size of the letters."""
-    embedded, names = labelled(task.source, models), task.prompts.class_names
+    embedded, names = labeled(task.source, models), task.prompts.class_names
     keys = [task.source[index].key for index in embedded.indices.tolist()]
     painted = np.array(
         [wrong_class(label, len(names), key) for label, key in zip(embedded.labels.tolist(), keys, strict=True)]

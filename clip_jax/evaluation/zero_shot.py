@@ -54,7 +54,7 @@ class Judged(NamedTuple):
     """The number of wrong classes that are nearer than the (best) right one."""
     tied: Int[np.ndarray, " images"]
     """The number of wrong classes that are equally near."""
-    own: Int[np.ndarray, " images"]
+    tied_right: Int[np.ndarray, " images"]
     """The number of right classes that are equally near: 1, or more where an image has several."""
     classes: int
     """The number of classes among which the nearest is chosen."""
@@ -62,11 +62,11 @@ class Judged(NamedTuple):
     @property
     def all_equal(self) -> bool:
         """Whether all classes are equally near to every image: the model is constant, and its score is chance."""
-        return bool((self.tied + self.own == self.classes).all())
+        return bool((self.tied + self.tied_right == self.classes).all())
 
     def hits(self, k: int = 1) -> Float[np.ndarray, " images"]:
         """Whether a right class is among the k nearest; under ties, the probability of it."""
-        return hit_of(self.above, self.tied, self.own, k, "expected")
+        return hit_of(self.above, self.tied, self.tied_right, k, "expected")
 
 
 def judge(
@@ -89,24 +89,24 @@ def judge(
     right = right[:, None] if right.ndim == 1 else right
     count = len(classes) if parents is None else int(parents.max()) + 1
     allowed = np.arange(count) if only is None else np.asarray(only)
-    column = np.full(count, -1)  # label -> its place among the allowed classes
+    column = np.full(count, -1)  # label -> its index among the allowed classes
     column[allowed] = np.arange(len(allowed))
     if len(right) and not (right.min() >= -1 and right.max() < count):
         raise ValueError(f"labels are between {right.min()} and {right.max()}, the classes are {count}")
-    places = np.where(right >= 0, column[right], -1)
-    if not (places >= 0).any(axis=1).all():
-        raise ValueError(f"{int((places < 0).all(axis=1).sum())} images have no label among the classes")
+    columns = np.where(right >= 0, column[right], -1)
+    if not (columns >= 0).any(axis=1).all():
+        raise ValueError(f"{int((columns < 0).all(axis=1).sum())} images have no label among the classes")
     found = []
     for rows, nearness in _blocks(images, classes, parents):
-        nearness, own_places = nearness if only is None else nearness[:, allowed], places[rows]
+        nearness, right_columns = nearness if only is None else nearness[:, allowed], columns[rows]
         predicted = allowed[nearness.argmax(axis=1)]
-        best = np.where(own_places >= 0, np.take_along_axis(nearness, own_places, 1), -np.inf).max(
+        best = np.where(right_columns >= 0, np.take_along_axis(nearness, right_columns, 1), -np.inf).max(
             axis=1, keepdims=True
         )
         above = np.count_nonzero(nearness > best + TIE, axis=1)
         reached = np.count_nonzero(nearness >= best - TIE, axis=1)
-        own = _count_right(nearness, own_places, best)
-        found.append((predicted, above, reached - above - own, own))
+        tied_right = _count_right(nearness, right_columns, best)
+        found.append((predicted, above, reached - above - tied_right, tied_right))
     return Judged(*map(np.concatenate, zip(*found, strict=True)), len(allowed))
 
 
@@ -151,11 +151,11 @@ def accuracy(
     return {f"zero_shot_{name}": found[name] for name in names}
 
 
-def _count_right(nearness: np.ndarray, places: np.ndarray, best: np.ndarray) -> Int[np.ndarray, " block"]:
+def _count_right(nearness: np.ndarray, columns: np.ndarray, best: np.ndarray) -> Int[np.ndarray, " block"]:
     """The number of different right classes that are as near as the best of them; none of them is nearer."""
-    places = np.sort(places, axis=1)
-    new = (places >= 0) & np.append(np.ones((len(places), 1), bool), np.diff(places, axis=1) > 0, axis=1)
-    return np.count_nonzero(new & (np.take_along_axis(nearness, places, 1) >= best - TIE), axis=1)
+    columns = np.sort(columns, axis=1)
+    new = (columns >= 0) & np.append(np.ones((len(columns), 1), bool), np.diff(columns, axis=1) > 0, axis=1)
+    return np.count_nonzero(new & (np.take_along_axis(nearness, columns, 1) >= best - TIE), axis=1)
 
 
 def _blocks(images, classes, parents) -> Iterator[tuple[slice, Float[np.ndarray, "block classes"]]]:

@@ -21,7 +21,7 @@ def find(folder: Path, kind: str) -> list[Path]:
     A ``sentencepiece.model`` is clip_jax's own, beside its conversion for other libraries.
     """
     names = dict.fromkeys((*files.FILES["sentencepiece"], *files.FILES.get(kind, ()), files.JSON))
-    return [place / name for place in (folder, folder / "tokenizer") for name in names if (place / name).is_file()]
+    return [parent / name for parent in (folder, folder / "tokenizer") for name in names if (parent / name).is_file()]
 
 
 def open_tokenizer(where: Path, kind: str, tower: TextTower, clean: str = "none") -> Tokenizer | None:

@@ -119,8 +119,8 @@ def _forward(
         return mesh_grid.psum_grid(jnp.sum(losses[0] + losses[1])), tuple(lse)
 
     in_specs, out_specs = (BATCH, BATCH, REPLICATED), (REPLICATED, BATCH)
-    total, lse = jax.shard_map(device, mesh=grid, in_specs=in_specs, out_specs=out_specs)(image, text, scale)
-    return total / (2 * len(image.student)), (image, text, scale, *lse)
+    loss, lse = jax.shard_map(device, mesh=grid, in_specs=in_specs, out_specs=out_specs)(image, text, scale)
+    return loss / (2 * len(image.student)), (image, text, scale, *lse)
 
 
 class RowGradients(NamedTuple):

@@ -153,13 +153,13 @@ def _forward(
 
         def step(images: Side, texts: Side, rows: Sums, columns: Sums) -> tuple[Sums, Sums]:
             logits = mesh_grid.masked_logits(images.embeddings, texts.embeddings, scale)
-            of_rows = of_columns = None
+            row_target = column_target = None
             if has_targets:
                 same = mesh_grid.same_group(images.embeddings, texts.embeddings)
-                of_rows = targets.of_block(logits, images.positives[:, None], same, 1)
-                of_columns = targets.of_block(logits, texts.positives[None, :], same, 0)
-            rows = _merge(rows, Sums(of_block(logits, 1), of_rows))
-            return rows, _merge(columns, Sums(of_block(logits, 0), of_columns))
+                row_target = targets.of_block(logits, images.positives[:, None], same, 1)
+                column_target = targets.of_block(logits, texts.positives[None, :], same, 0)
+            rows = _merge(rows, Sums(of_block(logits, 1), row_target))
+            return rows, _merge(columns, Sums(of_block(logits, 0), column_target))
 
         empty = Sums(EMPTY, targets.EMPTY if has_targets else None)
 
@@ -173,11 +173,11 @@ def _forward(
         row_lse, column_lse = log_sum_exp(rows.softmax), log_sum_exp(columns.softmax)
         # Softplus is 0 for padding, which has no negatives: its log-sum-exp is -inf.
         loss = jnp.sum(jax.nn.softplus(row_lse - positives) + jax.nn.softplus(column_lse - positives))
-        of_rows = of_columns = None
+        row_target = column_target = None
         valid = images.embeddings.valid
         if has_targets:
-            of_rows, of_columns = (targets.targets(side.target, smoothing) for side in (rows, columns))
-            loss -= jnp.sum(targets.expected(rows.target, of_rows) + targets.expected(columns.target, of_columns))
+            row_target, column_target = (targets.targets(side.target, smoothing) for side in (rows, columns))
+            loss -= jnp.sum(targets.expected(rows.target, row_target) + targets.expected(columns.target, column_target))
             correct = sum(
                 mesh_grid.count_correct(jnp.maximum(positives, side.target.positive), side.target.negative, valid)
                 for side in (rows, columns)
@@ -186,7 +186,7 @@ def _forward(
             correct = sum(mesh_grid.count_correct(positives, side.softmax.max, valid) for side in (rows, columns))
         count = mesh_grid.pair_count(images.embeddings)
         loss, accuracy = (x / (2 * count) for x in mesh_grid.psum_grid((loss, correct)))
-        return (loss, accuracy), (row_lse, column_lse, of_rows, of_columns)
+        return (loss, accuracy), (row_lse, column_lse, row_target, column_target)
 
     in_specs, out_specs = (BATCH, BATCH, REPLICATED), ((REPLICATED, REPLICATED), BATCH)
     out, residuals = jax.shard_map(device, mesh=grid, in_specs=in_specs, out_specs=out_specs)(image, texts, scale)

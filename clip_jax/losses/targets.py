@@ -44,12 +44,12 @@ EMPTY = Sums(*(np.float32(0),) * 4, *(np.float32(-np.inf),) * 2)
 
 
 def of_block(
-    logits: Float[Array, "images texts"], own: Float[Array, "..."], same: Bool[Array, "images texts"], axis: int
+    logits: Float[Array, "images texts"], paired: Float[Array, "..."], same: Bool[Array, "images texts"], axis: int
 ) -> Sums:
-    """The sums of a block along an axis; ``own`` are the logits of the pairs, and excluded logits are -inf."""
+    """The sums of a block along an axis; ``paired`` are the logits of the pairs, and excluded logits are -inf."""
     included = jnp.isfinite(logits)
     positive = included & same
-    distance = jnp.where(included, logits - own, 0)
+    distance = jnp.where(included, logits - paired, 0)
     return Sums(
         count=jnp.sum(included, axis, dtype=jnp.float32),
         distance=jnp.sum(distance, axis),

@@ -81,30 +81,30 @@ def _forward(mesh, heads, hidden, targets, weights, needed):
 
     def compute(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
         logits = _logits(kernels, heads[1], hidden)
-        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        total = jax.nn.logsumexp(logits, axis=-1)
-        right = own >= jnp.max(logits, axis=-1)
-        return jnp.sum(weights * (total - own), axis=1), jnp.sum(weights * right, axis=1), total
+        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        right = target >= jnp.max(logits, axis=-1)
+        return jnp.sum(weights * (lse - target), axis=1), jnp.sum(weights * right, axis=1), lse
 
     def step(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         number, *arrays = chunk
-        loss, right, total = jax.lax.cond(number * size < needed, compute, lambda *_: nothing, *arrays)
-        return (sums[0] + loss, sums[1] + right), total
+        loss, right, lse = jax.lax.cond(number * size < needed, compute, lambda *_: nothing, *arrays)
+        return (sums[0] + loss, sums[1] + right), lse
 
     zeros = split_rows(jnp.zeros(hidden.shape[1:3], jnp.float32), mesh)
     nothing = (zeros[:, 0], zeros[:, 0], zeros)
     numbers = jnp.arange(len(hidden))
-    sums, totals = jax.lax.scan(step, nothing[:2], (numbers, hidden, targets, weights))
-    return sums, (heads, hidden, targets, weights, needed, totals)
+    sums, lses = jax.lax.scan(step, nothing[:2], (numbers, hidden, targets, weights))
+    return sums, (heads, hidden, targets, weights, needed, lses)
 
 
 def _backward(mesh, saved, gradients):
-    heads, hidden, targets, weights, needed, totals = saved
+    heads, hidden, targets, weights, needed, lses = saved
     kernels, size = heads[0].astype(hidden.dtype), hidden.shape[2]
     vocabulary = jnp.arange(heads[0].shape[2])
 
-    def compute(sums, hidden: Array, targets: Array, weights: Array, total: Array):
-        probabilities = jnp.exp(_logits(kernels, heads[1], hidden) - total[..., None])
+    def compute(sums, hidden: Array, targets: Array, weights: Array, lse: Array):
+        probabilities = jnp.exp(_logits(kernels, heads[1], hidden) - lse[..., None])
         share = weights * gradients[0][:, None]
         d_logits = (probabilities - (vocabulary == targets[..., None])) * share[..., None]
         d_bias = None if heads[1] is None else jnp.sum(d_logits, axis=1, keepdims=True)
@@ -121,7 +121,7 @@ def _backward(mesh, saved, gradients):
 
     nothing = jax.tree.map(lambda x: copy_for_each_part(jnp.zeros(x.shape[1:], jnp.float32), mesh), heads)
     numbers = jnp.arange(len(hidden))
-    sums, d_hidden = jax.lax.scan(step, nothing, (numbers, hidden, targets, weights, totals))
+    sums, d_hidden = jax.lax.scan(step, nothing, (numbers, hidden, targets, weights, lses))
     return jax.tree.map(lambda x, like: x.astype(like.dtype), sums, heads), d_hidden, None, None, None
 
 

@@ -199,7 +199,7 @@ class _Head(NamedTuple):
     """Its own lanes in them; None: all."""
     rows: slice
     """The tiles of rows that it touches, when a group is transposed."""
-    own: slice
+    inner_rows: slice
     """Its own rows in them."""
 
 
@@ -209,9 +209,9 @@ def _forward(shape: _Shape, inputs, visible, outputs) -> None:
     for rows in _tiles(query):
         mixed = []
         for head in _heads(shape, query.shape[1]):
-            weights, total = _softmax(shape, key[:, head.columns], _only(query[rows], head), visible, rows)
+            weights, denominator = _softmax(shape, key[:, head.columns], _only(query[rows], head), visible, rows)
             product = _dot(transposed[head.rows], _extended(weights, key).astype(key.dtype), 1, 0)
-            mixed.append(product[head.own] / total)
+            mixed.append(product[head.inner_rows] / denominator)
         outputs[0][rows] = jnp.concatenate(mixed).astype(outputs[0].dtype).T
 
 
@@ -224,14 +224,14 @@ def _backward(shape: _Shape, inputs, visible, outputs) -> None:
         d_query = []
         for head in _heads(shape, query.shape[1]):
             one, d_mixed = _only(query[rows], head), _only(gradient[rows], head)
-            weights, total = _softmax(shape, key[:, head.columns], one, visible, rows)
-            weights = weights * (1 / total)
+            weights, denominator = _softmax(shape, key[:, head.columns], one, visible, rows)
+            weights = weights * (1 / denominator)
             d_weights = weights * _dot(value[used, head.columns], d_mixed, 1, 1)
             d_scores = d_weights - weights * jnp.sum(d_weights, axis=0, keepdims=True)
             _add(d_value, head, _dot(weights.astype(value.dtype), d_mixed, 1, 0))
             _add(d_key, head, _dot(d_scores.astype(key.dtype), one, 1, 0))
             product = _dot(transposed[head.rows], _extended(d_scores, key).astype(key.dtype), 1, 0)
-            d_query.append(product[head.own])
+            d_query.append(product[head.inner_rows])
         outputs[0][rows] = (jnp.concatenate(d_query) * shape.scale).astype(outputs[0].dtype).T
     outputs[1][used] = (jnp.concatenate(d_key, axis=1) * shape.scale).astype(outputs[1].dtype)
     outputs[2][used] = jnp.concatenate(d_value, axis=1).astype(outputs[2].dtype)
@@ -262,8 +262,8 @@ def _softmax(shape: _Shape, key, query, visible, rows: slice) -> tuple[Array, Ar
     if visible is None:  # every query sees a key
         return weights, jnp.sum(weights, axis=0, keepdims=True)
     weights = _replaced(jnp.where(seen, weights, 0.0), shape.keys, 0.0)
-    total = jnp.sum(weights, axis=0, keepdims=True)
-    return weights, jnp.where(total > 0, total, 1.0)
+    denominator = jnp.sum(weights, axis=0, keepdims=True)
+    return weights, jnp.where(denominator > 0, denominator, 1.0)
 
 
 def _tiles(query: Array) -> list[slice]:

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
     """(text tower's tokens, image tokens, ids, parallel) -> (hidden states [batch, predicted, width], head, its bias).
 
     coca: state i sees the tokens up to i, and predicts token i + 1. cappa: state i sees the ids before i, and predicts
-    id i; in ``parallel`` rows all states see a mask in place of every id. ``place``: with ``compute.cache``, the number
+    id i; in ``parallel`` rows all states see a mask in place of every id. ``index``: with ``compute.cache``, the number
     of the one token that is given; its predecessors are in the cache.
     """
 
@@ -116,17 +116,17 @@ class Decoder(nn.Module):
         memory: Float[Array, "batch keys memory_width"],
         text: Int[Array, "batch length"],
         parallel: Bool[Array, "batch"] | None = None,
-        place: Int[Array, ""] | None = None,
+        index: Int[Array, ""] | None = None,
         seen: Bool[Array, "batch 1 keys"] | None = None,
     ) -> tuple[Float[Array, "batch predicted width"], Float[Array, "width vocab"], Float[Array, "vocab"] | None]:
         shape, compute, dtype = self.shape, self.compute, self.compute.dtype
         mask = seen
         if shape.form == "coca":
             inits = text_block_init(shape.width, shape.mlp_width, shape.layers)
-            x = tokens if place is not None else tokens[:, : shape.length]
+            x = tokens if index is not None else tokens[:, : shape.length]
         else:
             inits = cappa_init()
-            x = self._embed(text, parallel, place)
+            x = self._embed(text, parallel, index)
             if parallel is not None:
                 length = x.shape[1]
                 mask = jnp.tril(jnp.ones((length, length), bool)) | parallel[:, None, None]
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
         return hidden, head, self.param("projection_bias", bias_init, (shape.vocab_size,))
 
     def _embed(
-        self, text: Int[Array, "batch length"], parallel: Bool[Array, "batch"] | None, place: Int[Array, ""] | None
+        self, text: Int[Array, "batch length"], parallel: Bool[Array, "batch"] | None, index: Int[Array, ""] | None
     ) -> Float[Array, "batch length width"]:
         """The ids before each of ``text``, the first of which has id 0 before it, and learned positions."""
         shape, mesh, width = self.shape, self.compute.mesh, self.shape.width
@@ -166,9 +166,9 @@ class Decoder(nn.Module):
         if shape.parallel:
             mask_init = nn.with_logical_partitioning(normal(1.0), ("embed",))
             masked = self.param("mask_embedding", mask_init, (width,))
-        if place is not None:  # ``text`` is the id before it
+        if index is not None:  # ``text`` is the id before it
             return jnp.take(gather_features(table, mesh), text, axis=0) + jax.lax.dynamic_slice_in_dim(
-                positions, place, 1
+                positions, index, 1
             )
         before = jnp.pad(text[:, :-1], ((0, 0), (1, 0)))
         x = split_rows(jnp.take(gather_features(table, mesh), before, axis=0), mesh)

@@ -33,7 +33,7 @@ class Decoding(NamedTuple):
 
 
 class State(NamedTuple):
-    place: Int[Array, ""]
+    position: Int[Array, ""]
     """Tokens so far."""
     written: Int[Array, "rows tokens+1"]
     """The token before the first, then those of the caption."""
@@ -65,25 +65,25 @@ def generate(
     caching = replace(model, compute=model.compute._replace(cache=tokens, attend=xla, remat="none"))
 
     def advance(state: State) -> State:
-        logits, cache = next_logits(caching, params, memory, state.written, state.place, state.cache)
+        logits, cache = next_logits(caching, params, memory, state.written, state.position, state.cache)
         logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf)
-        too_early = state.place < decoding.min_tokens
+        too_early = state.position < decoding.min_tokens
         logits = logits.at[:, end_id].set(jnp.where(too_early, -jnp.inf, logits[:, end_id]))
         state = state._replace(cache=cache)
         if decoding.method == "beam":
             state, chosen = _beam(state, logits, decoding)
         else:
-            chosen = _one(logits, decoding, jax.random.fold_in(key, state.place))
+            chosen = _one(logits, decoding, jax.random.fold_in(key, state.position))
         chosen = jnp.where(state.done, 0, chosen)
-        place = state.place + 1
+        position = state.position + 1
         return state._replace(
-            place=place,
-            written=jax.lax.dynamic_update_slice_in_dim(state.written, chosen[:, None], place, axis=1),
+            position=position,
+            written=jax.lax.dynamic_update_slice_in_dim(state.written, chosen[:, None], position, axis=1),
             done=state.done | (chosen == end_id),
         )
 
     first = State(
-        place=jnp.zeros((), jnp.int32),
+        position=jnp.zeros((), jnp.int32),
         written=jnp.zeros((rows, tokens + 1), jnp.int32).at[:, 0].set(start_id),
         done=jnp.zeros(rows, bool),
         # One beam at the start: equal ones would stay equal.
@@ -91,7 +91,7 @@ def generate(
         length=jnp.zeros(rows, jnp.int32),
         cache=None,
     )
-    last = jax.lax.while_loop(lambda state: (state.place < tokens) & ~jnp.all(state.done), advance, advance(first))
+    last = jax.lax.while_loop(lambda state: (state.position < tokens) & ~jnp.all(state.done), advance, advance(first))
     return last.written[::beams]  # beams are sorted
 
 
@@ -111,12 +111,12 @@ def complete(
     memory = model.memory(params["image"], patches)
     caching = replace(model, compute=model.compute._replace(cache=length, attend=xla, remat="none"))
 
-    def advance(place: Int[Array, ""], state: tuple[Array, Any]) -> tuple[Array, Any]:
+    def advance(position: Int[Array, ""], state: tuple[Array, Any]) -> tuple[Array, Any]:
         written, cache = state
-        logits, cache = next_logits(caching, params, memory, written, place, cache)
+        logits, cache = next_logits(caching, params, memory, written, position, cache)
         best = jnp.argmax(jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf), axis=1)
-        chosen = jnp.where(place < count, jnp.take(given, place, axis=1), best.astype(jnp.int32))
-        return jax.lax.dynamic_update_slice_in_dim(written, chosen[:, None], place + 1, axis=1), cache
+        chosen = jnp.where(position < count, jnp.take(given, position, axis=1), best.astype(jnp.int32))
+        return jax.lax.dynamic_update_slice_in_dim(written, chosen[:, None], position + 1, axis=1), cache
 
     state = advance(jnp.zeros((), jnp.int32), (jnp.zeros((rows, length + 1), jnp.int32), None))
     return jax.lax.fori_loop(1, length, advance, state)[0][:, 1:]
@@ -127,23 +127,23 @@ def next_logits(
     params: Params,
     memory: Float[Array, "rows keys width"],
     written: Int[Array, "rows tokens+1"],
-    place: Int[Array, ""],
+    position: Int[Array, ""],
     cache: Any,
 ) -> tuple[Float[Array, "rows vocab"], Any]:
-    """The logits of the token after ``written[:, place]``, and the cache with this one; None is an empty cache."""
+    """The logits of the token after ``written[:, position]``, and the cache with this one; None is an empty cache."""
     text, decoder = model.architecture.text, model.architecture.decoder
     cache = cache or {"text": {}, "decoder": {}}
-    token, tokens = jax.lax.dynamic_slice_in_dim(written, place, 1, axis=1), None
+    token, tokens = jax.lax.dynamic_slice_in_dim(written, position, 1, axis=1), None
     if decoder.form == "coca":
         seen = None
         if text.pooling == "class":
             seen = class_mask(written, text.shifted_mask)[:, None, : model.compute.cache]
         (_, tokens), found = model.text_tower.apply(
-            {"params": params["text"], **cache["text"]}, token, place, seen, mutable=["cache"]
+            {"params": params["text"], **cache["text"]}, token, position, seen, mutable=["cache"]
         )
         cache = cache | {"text": found}
     (hidden, head, bias), found = decoder.module(model.compute).apply(
-        {"params": params["decoder"], **cache["decoder"]}, tokens, memory, token, None, place, mutable=["cache"]
+        {"params": params["decoder"], **cache["decoder"]}, tokens, memory, token, None, position, mutable=["cache"]
     )
     logits = jnp.dot(hidden[:, 0], head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return logits if bias is None else logits + bias, cache | {"decoder": found}
@@ -173,7 +173,7 @@ def _beam(state: State, logits: Float[Array, "rows vocab"], decoding: Decoding) 
     chosen = (best % vocabulary).reshape(-1).astype(jnp.int32)
 
     def reorder(path: Any, leaf: Array) -> Array:
-        # The memory is the image's, whatever the beam; ``place`` counts tokens.
+        # The memory is the image's, whatever the beam; ``position`` counts tokens.
         return leaf[:, rows] if path[-1].key in ("key", "value") else leaf
 
     return state._replace(

@@ -64,7 +64,7 @@ class TextTransformer(nn.Module):
     """int32[B, L] -> (embeddings float32[B, embed_dim], not normalized; tokens after the last block [B, L, width]).
 
     A causal tower that is pooled at its end token accepts texts shorter than its context; one that is pooled at the
-    last position does not. ``place``: with ``compute.cache``, the number of the one token that is given; its
+    last position does not. ``index``: with ``compute.cache``, the number of the one token that is given; its
     predecessors are in the cache, of which it sees those in ``seen``. Then there are no embeddings.
     """
 
@@ -76,7 +76,7 @@ class TextTransformer(nn.Module):
     def __call__(
         self,
         text: Int[Array, "batch length"],
-        place: Int[Array, ""] | None = None,
+        index: Int[Array, ""] | None = None,
         seen: Bool[Array, "batch 1 keys"] | None = None,
     ) -> tuple[Array | None, Array]:
         tower, width = self.tower, self.tower.width
@@ -93,8 +93,8 @@ class TextTransformer(nn.Module):
         tokens = split_rows(jnp.take(gather_features(embedding, mesh), text, axis=0), mesh).astype(dtype)
         inits = text_block_init(width, tower.mlp_width, tower.layers)
         stack = Stack(tower.layers, tower.block, inits, self.compute, name="transformer")
-        if place is not None:
-            position = jax.lax.dynamic_slice_in_dim(positions, place, 1)
+        if index is not None:
+            position = jax.lax.dynamic_slice_in_dim(positions, index, 1)
             return None, stack(tokens + position.astype(dtype), None, seen)
         if tower.pooling == "class":
             last = jnp.broadcast_to(class_embedding.astype(dtype), (len(text), 1, width))

@@ -215,16 +215,16 @@ class Attention(nn.Module):
     def _cached(
         self, key: Float[Array, "batch 1 heads dim"], value: Float[Array, "batch 1 heads dim"]
     ) -> tuple[Array, Array, Mask]:
-        """Keys and values of all tokens so far, and which places of the cache are filled."""
+        """Keys and values of all tokens so far, and which slots of the cache are filled."""
         (batch, _, *rest), length = key.shape, self.compute.cache
         keys, values = (
             self.variable("cache", name, jnp.zeros, (batch, length, *rest), key.dtype) for name in ("key", "value")
         )
-        place = self.variable("cache", "place", jnp.zeros, (), jnp.int32)
-        keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, key, place.value, axis=1)
-        values.value = jax.lax.dynamic_update_slice_in_dim(values.value, value, place.value, axis=1)
-        filled = jnp.arange(length) <= place.value
-        place.value = place.value + 1
+        index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
+        keys.value = jax.lax.dynamic_update_slice_in_dim(keys.value, key, index.value, axis=1)
+        values.value = jax.lax.dynamic_update_slice_in_dim(values.value, value, index.value, axis=1)
+        filled = jnp.arange(length) <= index.value
+        index.value = index.value + 1
         return keys.value, values.value, filled[None, None]
 
 

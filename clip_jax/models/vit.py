@@ -330,8 +330,8 @@ def rotary_angles(rows: int, columns: int, head_dim: int, reference: int, class_
     bands = ROTARY_BASE ** -(np.arange(head_dim // 4, dtype=np.float32) / (head_dim // 4))
     down = np.arange(rows, dtype=np.float32) / rows * reference
     across = np.arange(columns, dtype=np.float32) / columns * reference
-    places = np.stack(np.meshgrid(down, across, indexing="ij"), axis=-1).reshape(-1, 2, 1)
-    angles = np.repeat((places * bands).reshape(rows * columns, -1), 2, axis=-1)
+    coordinates = np.stack(np.meshgrid(down, across, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    angles = np.repeat((coordinates * bands).reshape(rows * columns, -1), 2, axis=-1)
     if class_token:
         angles = np.concatenate([np.zeros((1, head_dim), np.float32), angles])
     return Rotary(jnp.asarray(np.sin(angles), jnp.float32)[None], jnp.asarray(np.cos(angles), jnp.float32)[None])

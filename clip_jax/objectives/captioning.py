@@ -97,13 +97,13 @@ def caption_mask(text: Int[Array, "batch length"], tower: TextTower) -> Bool[Arr
     Padding cannot be recognized by its id: CLIP's is 0, which is also the token of "!". For towers that pool a fixed
     position, captions are padded with a repeated token, whose first occurrence counts as the end token.
     """
-    places = jnp.arange(text.shape[1])
+    positions = jnp.arange(text.shape[1])
     if tower.pooling in ("argmax", "class", "eos"):
         end = jnp.argmax(text == tower.eos_id if tower.pooling == "eos" else text, axis=1)
     else:
         differs = text != text[:, -1:]
-        end = jnp.max(jnp.where(differs, places + 1, 0), axis=1)
-    return places <= end[:, None]
+        end = jnp.max(jnp.where(differs, positions + 1, 0), axis=1)
+    return positions <= end[:, None]
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,6 +134,7 @@ def _saved(model: CLIP, pairs: int) -> int:
 
 SPEC = ObjectiveSpec(
     make=make,
+    kind="vocabulary loss",
     adapt=adapt,
     defaults={
         "layers": 0,  # layers of the decoder; 0: as many as the text tower (LocCa: half)

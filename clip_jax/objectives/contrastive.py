@@ -125,8 +125,8 @@ def groups_of(tokens: Int[Array, "*texts length"]) -> Int32[Array, "*texts 2"]:
 
     Two of 32,768 different captions share both words with a probability of 3e-11.
     """
-    places = jnp.arange(tokens.shape[-1], dtype=jnp.uint32)[None, :] * jnp.uint32(0x9E3779B1)
-    salts = places + jnp.asarray([[0x85EBCA6B], [0xC2B2AE35]], jnp.uint32)
+    positions = jnp.arange(tokens.shape[-1], dtype=jnp.uint32)[None, :] * jnp.uint32(0x9E3779B1)
+    salts = positions + jnp.asarray([[0x85EBCA6B], [0xC2B2AE35]], jnp.uint32)
     x = tokens.astype(jnp.uint32)[..., None, :] * jnp.uint32(0x27D4EB2F) ^ salts
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # murmur3's finalizer
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
@@ -220,6 +220,10 @@ def _negatives_bytes(model: CLIP, pairs: int, negatives: int) -> int:
 SPEC = ObjectiveSpec(
     make=make,
     weight=1.0,
+    compares=True,
+    needs_images=False,
+    needs_full_texts=False,
+    kind="contrastive loss",
     defaults={
         "loss": "softmax",  # CLIP's; or sigmoid, SigLIP's, which gives the model a bias
         "max_logit_scale": 100.0,  # softmax: clamp of exp(logit_scale) after each update (Radford et al. 2021); 0: none

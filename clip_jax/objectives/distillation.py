@@ -38,7 +38,7 @@ from clip_jax.presets import Preprocess, Preset, preset
 NAME = "distillation"
 SIDES = ("image", "text")
 Taught = list[tuple[Float[Array, "batch dim"], Float[Array, "batch dim"]]]
-"""Of each teacher, the images' embeddings times its scale, and the texts' embeddings."""
+"""For each teacher, the image embeddings times its scale, and the text embeddings."""
 
 
 def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tokenizer | None) -> Objective:
@@ -123,8 +123,8 @@ def _objective(
         found = {}
         for number in projected:
             for side in SIDES:
-                key, own = jax.random.split(key)
-                kernel = dim**-0.5 * jax.random.normal(own, (dim, widths[number]), jnp.float32)
+                key, subkey = jax.random.split(key)
+                kernel = dim**-0.5 * jax.random.normal(subkey, (dim, widths[number]), jnp.float32)
                 found[f"{side}_{number}"] = {"projection": nn.LogicallyPartitioned(kernel, (None, None))}
         return found
 
@@ -214,6 +214,8 @@ def _cost(width: int, student: CLIP, batch_size: int, mesh: MeshLike, slices: in
 
 SPEC = ObjectiveSpec(
     make=make,
+    compares=True,
+    kind="distillation loss",
     defaults={
         "teacher": "",  # the name of its model: ViT-L/14; of several, separated by commas
         "teacher_weights": "",  # a run folder, foreign weights or hf://org/name, as model.init_from

@@ -94,7 +94,7 @@ class Objective(NamedTuple):
     teachers: tuple[tuple[str, str], ...] = ()
     """(name, weights) of models whose parameters are the constants; ``training/teacher.py`` loads them."""
     constants_fingerprint: str = ""
-    """Identifies the constants, or what stands for them; recorded in ``run.json``."""
+    """Identifies stored embeddings, which take the place of constants; recorded in ``run.json``."""
     source_fingerprint: str = ""
     """That of the only training data that its views know."""
 
@@ -115,6 +115,14 @@ class ObjectiveSpec(NamedTuple):
     ranges: Mapping[str, tuple[float, float]] = {}
     adapt: Callable[[Settings, Architecture], Architecture] = lambda settings, architecture: architecture
     """Changes to the architecture that the objective needs: a bias, other initial values."""
+    compares: bool = False
+    """Contrasts the pairs of a batch, which must then have at least two."""
+    needs_images: bool = True
+    """Not trainable on stored embeddings of images."""
+    needs_full_texts: bool = True
+    """Not trainable on texts that are cut to a shorter length."""
+    kind: str = ""
+    """The kind of work under which a plan's profile counts its loss; empty: each operation by what it is."""
 
 
 def row_weights(count: int) -> Float[Array, "batch"]:

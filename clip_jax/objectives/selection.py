@@ -94,7 +94,7 @@ def select(
             "choose one that does"
         )
     models = (learner, reference)
-    whole = replicated(mesh)
+    everywhere = replicated(mesh)
 
     def negatives(of: Scored, rows: Array, columns: Array) -> Array:
         """The sum over the columns of each row's loss with them as negatives."""
@@ -110,9 +110,9 @@ def select(
         gains, taken = carry
         noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, chunk)))(keys)
         chosen = jax.lax.top_k(jnp.where(taken, -jnp.inf, gains + noise), size)[1]
-        chosen = jax.lax.with_sharding_constraint(chosen, whole)
+        chosen = jax.lax.with_sharding_constraint(chosen, everywhere)
         for of, sign in zip(models, (1.0, -1.0), strict=True):
-            image, text = (jax.lax.with_sharding_constraint(x[chosen], whole) for x in of[:2])
+            image, text = (jax.lax.with_sharding_constraint(x[chosen], everywhere) for x in of[:2])
             gains = gains + sign * (negatives(of, of[0], text) + negatives(of, of[1], image))  # S_ij + S_ji
         return (split_rows(gains, mesh), split_rows(taken.at[chosen].set(True), mesh)), chosen
 

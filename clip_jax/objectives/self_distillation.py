@@ -65,8 +65,8 @@ def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tok
         return distill(model, settings, rows.params, rows.ema[NAME], rows.aux, batch, masked)
 
     def update(aux: dict[str, Array], sums: Sums, embeddings: object) -> dict[str, Array]:
-        kept = settings["center_momentum"]
-        return {term: kept * center + (1 - kept) * sums[f"{term}_center"] for term, center in aux.items()}
+        momentum = settings["center_momentum"]
+        return {term: momentum * center + (1 - momentum) * sums[f"{term}_center"] for term, center in aux.items()}
 
     def cost(*, batch_size: int, micro_batches: int, mesh: MeshLike, slices: int) -> Cost:
         return _cost(settings, model, batch_size, micro_batches, mesh)
@@ -183,7 +183,7 @@ def distill(
     masked: Int[Array, "batch masked"] | None,
 ) -> tuple[Float[Array, ""], Sums]:
     """The weighted sum of the terms over ``batch``'s normalized crops, and what ``update`` and the metrics need."""
-    own, image = params["objectives"][NAME], batch[f"{NAME}/global"]
+    own_params, image = params["objectives"][NAME], batch[f"{NAME}/global"]
     teacher = ema if settings["teacher"] == "model" else {"image": params["image"]} | ema
     embedding, patches = jax.lax.stop_gradient(model.image_features(teacher, image))
     total, sums = jnp.zeros(()), {}
@@ -194,12 +194,12 @@ def distill(
             seen, taught = seen.reshape(len(crops), 1, crops.shape[1], -1), embedding[:, None]
         else:
             hidden = None if masked is None else jnp.any(masked[..., None] == jnp.arange(patches.shape[1]), axis=1)
-            seen, taught = model.image_features(params, image, hidden, own.get("mask_embedding"))[1], patches
+            seen, taught = model.image_features(params, image, hidden, own_params.get("mask_embedding"))[1], patches
             if settings["targets"] == "masked":
                 seen, taught = (jnp.take_along_axis(x, masked[..., None], axis=1) for x in (seen, taught))
             seen = seen[:, :, None]
         head = PrototypeHead(head_shape(term, settings, model), model.compute)
-        seen, ours = head.apply({"params": own[f"{term}_head"]}, seen)
+        seen, ours = head.apply({"params": own_params[f"{term}_head"]}, seen)
         taught, theirs = jax.lax.stop_gradient(head.apply({"params": ema["objectives"][NAME][f"{term}_head"]}, taught))
         found = prototypes.cross_entropy(
             seen,
@@ -263,8 +263,8 @@ def _tower_bytes(model: CLIP) -> int:
 def _saved(model: CLIP, settings: tuple[tuple[str, object], ...], pairs: int) -> int:
     settings = dict(settings)
     params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0)))
-    own = nn.meta.unbox(jax.eval_shape(lambda key: init_params(model, settings, key), jax.random.key(0)))
-    params = {"image": params["image"], "objectives": {NAME: own}}
+    shapes = nn.meta.unbox(jax.eval_shape(lambda key: init_params(model, settings, key), jax.random.key(0)))
+    params = {"image": params["image"], "objectives": {NAME: shapes}}
     centers = {term: jnp.zeros(settings["prototypes"]) for term in terms(settings)}
 
     def run(params: Params, rows: int) -> Array:

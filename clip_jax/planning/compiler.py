@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -81,14 +82,19 @@ def evaluation_bytes(config: ConfigDict, learner: Learner) -> int | None:
     shards = batch_shards(learner.mesh)
     size = -(-max(sizes) // shards) * shards
     encoders = make_encoders(learner.model, learner.preprocess, learner.mesh)
-    state, batch = learner.abstract_state(), learner.batch_spec(size)
-    weights = Variables(state.evaluated, state.batch_stats)
-    valid = jax.ShapeDtypeStruct((size,), bool, sharding=batch_sharding(learner.mesh))
+    state, architecture = learner.abstract_state(), learner.model.architecture
+    weights = Variables(state.evaluation_params, state.batch_stats)
+    # Not the training batch, which may have more rows (selection) or stored embeddings instead of images.
+    pixels, tokens, valid = (
+        jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(learner.mesh))
+        for shape, dtype in (
+            ((architecture.image.image_size,) * 2 + (3,), np.uint8),
+            ((architecture.text.context_length,), np.int32),
+            ((), bool),
+        )
+    )
     peaks = []
-    for lowered in (
-        encoders.image.lower(weights, batch["image"], valid),
-        encoders.text.lower(weights, batch["text"]),
-    ):
+    for lowered in (encoders.image.lower(weights, pixels, valid), encoders.text.lower(weights, tokens)):
         try:
             peaks.append(lowered.compile().memory_analysis().peak_memory_in_bytes)
         except jax.errors.JaxRuntimeError as error:

@@ -264,10 +264,10 @@ def unsharded_bytes(state: TrainState, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of parameters that the fsdp axis should divide and does not, because their width is no multiple of it."""
     if mesh.shape["fsdp"] == 1:
         return 0
-    whole = [
+    full_size = [
         leaf for leaf in jax.tree.leaves(state.params) if "fsdp" not in _axes(leaf.sharding.spec) and leaf.ndim > 1
     ]
-    return bytes_per_device(whole)
+    return bytes_per_device(full_size)
 
 
 def _axes(spec: PartitionSpec) -> set[str]:

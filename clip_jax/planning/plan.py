@@ -141,14 +141,14 @@ class Plan(NamedTuple):
         """Warnings about the config as given."""
         given, free = self.given, self.request.machines.chip.free_hbm_per_device
         mesh, architecture = given.learner.mesh, given.learner.model.architecture
-        whole = unsharded_bytes(given.state, mesh)
-        if whole < WORTH_A_WARNING * free:
+        unsharded = unsharded_bytes(given.state, mesh)
+        if unsharded < WORTH_A_WARNING * free:
             return []
         widths = sorted({architecture.image.width, architecture.text.width})
         best = math.gcd(*widths, mesh.shape["fsdp"])
         return [
             f"mesh.fsdp={mesh.shape['fsdp']} does not divide the widths {' and '.join(map(str, widths))}: "
-            f"{whole / 1e9:.1f} GB of parameters are replicated on every chip; mesh.fsdp={best} divides them"
+            f"{unsharded / 1e9:.1f} GB of parameters are replicated on every chip; mesh.fsdp={best} divides them"
         ]
 
 

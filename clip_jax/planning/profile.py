@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from clip_jax.objectives import OBJECTIVES
 from clip_jax.planning.program import Computations, Instruction, shape_bytes, taps
 
 PRODUCTS, KERNEL, SCORES, NORMS = "matrix products", "attention kernel", "attention scores", "norms"
@@ -22,7 +23,7 @@ _PARTS = {
     "optimizer": "optimizer",
 }
 _OBJECTIVE = re.compile(r"objective\.(\w+)")
-_LOSSES = {"contrastive": "contrastive loss", "captioning": "vocabulary loss", "distillation": "distillation loss"}
+_LOSSES = {name: spec.kind for name, spec in OBJECTIVES.items() if spec.kind}
 _MOVES = {
     "copy", "pad", "slice", "transpose", "reshape", "squeeze", "concatenate", "broadcast", "broadcast_in_dim",
     "dynamic_slice", "dynamic_update_slice",

@@ -29,7 +29,7 @@ class Row(NamedTuple):
     milliseconds: float
     bound_milliseconds: float
     share: float
-    """Of the sum of all rows that are not collectives."""
+    """The share of the sum of all rows that are not collectives."""
 
 
 def rows(plan: Plan) -> list[Row]:

@@ -265,13 +265,13 @@ def _groups(attributes: str, partitions: int) -> tuple[tuple[int, ...], ...]:
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", attributes):
         shape, along, size = [], [], 1
         parts = {name: part for name, *part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[3])}
-        for name, whole in re.findall(r"'([^']+)'=(\d+)", mesh[1]):
+        for name, length in re.findall(r"'([^']+)'=(\d+)", mesh[1]):
             before, inner = (int(n) if n else None for n in parts.get(name, (None, None)))
-            before, inner = before or 1, inner or int(whole)
+            before, inner = before or 1, inner or int(length)
             if name in parts:
                 along.append(len(shape) + 1)
                 size *= inner
-            shape += [before, inner, int(whole) // before // inner]
+            shape += [before, inner, int(length) // before // inner]
         devices = (np.arange(math.prod(shape)) if mesh[2] is None else _order(mesh[2])).reshape(shape)
         devices = np.moveaxis(devices, along, range(-len(along), 0)).reshape(-1, size)
         return tuple(map(tuple, devices.tolist()))

@@ -101,12 +101,12 @@ def _parameters(
     Weights and their gradients travel in the compute type, once for each micro-batch.
     """
     size, fsdp = jnp.dtype(model.compute.dtype).itemsize, mesh.shape["fsdp"]
-    divided, whole = _shards(trained)
+    divided, replicated = _shards(trained)
     data = mesh.shape["data"]
     gathered = micro_batches * (passes * _shards(params)[0] + divided) * (fsdp - 1) * size
     scattered = micro_batches * (fsdp - 1) * divided * size
     ici, dcn = 0, 0
-    for count, members in ((divided, data), (whole, data * fsdp)):
+    for count, members in ((divided, data), (replicated, data * fsdp)):
         across = crossing(2 * count * size, members, slices)
         dcn += across
         ici += 2 * (members - 1) * count * size // members - across
@@ -119,14 +119,14 @@ def _parameters(
 
 def _shards(params: Params) -> tuple[int, int]:
     """The elements on one device of the parameters that fsdp divides, and of the others."""
-    divided = whole = 0
+    divided = replicated = 0
     for leaf in jax.tree.leaves(params):
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
         if _is_divided(leaf.sharding.spec):
             divided += shard
         else:
-            whole += shard
-    return divided, whole
+            replicated += shard
+    return divided, replicated
 
 
 def _activations(model: CLIP, mesh: Mesh | AbstractMesh, pairs: int, passes: int) -> Transfer:

@@ -102,16 +102,16 @@ def _is_news(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
-AVERAGE = "average"
-"""The EMA that is stored as the model."""
+EMA = "average"
+"""The name in a state of the EMA that is stored as the model."""
 
 
 def _split(state: Any) -> dict[str, Any]:
     fields = state._asdict()
     ema = dict(fields.pop("ema"))
     model = {name: fields.pop(name) for name in ("params", "batch_stats")}
-    if AVERAGE in ema:
-        fields["trained_params"], model["params"] = model["params"], ema.pop(AVERAGE)
+    if EMA in ema:
+        fields["trained_params"], model["params"] = model["params"], ema.pop(EMA)
     aux = fields.pop("aux")
     return {"model": model, "training": fields | ({"ema": ema} if ema else {}) | ({"aux": aux} if aux else {})}
 
@@ -130,7 +130,7 @@ def _join(kind: type, found: dict[str, Any]) -> Any:
     model, fields = dict(found["model"]), dict(found["training"])
     ema, aux = dict(fields.pop("ema", {})), dict(fields.pop("aux", {}))
     if "trained_params" in fields:
-        ema[AVERAGE], model["params"] = model["params"], fields.pop("trained_params")
+        ema[EMA], model["params"] = model["params"], fields.pop("trained_params")
     return kind(**model, **fields, ema=ema, aux=aux)
 
 
@@ -159,12 +159,12 @@ def latest_step(workdir: str | Path) -> int | None:
 
 def need_step(workdir: str | Path, step: int | None = None) -> int:
     """The given step, or the newest one; raises UserError if there is no such checkpoint."""
-    kept = complete_steps(workdir)
-    if not kept:
+    steps = complete_steps(workdir)
+    if not steps:
         raise UserError(f"{workdir}: no checkpoint yet; let the run reach its first one")
-    if step is not None and step not in kept:
-        raise UserError(f"{workdir}: no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}")
-    return kept[-1] if step is None else step
+    if step is not None and step not in steps:
+        raise UserError(f"{workdir}: no checkpoint of step {step}; it keeps {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
 
 
 def load_model(workdir: str | Path, step: int, params: Any, batch_stats: Any) -> tuple[Any, Any]:

@@ -163,16 +163,16 @@ def _local(file: Path) -> Store:
             return None
 
     def create(holder: Holder) -> bool:
-        whole = file.with_name(f".{FILE}.{holder['owner']}")
-        whole.write_text(json.dumps(holder), encoding="utf-8")
+        temporary = file.with_name(f".{FILE}.{holder['owner']}")
+        temporary.write_text(json.dumps(holder), encoding="utf-8")
         try:
-            os.link(whole, file)  # fails where the file exists, and shows no half of it
+            os.link(temporary, file)  # fails where the file exists, and shows no half of it
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
-            whole.replace(file)
+            temporary.replace(file)
         finally:
-            whole.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         return True
 
     return Store(read, create, lambda holder: atomic.write_text(file, json.dumps(holder)), file.unlink)

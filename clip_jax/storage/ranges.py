@@ -61,13 +61,13 @@ def reader(where: str, expected: Stat | None = None, chunks: remote.Chunks | Non
 
 def buffered(read: Read, window: int) -> Read:
     """A reader for small, ascending pieces, used by one thread: it reads at least ``window`` bytes at a time."""
-    start, held = 0, b""
+    start, window_bytes = 0, b""
 
     def piece(offset: int, size: int) -> bytes:
-        nonlocal start, held
-        if not start <= offset <= offset + size <= start + len(held):
-            start, held = offset, read(offset, max(size, window))
-        return held[offset - start : offset - start + size]
+        nonlocal start, window_bytes
+        if not start <= offset <= offset + size <= start + len(window_bytes):
+            start, window_bytes = offset, read(offset, max(size, window))
+        return window_bytes[offset - start : offset - start + size]
 
     return piece
 

@@ -86,9 +86,9 @@ def children(folder: str) -> tuple[list[str], list[str]]:
         except FileNotFoundError:
             return []
 
-    own = folder.partition("://")[2].rstrip("/")  # web consoles create an empty object for a folder
+    prefix = folder.partition("://")[2].rstrip("/")  # web consoles create an empty object for a folder
     entries = [(entry["name"].rstrip("/"), entry["type"]) for entry in _retried(folder, find)]
-    found = [(path.rpartition("/")[2], kind) for path, kind in entries if path != own]
+    found = [(path.rpartition("/")[2], kind) for path, kind in entries if path != prefix]
     folders, files = (sorted(name for name, kind in found if kind == wanted) for wanted in ("directory", "file"))
     return folders, files
 

@@ -63,9 +63,9 @@ class Folder:
             return
         files = self._files()
         changed = [file for file, state in files.items() if self._in_bucket.get(file) != state]
-        own = changed if process == 0 else [file for file in changed if f".{process}." in file.name]
-        buckets.push(self.remote, own, self.path)
-        self._in_bucket |= {file: files[file] for file in own}
+        local = changed if process == 0 else [file for file in changed if f".{process}." in file.name]
+        buckets.push(self.remote, local, self.path)
+        self._in_bucket |= {file: files[file] for file in local}
 
     def _files(self) -> dict[Path, tuple[int, int]]:
         """All files, each with its modification time and size."""

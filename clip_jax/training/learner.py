@@ -52,7 +52,7 @@ class Learner:
     rate: Schedule
     mesh: Mesh | AbstractMesh
     micro_batches: int = 1
-    averages: Mapping[str, Ema] = field(default_factory=dict)
+    run_emas: Mapping[str, Ema] = field(default_factory=dict)
     """EMAs of the parameters, by name, besides those that objectives read."""
     frozen: tuple[str, ...] = ()
     """Patterns of paths of parameters that are not trained: no gradient, no moments, no backward pass."""
@@ -68,7 +68,7 @@ class Learner:
     @property
     def emas(self) -> dict[str, Ema]:
         """All EMAs of the state: the run's and those that objectives read."""
-        found = dict(self.averages)
+        found = dict(self.run_emas)
         for objective in self.objectives.values():
             found |= objective.emas
         return found
@@ -228,7 +228,7 @@ class Learner:
                 batch_stats=results.encoded.batch_stats,
                 opt_state=opt_state,
                 ema={
-                    name: moving_average(state.ema[name], matching(params, ema.of), ema.decay, state.step)
+                    name: update_ema(state.ema[name], matching(params, ema.of), ema.decay, state.step)
                     for name, ema in self.emas.items()
                 },
                 aux={
@@ -339,10 +339,10 @@ def _weighted_sum(total: Array | None, weight: float, term: Array) -> Array:
     return term if total is None else total + term
 
 
-def moving_average(average: Params, params: Params, decay: float, step: Array) -> Params:
-    """The EMA ``decay * average + (1 - decay) * params``, with a smaller decay in early steps.
+def update_ema(ema: Params, params: Params, decay: float, step: Array) -> Params:
+    """``decay * ema + (1 - decay) * params``, with a smaller decay in early steps.
 
     The decay is ``min(decay, (1 + step) / (10 + step))``, as in ``tf.train.ExponentialMovingAverage``.
     """
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

@@ -28,9 +28,9 @@ from clip_jax.reports.gallery import Gallery, make_gallery
 from clip_jax.storage import run_folder
 from clip_jax.storage.checkpoints import Checkpoints, checkpoint_dir, latest_step
 from clip_jax.storage.run_folder import Folder
-from clip_jax.training import console, initialize, restart, stop, stored_images, text_buckets
+from clip_jax.training import console, constants, initialize, restart, stop, stored_images, text_buckets
 from clip_jax.training.recorder import Recorder
-from clip_jax.training.run import Phase, Run, constants_of, description, make_run
+from clip_jax.training.run import Phase, Run, description, make_run
 from clip_jax.training.state import TrainState
 
 
@@ -57,7 +57,7 @@ def _run(
     simulated.use_cpus(config.mesh.cpu_devices)
     initialize_processes(*processes)
     with restart.hold(folder, config, previous):
-        parts = make_run(folder, config)
+        parts = make_run(folder, config, previous if latest_step(str(folder)) is not None else None)
         check_same_data(parts, previous)
         if previous is not None:
             restart.forget_replaced(parts, previous)
@@ -118,8 +118,7 @@ def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
         return
     restart.check_data(run, previous)
     restart.check_length(run, previous)
-    if previous.get("constants", {}) != constants_of(run):
-        raise UserError(f"{run.folder}: the weights of a teacher are not those this run began with; restore them")
+    constants.check_stored(run, previous)
     later = configs.later_settings(previous["config"], run.config)
     if later:
         print(f"{run.folder}: begun by older code, which had no {', '.join(later)}")
@@ -144,9 +143,9 @@ def train(run: Run, heartbeat: Callable[[], None], should_stop: stop.Stop) -> Ga
             for phase in run.phases_after(first_step):
                 start = max(first_step, phase.start)
                 state = initialize.enter(run, phase, state, start)
-                train_step, constants = phase.learner.step(), phase.learner.load_constants()
+                train_step, frozen = phase.learner.step(), constants.load(run, phase)
                 for step, batch in batches(run, phase, start, recorder):
-                    state, metrics = train_step(state, batch, constants)
+                    state, metrics = train_step(state, batch, frozen)
                     recorder.add(step, metrics)
                     last = step == run.steps
                     due_now = [e for e in phase.evaluations if due(step, e.every, last)]
@@ -176,7 +175,7 @@ def open_checkpoints(run: Run) -> Checkpoints:
 def try_evaluations(phase: Phase, state: TrainState) -> None:
     """Runs one batch of every evaluation, so that an unusable source is reported before training starts."""
     for evaluation in phase.evaluations:
-        protocols.try_one_batch(evaluation, Variables(state.evaluated, state.batch_stats))
+        protocols.try_one_batch(evaluation, Variables(state.evaluation_params, state.batch_stats))
 
 
 def batches(run: Run, phase: Phase, start: int, recorder: Recorder) -> Iterator[tuple[int, dict[str, jax.Array]]]:
@@ -203,7 +202,7 @@ def evaluate(
     """Logs the metrics of the evaluations; after the last step, returns pairs of one of them to show."""
     recorder.pending.settle()
     values, classifiers, gallery, started = {}, {}, None, time.perf_counter()
-    weights = Variables(state.evaluated, state.batch_stats)
+    weights = Variables(state.evaluation_params, state.batch_stats)
     with recorder.meter.paused():
         for evaluation in evaluations:
             found, embedded = protocols.evaluate(evaluation, weights, classifiers)
@@ -219,7 +218,7 @@ def show(phase: Phase, state: TrainState) -> Gallery | None:
     """Recomputes the example pairs of the report when the report is missing."""
     for evaluation in phase.evaluations:
         if evaluation.protocol == "retrieval":
-            _, embedded = protocols.evaluate(evaluation, Variables(state.evaluated, state.batch_stats))
+            _, embedded = protocols.evaluate(evaluation, Variables(state.evaluation_params, state.batch_stats))
             return gallery_of(evaluation, embedded)
     return None
 

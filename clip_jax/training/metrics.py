@@ -59,11 +59,11 @@ def forget(file: Path, step: int, names: Collection[str]) -> None:
     if not file.exists():
         return
     dropped = tuple(f"eval/{name}/" for name in names)
-    kept = [
+    remaining = [
         {key: value for key, value in line.items() if line["step"] < step or not key.startswith(dropped)}
         for line in _read(file)
     ]
-    _write(file, kept)
+    _write(file, remaining)
 
 
 def add_lines(file: Path, lines: Sequence[str]) -> None:

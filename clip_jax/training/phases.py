@@ -42,12 +42,12 @@ def convert(state: TrainState, old: Learner, new: Learner, step: int) -> TrainSt
             else:
                 leaves.append(resize_positions(found[name], len(leaf), image="image" in _names(path)))
         state = tree_unflatten(tree, leaves)
-        averages = {
+        emas = {
             # Copies: the step donates the state, and a donated buffer has one owner.
             name: state.ema[name] if name in before else jax.tree.map(jnp.copy, matching(state.params, ema.of))
             for name, ema in new.emas.items()
         }
-        return state._replace(ema=averages)
+        return state._replace(ema=emas)
 
     for path in missing:
         if keystr(path) in found and not keystr(path).startswith((".opt_state", ".aux")):

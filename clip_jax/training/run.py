@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,18 @@ class Run(NamedTuple):
     faults: Faults
     phases: tuple[Phase, ...]
     checkpoint_every: int | None
+    constants: dict[str, str]
+    """The checksums of the teachers' weights that the run has used so far (``constants.py``)."""
+
+    @property
+    def stored_constants(self) -> dict[str, str]:
+        """The fingerprint of each objective's stored embeddings, over all phases."""
+        return {
+            name: objective.constants_fingerprint
+            for phase in self.phases
+            for name, objective in phase.learner.objectives.items()
+            if objective.constants_fingerprint
+        }
 
     @property
     def workdir(self) -> Path:
@@ -112,8 +125,11 @@ class Run(NamedTuple):
         return tuple(phase for phase in self.phases if phase.stop > step)
 
 
-def make_run(folder: Folder, config: ConfigDict) -> Run:
-    """Opens the data, prepares the tokenizer in the run folder, and puts the rest together. Raises UserError."""
+def make_run(folder: Folder, config: ConfigDict, previous: Mapping[str, Any] | None) -> Run:
+    """Opens the data, prepares the tokenizer in the run folder, and puts the rest together. Raises UserError.
+
+    ``previous``: the content of ``run.json``, if there is a checkpoint to resume from.
+    """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     check_batch(config, mesh)
     check_attention(config, jax.default_backend())
@@ -157,6 +173,8 @@ def make_run(folder: Folder, config: ConfigDict) -> Run:
         faults=faults,
         phases=tuple(phases),
         checkpoint_every=configs.duration(config, "checkpoint.every_", examples),
+        # Earlier versions recorded a name and a path instead of a checksum.
+        constants={name: found for name, found in (previous or {}).get("constants", {}).items() if " " not in found},
     )
 
 
@@ -303,7 +321,7 @@ def description(run: Run) -> dict[str, Any]:
     }
     if len(run.phases) > 1:
         values["phases"] = [{"start": phase.start, **presets.to_json(phase.preset)} for phase in run.phases]
-    constants = constants_of(run)
+    constants = run.constants | run.stored_constants
     return values | ({"constants": constants} if constants else {})
 
 
@@ -312,13 +330,3 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
     settings = configs.to_json(config)
     settings["data"]["changed"] = configs.defaults().data.changed
     return settings
-
-
-def constants_of(run: Run) -> dict[str, str]:
-    """The fingerprint of each objective's constants, over all phases."""
-    return {
-        name: objective.constants_fingerprint
-        for phase in run.phases
-        for name, objective in phase.learner.objectives.items()
-        if objective.constants_fingerprint
-    }

@@ -21,7 +21,7 @@ from clip_jax.training import muon, rates, stored_images, text_buckets
 from clip_jax.training import optimizer as optimizers
 from clip_jax.training.learner import Learner
 from clip_jax.training.schedule import Schedule, schedule
-from clip_jax.training.state import AVERAGE
+from clip_jax.training.state import EMA
 from clip_jax.training.teacher import with_teacher
 
 OPTIMIZERS = {
@@ -75,7 +75,7 @@ def make_learner(
         rate=rate,
         mesh=mesh,
         micro_batches=micro_batches(config),
-        averages={AVERAGE: Ema(config.ema_decay)} if config.ema_decay > 0 else {},
+        run_emas={EMA: Ema(config.ema_decay)} if config.ema_decay > 0 else {},
         frozen=frozen,
         rate_factors=tuple(config.optimizer.rate_factors),
         augment=augmentations(config)[1],
@@ -109,8 +109,8 @@ def check_stored_images(config: ConfigDict, frozen: tuple[str, ...]) -> None:
     """Stored embeddings need a frozen tower, and objectives that see no image."""
     if "image/*" not in frozen:
         raise UserError('config.data.image_embeddings: only of a frozen image tower: config.model.frozen=("image/*",)')
-    for name in OBJECTIVES:
-        if name != "contrastive" and config.objectives[name].weight > 0:
+    for name, spec in OBJECTIVES.items():
+        if spec.needs_images and config.objectives[name].weight > 0:
             raise UserError(f"config.data.image_embeddings: objectives.{name} needs the images themselves")
 
 

@@ -9,8 +9,8 @@ from jaxtyping import Array, Int
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Params
 
-AVERAGE = "average"
-"""The EMA that ``config.ema_decay`` asks for: the one that is evaluated and loaded."""
+EMA = "average"
+"""The name in a state of the EMA that ``config.ema_decay`` asks for: the one that is evaluated and loaded."""
 
 
 class TrainState(NamedTuple):
@@ -28,9 +28,9 @@ class TrainState(NamedTuple):
     """The auxiliary state of objectives that have any, by name."""
 
     @property
-    def evaluated(self) -> Params:
-        """The parameters that a user gets: the average, where the run has one."""
-        return self.ema.get(AVERAGE, self.params)
+    def evaluation_params(self) -> Params:
+        """The parameters that a user gets: the EMA where the run has one."""
+        return self.ema.get(EMA, self.params)
 
 
 def select(tree: Params, frozen: Sequence[str], *, trainable: bool, path: str = "") -> Params:

@@ -126,11 +126,11 @@ def concise_system_errors(workdir: object) -> Iterator[None]:
         if (isinstance(error, OSError) and error.errno in errors.NO_ACCESS) or any(
             words in text for words in NO_ACCESS_TEXTS
         ):
-            place = getattr(error, "filename", None) or workdir
+            path = getattr(error, "filename", None) or workdir
             reason = getattr(error, "strerror", None) or next(words for words in NO_ACCESS_TEXTS if words in text)
             raise errors.UserError(
-                f"{place}: {reason}; a run reads and writes its --workdir and reads its data: change the permissions "
-                "or name another place"
+                f"{path}: {reason}; a run reads and writes its --workdir and reads its data: change the permissions "
+                "or name another folder"
             ) from error
         if "Unable to initialize backend" in text:
             raise errors.NoDeviceError(

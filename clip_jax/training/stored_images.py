@@ -20,7 +20,7 @@ from clip_jax.training.state import TrainState
 
 SETTING = "config.data.image_embeddings"
 LEAST_COSINE = 0.99
-"""Of a stored embedding and today's: float16, bfloat16 and another device differ by less, other weights by more."""
+"""The least cosine of a stored embedding and today's: other types and devices stay above it, other weights below."""
 
 
 def view(folder: str, width: int) -> View:

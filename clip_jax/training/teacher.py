@@ -18,8 +18,7 @@ def with_teacher(objective: Objective, where: str) -> Objective:
     """The objective with the function that loads its teachers, where it has any; ``where``: its settings."""
     if not objective.teachers:
         return objective
-    fingerprint = "; ".join(" ".join(teacher) for teacher in objective.teachers)
-    return objective._replace(load_constants=partial(_load, objective, where), constants_fingerprint=fingerprint)
+    return objective._replace(load_constants=partial(_load, objective, where))
 
 
 def _load(objective: Objective, where: str, shardings: Any) -> Params:
@@ -27,11 +26,11 @@ def _load(objective: Objective, where: str, shardings: Any) -> Params:
     wanted, found = nn.meta.unbox(objective.abstract_constants()), {}
     for number, (name, weights) in enumerate(objective.teachers):
         loaded = load(name, weights=weights) if Path(weights).is_file() else load(weights)
-        own = constants(loaded.params, loaded.batch_stats, wanted[str(number)]["params"])
-        shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (own, wanted[str(number)])]
+        params = constants(loaded.params, loaded.batch_stats, wanted[str(number)]["params"])
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, wanted[str(number)])]
         if shapes[0] != shapes[1]:
             raise UserError(f"{where}: {weights} has not the weights of a {name}")
-        found[str(number)] = jax.device_put(own, shardings[str(number)])
+        found[str(number)] = jax.device_put(params, shardings[str(number)])
     return found
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from clip_jax.errors import UserError
 from clip_jax.models.clip import Architecture
 from clip_jax.models.text import TextTower
+from clip_jax.objectives import OBJECTIVES
 
 
 def cut(
@@ -51,7 +52,7 @@ def check(config: ConfigDict, architecture: Architecture) -> None:
         )
     if lengths[-1] != tower.context_length:
         raise UserError(f"{where}: the last one must be the context length, {tower.context_length}")
-    others = [name for name, settings in config.objectives.items() if settings.weight > 0 and name != "contrastive"]
+    others = [n for n, spec in OBJECTIVES.items() if spec.needs_full_texts and config.objectives[n].weight > 0]
     if others or config.objectives.contrastive.negatives:
         what = f"objectives.{others[0]}" if others else "objectives.contrastive.negatives"
         raise UserError(f"{where}: not with {what}, which has texts of the full length; leave it out")

@@ -59,7 +59,7 @@ def _of_weights(config: ConfigDict, kind: str) -> Path | None:
         return None
     source = folders.local(config.model.init_from)
     folder = source.parent if source.is_file() else source
-    found = [tokenizers.files.find(place, kind) for place in (folder, folder / stored.FOLDER)]
+    found = [tokenizers.files.find(candidate, kind) for candidate in (folder, folder / stored.FOLDER)]
     return next((file for file in found if file is not None), None)
 
 

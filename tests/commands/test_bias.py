@@ -17,7 +17,7 @@ OLD_RUNS = Path(__file__).parents[1] / "data" / "old_runs"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faces")
     shutil.copytree(OLD_RUNS / "vit", folder / "run")
     shutil.copytree(OLD_RUNS / "tokenizer", folder / "run" / "tokenizer")
@@ -33,16 +33,16 @@ def place(tmp_path_factory):
     return folder
 
 
-def audit(place, output, *more):
-    model, data = f"--model={place / 'run'}", f"--data={place / 'fairface_label_val.csv'}"
+def audit(root, output, *more):
+    model, data = f"--model={root / 'run'}", f"--data={root / 'fairface_label_val.csv'}"
     return main(["bias", model, data, f"--output={output}", "--target=gender", "--groups=race,age", *more])
 
 
-def test_the_numbers_are_those_of_brute_force_and_the_page_is_escaped(place, tmp_path, capsys):
+def test_the_numbers_are_those_of_brute_force_and_the_page_is_escaped(root, tmp_path, capsys):
     names = ("--names=Male=a red circle,Female=a blue star", "--template=a {} person.")
-    assert audit(place, tmp_path, *names, "-k4", "--query=a heart") == 0
+    assert audit(root, tmp_path, *names, "-k4", "--query=a heart") == 0
     found = json.loads((tmp_path / "bias.json").read_text())
-    model = load(place / "run")
+    model = load(root / "run")
     images = model.encode_image([jpeg(i) for i in range(12)])
     classes = model.encode_text(["a a blue star person.", "a a red circle person."])  # Female, Male
     right = (images @ classes.T).argmax(axis=1) == np.array([1, 0] * 6)
@@ -87,7 +87,7 @@ def test_an_association_is_large_for_separate_groups_and_0_for_a_constant_model(
         (["-k0"], "at least 1"),
     ],
 )
-def test_a_mistake_is_one_line(more, message, place, tmp_path, capsys):
-    assert audit(place, tmp_path, *more) == 2
+def test_a_mistake_is_one_line(more, message, root, tmp_path, capsys):
+    assert audit(root, tmp_path, *more) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error

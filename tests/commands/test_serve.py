@@ -34,15 +34,15 @@ def make_index(folder):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def root(tmp_path_factory):
     return make_index(tmp_path_factory.mktemp("a page"))
 
 
 @pytest.fixture(scope="module")
-def client(place):
-    source, note = serve.open_pictures(place / "index", None)
+def client(root):
+    source, note = serve.open_pictures(root / "index", None)
     assert note == ""
-    app = serve_app.make_app(open_finder(place / "index", None), source, 4, serve.LOOPBACK)
+    app = serve_app.make_app(open_finder(root / "index", None), source, 4, serve.LOOPBACK)
     return TestClient(app, base_url="http://localhost", follow_redirects=False)
 
 
@@ -78,7 +78,7 @@ def test_a_picture_finds_itself_and_a_hit_its_neighbors(client):
     assert numbers(similar) == numbers(page)
 
 
-def test_thumbnails_are_pictures_of_the_index_and_nothing_else(client, place):
+def test_thumbnails_are_pictures_of_the_index_and_nothing_else(client, root):
     found = client.get("/thumbnail/6")
     assert found.status_code == 200 and found.headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(found.content)).size == (40, 32)
@@ -121,9 +121,9 @@ def test_another_name_for_this_machine_is_refused(client):
     assert client.get("/", headers={"host": "127.0.0.1:8000"}).status_code == 200
 
 
-def test_an_index_without_embeddings_says_how_to_fill_it_and_grows(client, place, tmp_path):
+def test_an_index_without_embeddings_says_how_to_fill_it_and_grows(client, root, tmp_path):
     folder = tmp_path / "growing"
-    indexes.prepare(folder, indexes.read_manifest(place / "index"))
+    indexes.prepare(folder, indexes.read_manifest(root / "index"))
     source, _ = serve.open_pictures(folder, None)
     growing = TestClient(serve_app.make_app(open_finder(folder, None), source, 4, ["*"]), base_url="http://localhost")
     for page in (growing.get("/"), growing.get("/", params={"q": "a"})):
@@ -131,15 +131,15 @@ def test_an_index_without_embeddings_says_how_to_fill_it_and_grows(client, place
     # A shard is complete with its metadata; what lies there without them is not counted, in whatever order they come.
     for shard in (0, 2):
         for kind in indexes.KINDS.values():
-            shutil.copy(place / f"index/{kind}/{kind}_{shard}.npy", folder / kind)
-    shutil.copy(place / "index/metadata/metadata_2.parquet", folder / "metadata")
+            shutil.copy(root / f"index/{kind}/{kind}_{shard}.npy", folder / kind)
+    shutil.copy(root / "index/metadata/metadata_2.parquet", folder / "metadata")
     page = growing.get("/", params={"q": "<b>picture</b> 7", "among": "text"})
     assert page.status_code == 200 and sorted(numbers(page)) == [6, 7]
 
 
-def test_pictures_of_another_source_are_not_shown(place, tmp_path, capsys):
+def test_pictures_of_another_source_are_not_shown(root, tmp_path, capsys):
     write_shard(tmp_path / "0.tar", [sample(i) for i in range(20, 28)])
-    command = ["serve", f"--index={place / 'index'}"]
+    command = ["serve", f"--index={root / 'index'}"]
     assert main([*command, "--port=0", f"--data=tar:{tmp_path / '0.tar'}"]) == 2
     assert "not what the index was made from" in capsys.readouterr().err
     assert main(["serve", f"--index={tmp_path / 'none'}"]) == 2
@@ -150,7 +150,7 @@ def test_pictures_of_another_source_are_not_shown(place, tmp_path, capsys):
     taken.close()
 
 
-def test_the_server_answers_a_megabyte_of_words_with_the_page(place, monkeypatch, capsys):
+def test_the_server_answers_a_megabyte_of_words_with_the_page(root, monkeypatch, capsys):
     import uvicorn
 
     started, servers, real = threading.Event(), [], uvicorn.Server.startup
@@ -161,7 +161,7 @@ def test_the_server_answers_a_megabyte_of_words_with_the_page(place, monkeypatch
         started.set()
 
     monkeypatch.setattr(uvicorn.Server, "startup", startup)
-    command = ["serve", f"--index={place / 'index'}", "--port=0"]
+    command = ["serve", f"--index={root / 'index'}", "--port=0"]
     thread = threading.Thread(target=main, args=(command,))
     thread.start()
     try:

@@ -24,7 +24,7 @@ ALERT = "document.querySelector('[role=alert]')?.textContent ?? ''"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def root(tmp_path_factory):
     return make_index(tmp_path_factory.mktemp("a browser"))
 
 
@@ -55,9 +55,9 @@ def browser(tmp_path):
     found.close()
 
 
-def test_a_person_searches_by_words_and_by_a_picture_and_follows_a_hit(place, address, browser, tmp_path):
+def test_a_person_searches_by_words_and_by_a_picture_and_follows_a_hit(root, address, browser, tmp_path):
     browser.without_scripts()
-    browser.open(address(place / "index"))
+    browser.open(address(root / "index"))
     browser.type("#q", "a red circle")
     browser.wait(f"{HITS} == 6 && {LOADED}")
     assert browser.evaluate("document.querySelector('#q').value") == "a red circle"
@@ -79,8 +79,8 @@ def test_a_person_searches_by_words_and_by_a_picture_and_follows_a_hit(place, ad
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-def test_a_megabyte_of_words_and_an_empty_index_are_a_line(place, address, browser, tmp_path):
-    at = address(place / "index")
+def test_a_megabyte_of_words_and_an_empty_index_are_a_line(root, address, browser, tmp_path):
+    at = address(root / "index")
     browser.open(at)
     # The field takes no more than a query may have; a link may hold anything.
     browser.evaluate("document.querySelector('#q').removeAttribute('maxlength')")
@@ -88,10 +88,10 @@ def test_a_megabyte_of_words_and_an_empty_index_are_a_line(place, address, brows
     browser.click("form[role=search] button")
     browser.wait(f"{ALERT}.includes('at most 1,000')")
     assert browser.status == 414
-    indexes.prepare(tmp_path / "empty", indexes.read_manifest(place / "index"))
+    indexes.prepare(tmp_path / "empty", indexes.read_manifest(root / "index"))
     browser.open(address(tmp_path / "empty"))
     browser.wait(f"{ALERT}.startsWith('The index is empty')")
     assert browser.status == 503
-    shutil.copytree(place / "index", tmp_path / "empty", dirs_exist_ok=True)
+    shutil.copytree(root / "index", tmp_path / "empty", dirs_exist_ok=True)
     browser.type("#q", "a")
     browser.wait(f"{HITS} == 6")

@@ -92,8 +92,8 @@ def test_random_damage_ends_in_the_same_two_ways(tmp_path):
     for number in range(60):
         damaged, other = bytearray(content), tmp_path / f"{number}.array_record"
         start = rng.choice([0, len(content) - 65536])
-        for place in rng.integers(start, start + 400, 6):
-            damaged[place] = rng.integers(256)
+        for offset in rng.integers(start, start + 400, 6):
+            damaged[offset] = rng.integers(256)
         other.write_bytes(damaged)
         try:
             source = open_ranges([str(other)])

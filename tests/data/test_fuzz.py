@@ -35,14 +35,14 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
         header = slice(member.offset, member.offset + BLOCK)
         match rng.integers(8):
             case 0:  # the content of a member
-                for place in rng.integers(member.offset_data, member.offset_data + max(1, member.size), 8):
-                    data[place % len(data)] = rng.integers(256)
+                for offset in rng.integers(member.offset_data, member.offset_data + max(1, member.size), 8):
+                    data[offset % len(data)] = rng.integers(256)
             case 1:  # a header
                 data[(member.offset + rng.integers(BLOCK)) % len(data)] = rng.integers(256)
             case 2 | 3:  # a header that is right by its own account
                 changed = bytearray(data[header])
-                for place in rng.integers(0, 345, rng.integers(1, 4)):
-                    changed[place] = rng.integers(256)
+                for offset in rng.integers(0, 345, rng.integers(1, 4)):
+                    changed[offset] = rng.integers(256)
                 data[header] = with_checksum(changed)
             case 4:  # a length: octal, or binary of any size
                 changed = bytearray(data[header])
@@ -144,8 +144,8 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path):
     content, refused = path.read_bytes(), 0
     for number in range(30):
         damaged = bytearray(content)
-        for place in rng.integers(0, len(content), 20):
-            damaged[place] = rng.integers(256)
+        for offset in rng.integers(0, len(content), 20):
+            damaged[offset] = rng.integers(256)
         path.write_bytes(damaged[: rng.integers(1, len(content))] if number % 3 == 0 else damaged)
         try:
             source = open_source(f"parquet:{path}")

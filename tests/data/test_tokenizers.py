@@ -25,8 +25,8 @@ VOCAB = Path(__file__).resolve().parents[3] / "shared" / "data" / "clip_bpe" / "
 needs_vocab = pytest.mark.skipif(not VOCAB.exists(), reason=f"no {VOCAB}")
 
 CAPTIONS = [
-    f"{article} {size} {color} {shape} {place} the {other}"
-    for article, size, color, shape, place, other in itertools.product(
+    f"{article} {size} {color} {shape} {position} the {other}"
+    for article, size, color, shape, position, other in itertools.product(
         ("a", "one"),
         ("small", "large"),
         ("red", "green", "blue"),

@@ -79,18 +79,18 @@ def test_an_index_is_built_once_and_again_after_a_change(tmp_path, monkeypatch):
 def test_the_command_prints_the_recall(tmp_path, capsys):
     from tests.commands.test_serve import make_index
 
-    place = make_index(tmp_path)
+    root = make_index(tmp_path)
     capsys.readouterr()
-    command = ["search", f"--index={place / 'index'}", "--text=a", "-k3", "--json"]
+    command = ["search", f"--index={root / 'index'}", "--text=a", "-k3", "--json"]
     assert main([*command, "--approximate"]) == 0
     found, exact = capsys.readouterr(), main(command)
     assert "recall@10 1.000 of the exact answer" in found.err and exact == 0
     hits = [[hit["index"] for hit in json.loads(out)["hits"]] for out in (found.out, capsys.readouterr().out)]
-    assert hits[0] == hits[1] and (place / "index/approximate_image.faiss").is_file()
+    assert hits[0] == hits[1] and (root / "index/approximate_image.faiss").is_file()
     assert main([*command, "--approximate", "--recall=2"]) == 2 and "--recall=2.0" in capsys.readouterr().err
     arguments = argparse.Namespace(approximate="", recall=0.95)
-    finder = open_finder(place / "index", None)
-    for served in (finder, searching.approximately(finder, arguments, serve.filled(place / "index"))):
+    finder = open_finder(root / "index", None)
+    for served in (finder, searching.approximately(finder, arguments, serve.filled(root / "index"))):
         app = serve_app.make_app(served, None, 3, serve.LOOPBACK)
         for among in ("image", "text"):
             page = TestClient(app, base_url="http://localhost").get("/", params={"q": "a", "among": among})
@@ -98,5 +98,5 @@ def test_the_command_prints_the_recall(tmp_path, capsys):
     assert capsys.readouterr().err.count("recall@10 1.000 of the exact answer") == 2
     assert hits[2] == hits[4] and set(served.approximate) == {"image", "text"}
     assert [len(found) for found in hits[2:]] == [3] * 4  # the captions are one to the tokenizer: any three are nearest
-    shutil.rmtree(place / "index" / "text_emb")  # without captions, images are the queries that measure it
+    shutil.rmtree(root / "index" / "text_emb")  # without captions, images are the queries that measure it
     assert main([*command, "--approximate=IVF1,Flat"]) == 0

@@ -8,7 +8,7 @@ import pytest
 
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.evaluation import ranking
-from clip_jax.evaluation.retrieval import place_both, retrieval
+from clip_jax.evaluation.retrieval import rank_both, retrieval
 
 
 def unit(x):
@@ -121,8 +121,8 @@ def test_a_constant_model_finds_nothing_at_real_sizes():
 def test_scores_are_all_equal_only_if_those_of_both_directions_are(images, texts, expected):
     x, y, _ = random(4, 6)
     x, y = x[np.arange(4) % images], y[np.arange(6) % texts]
-    placed = place_both(x, y, np.array([0, 0, 1, 2, 3, 3]))
-    assert all(ranking.all_equal(p, n) for p, n in zip(placed, (6, 4), strict=True)) == expected
+    ranked = rank_both(x, y, np.array([0, 0, 1, 2, 3, 3]))
+    assert all(ranking.all_equal(p, n) for p, n in zip(ranked, (6, 4), strict=True)) == expected
 
 
 def test_a_perfect_model_finds_everything_and_k_beyond_the_candidates_is_left_out():
@@ -143,7 +143,7 @@ def test_duplicate_captions_count_for_their_own_image_alone():
 def test_images_without_captions_and_captions_without_an_image_are_candidates_only():
     images, texts, owner = random(12, 30, seed=2)
     owner[owner == 3] = -1
-    image_to_text, text_to_image = place_both(images, texts, owner)
+    image_to_text, text_to_image = rank_both(images, texts, owner)
     assert len(image_to_text.above) == len(np.unique(owner[owner >= 0]))
     assert len(text_to_image.above) == (owner >= 0).sum()
     assert retrieval(images, texts, owner) == pytest.approx(both_by_brute_force(images, texts, owner), abs=1e-6)

@@ -166,14 +166,14 @@ def test_a_stopped_loop_leaves_the_run_alone_and_joins_it_when_started_again(clo
         loop, output = started(cloud, *default)
         assert ("the run is in progress; following it" in output) == (number > 0)
         loop.send_signal(ending)
-        rest = loop.communicate(timeout=60)[0]
+        rest = loop.communicate(timeout=300)[0]
         assert loop.returncode == 130 and "to delete it: " in rest
         assert "stopped watching; the run on the slice continues" in rest
     loop, output = started(cloud, *default, "nohup")
     assert "the run is in progress; following it" in output
     loop.send_signal(signal.SIGHUP)
     finish.touch()
-    rest = loop.communicate(timeout=60)[0]
+    rest = loop.communicate(timeout=300)[0]
     assert loop.returncode == 0 and "the run ended: done" in rest
     assert cloud.starts() == 1
 
@@ -192,7 +192,7 @@ def test_a_start_stops_the_earlier_run_and_clears_its_lock(cloud):
     assert cloud.launch("run", *flags, *main).returncode == 0
     assert cloud.starts() == 2 and not lock.exists()
     assert not [words for _, words in commands(cloud.folder) if "main.py" in words]
-    first.wait(timeout=60)
+    first.wait(timeout=300)
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def dry(checkout: Path, program: str, *arguments: str) -> subprocess.CompletedPr
     if program.endswith(".py"):
         command.insert(0, sys.executable)
     path = f"{Path(__file__).parent / 'no_cloud'}:/usr/local/bin:/usr/bin:/bin"
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=300)
     assert "gcloud was called" not in done.stderr
     return done
 

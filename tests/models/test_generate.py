@@ -52,14 +52,14 @@ def whole_model(model, params, image):
 def searched(after, row, decoding):
     """Beam search over lists of ids; one beam is greedy."""
     beams = [([START], 0.0)]
-    for place in range(TOKENS):
+    for index in range(TOKENS):
         found = []
         for ids, score in beams:
             if END in ids[1:]:
                 found.append((ids, score))
                 continue
             for token, value in enumerate(after(row, ids)):
-                if token != END or place >= decoding.min_tokens:
+                if token != END or index >= decoding.min_tokens:
                     found.append(([*ids, token], score + value))
         beams = sorted(found, key=lambda beam: -beam[1] / (len(beam[0]) - 1) ** decoding.length_penalty)
         beams = beams[: decoding.beams if decoding.method == "beam" else 1]

@@ -66,9 +66,9 @@ def test_the_loss_is_the_mean_over_tokens(architecture):
     losses, right = [], []
     for row, end in enumerate(ENDS):
         tokens = range(1, end + 1) if coca else range(min(end + 2, LENGTH))
-        places = [(t, logits[row, t - coca], TEXT[row, t]) for t in tokens]
-        losses.append([-jax.nn.log_softmax(values)[token] for _, values, token in places])
-        right.append([values.argmax() == token for _, values, token in places])
+        scored = [(t, logits[row, t - coca], TEXT[row, t]) for t in tokens]
+        losses.append([-jax.nn.log_softmax(values)[token] for _, values, token in scored])
+        right.append([values.argmax() == token for _, values, token in scored])
 
     def mean(rows):
         return np.mean(np.concatenate(rows)) if coca else np.mean([np.mean(row) for row in rows])

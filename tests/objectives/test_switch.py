@@ -13,9 +13,10 @@ import pytest
 from clip_jax import config as configs
 from clip_jax import presets
 from clip_jax.devices.sharding import make_mesh
+from clip_jax.errors import UserError
 from clip_jax.models.clip import CLIP
 from clip_jax.storage.checkpoints import Checkpoints
-from clip_jax.training import loop, teacher
+from clip_jax.training import constants, loop, teacher
 from clip_jax.training.phases import convert
 from clip_jax.training.setup import make_learner
 from tests.training import runs
@@ -126,7 +127,16 @@ def test_a_run_selects_from_its_switch_on_and_resumes_digit_for_digit(tmp_path, 
 
     killed = tmp_path / "killed"
     shutil.copytree(workdir, killed)
+    recorded = json.loads((workdir / "run.json").read_text())["constants"]
+    assert recorded == {f"selection@{SWITCH}": constants.checksum({"0": {"params": params, "batch_stats": {}}})}
     for step in range(5, STEPS + 1):
         shutil.rmtree(killed / "checkpoints" / str(step))
     assert loop.run(workdir=str(killed), recipe=None, overrides={}) == 0
     assert runs.metrics(killed) == metrics
+
+    # The same path with other weights.
+    shutil.rmtree(killed / "checkpoints" / str(STEPS))
+    other = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].add(1e-3), params)
+    monkeypatch.setattr(teacher, "load", lambda weights: types.SimpleNamespace(params=other, batch_stats={}))
+    with pytest.raises(UserError, match="the weights of a teacher are not those this run began with"):
+        loop.run(workdir=str(killed), recipe=None, overrides={})

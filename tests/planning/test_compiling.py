@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from clip_jax import config as configs
 from clip_jax.commands import main
 from clip_jax.devices.hardware import GIB, tpu
-from clip_jax.planning import compiling
-from clip_jax.planning.compiler import parse_out_of_memory
+from clip_jax.devices.sharding import make_mesh
+from clip_jax.planning import compiling, report
+from clip_jax.planning.compiler import evaluation_bytes, parse_out_of_memory
+from clip_jax.training.setup import make_learner
 
 SMALL = [
     "plan",
@@ -53,6 +56,29 @@ def test_without_the_compiler_the_estimate_says_how_to_get_it(monkeypatch, capsy
     assert main([*SMALL[:-1], "--tpu=v5e-8"]) == 0
     printed = capsys.readouterr().out
     assert "an estimate" in printed and "pip install 'clip-jax-tpu[plan]'" in printed
+
+
+def test_the_encoders_of_an_evaluation_are_compiled_for_its_own_batch(monkeypatch):
+    """Not for the training batch, which has more rows under selection and no images with stored embeddings."""
+    sizes = {"layers": "1", "width": "64", "heads": "2", "mlp_width": "64"}
+    small = {f"model.{tower}.{name}": size for tower in ("image", "text") for name, size in sizes.items()}
+    config = configs.load("configs/clip_vit_b32.py", small | {"eval.held_out.source": "x"})
+    learner = make_learner(config, make_mesh(8, 1, 1), steps=10, examples=10)
+    monkeypatch.setattr(type(learner), "batch_spec", lambda self, size: pytest.fail("the training batch is not used"))
+    peaks = []
+    for size in (64, 128):
+        config.eval.held_out.batch_size = size
+        peaks.append(evaluation_bytes(config, learner))
+    activations = 8 * 50 * 64 * 2  # of the further eight images of a device, in bfloat16
+    assert peaks[0] < peaks[1] - activations
+    config.eval.held_out.source = ""
+    assert evaluation_bytes(config, learner) is None
+
+
+def test_an_evaluation_that_does_not_fit_says_what_to_lower():
+    compiled = SimpleNamespace(evaluation_hbm_bytes=20 * GIB, free_hbm_bytes=int(15.75 * GIB))
+    line = report._evaluation(SimpleNamespace(chosen_compiled=compiled), per_chip=1)
+    assert line.startswith("does not fit: 20.0") and "lower the batch_size of config.eval.*" in line
 
 
 needs_the_compiler = pytest.mark.skipif(

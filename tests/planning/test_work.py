@@ -96,11 +96,11 @@ def test_texts_come_from_other_slices_and_images_do_not():
 
 def test_what_comes_from_another_slice_comes_once_for_all_devices_of_a_group_there():
     groups = ((0, 1, 2, 3),)
-    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    coordinates = [(0, 0), (0, 1), (1, 0), (1, 1)]
     compiled = [Collective("all-reduce", 1000, groups, 2), Collective("all-gather", 4000, groups, 1)]
     # Each gets 3/4 of the 4000 gathered; 2000 are in the other slice, half of them come to each of two devices.
     # A sum is scattered and gathered: 2 x 3/4 of 1000, twice; 2 x 500 cross, for two devices, twice.
-    assert set(compiled_transfers(compiled, places)) == {
+    assert set(compiled_transfers(compiled, coordinates)) == {
         Transfer("all-gather", 2000, 1000),
         Transfer("all-reduce", 2000, 1000),
     }

@@ -192,7 +192,7 @@ def test_a_store_that_refuses_for_a_moment_is_tried_again(bucket, monkeypatch):
 def whole(tmp_path_factory):
     """A local run that was never killed, with its recipe beside it."""
     folder = tmp_path_factory.mktemp("whole")
-    done = runs.main(folder, f"--config={runs.write_recipe(folder)}", f"--workdir={folder / 'run'}")
+    done = runs.main(folder, f"--config={runs.write_recipe(folder)}", f"--workdir={folder / 'run'}", cached=True)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

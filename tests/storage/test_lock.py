@@ -72,7 +72,8 @@ def test_elsewhere_a_lease_that_nobody_renews_is_taken_after_its_time(tmp_path, 
     assert "a run: process 7 on tpu-3 (since 20" in capsys.readouterr().out
 
 
-def test_elsewhere_a_lease_that_is_renewed_keeps_others_out(tmp_path):
+def test_elsewhere_a_lease_that_is_renewed_keeps_others_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 60)  # it ends at the first renewal that it sees
     holder, over = left_behind(tmp_path, machine="another", host="tpu-3"), threading.Event()
 
     def renew():

@@ -13,7 +13,7 @@ from clip_jax.objectives.objective import Ema
 from clip_jax.training.learner import Learner
 from clip_jax.training.optimizer import adamw
 from clip_jax.training.schedule import schedule
-from clip_jax.training.state import AVERAGE
+from clip_jax.training.state import EMA
 from tests.models.test_clip import SMALL
 
 
@@ -66,7 +66,7 @@ def learner_of(
         optimizer=optimizer,
         rate=rates,
         mesh=mesh,
-        averages={AVERAGE: Ema(ema_decay)} if ema_decay else {},
+        run_emas={EMA: Ema(ema_decay)} if ema_decay else {},
         **options,
     )
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.faulty_server import serve
-from tests.data.shards import jpeg
+from tests.data.shards import jpeg, write_shard
 from tests.training import runs
 
 
@@ -48,8 +48,8 @@ def lines(workdir) -> int:
 @pytest.mark.every_jax
 def test_killed_and_resumed_equals_never_killed(tmp_path):
     recipe = runs.write_recipe(tmp_path)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = runs.main(tmp_path, f"--config={recipe}", f"--workdir={whole}")
+    undisturbed, killed = tmp_path / "whole", tmp_path / "killed"
+    done = runs.main(tmp_path, f"--config={recipe}", f"--workdir={undisturbed}", cached=True)
     assert done.returncode == 0, done.stderr
 
     # Once in the middle of training, once while a checkpoint is being written.
@@ -59,11 +59,11 @@ def test_killed_and_resumed_equals_never_killed(tmp_path):
     kill_when(
         start(tmp_path, *arguments), lambda: any((killed / "checkpoints").glob(unfinished)) and lines(killed) >= 10
     )
-    resumed = runs.main(tmp_path, f"--workdir={killed}")
+    resumed = runs.main(tmp_path, f"--workdir={killed}", cached=True)
     assert resumed.returncode == 0, resumed.stderr
 
-    assert runs.metrics(killed) == runs.metrics(whole)
-    assert [line["step"] for line in runs.metrics(whole) if "train/loss" in line] == list(range(1, 13))
+    assert runs.metrics(killed) == runs.metrics(undisturbed)
+    assert [line["step"] for line in runs.metrics(undisturbed) if "train/loss" in line] == list(range(1, 13))
     assert (killed / "report.html").exists()
 
 
@@ -158,19 +158,20 @@ def test_a_mixture_killed_twice_and_moved_to_two_processes_has_the_samples_and_l
     recipe = runs.write_recipe(tmp_path)
     rows = {"image": [jpeg(i) for i in range(20)], "caption": [f"picture {i}" for i in range(20)]}
     pq.write_table(pa.table(rows), tmp_path / "train" / "own.parquet")
+    # A held-out image that only one of two processes decodes, and that none can use.
+    write_shard(tmp_path / "held_out" / "train-00001.tar", [{"jpg": b"no picture", "txt": b"nothing"}], first=13)
 
-    def arguments(place: str, name: str) -> tuple[str, ...]:
-        shards = f'("tar:{place}/train-{{00000..00001}}.tar", 1.0, "captions.de=1,caption=2")'
-        train = f'({shards}, ("parquet:{place}/own.parquet", 4.0, "caption"), ("shapes:heldout", 0.1))'
+    def arguments(root: str, name: str) -> tuple[str, ...]:
+        shards = f'("tar:{root}/train-{{00000..00001}}.tar", 1.0, "captions.de=1,caption=2")'
+        train = f'({shards}, ("parquet:{root}/own.parquet", 4.0, "caption"), ("shapes:heldout", 0.1))'
         return (
             f"--config={recipe}",
             f"--config.data.train={train}",
-            "--config.eval.held_out.source=",
             "--config.mesh.cpu_devices=2",
             f"--workdir={tmp_path / name}",
         )
 
-    done = runs.main(tmp_path, *arguments(tmp_path / "train", "whole"))
+    done = runs.main(tmp_path, *arguments(tmp_path / "train", "whole"), cached=True)
     assert done.returncode == 0, done.stderr
     killed = tmp_path / "killed"
     with serve(tmp_path / "train") as server:
@@ -182,5 +183,8 @@ def test_a_mixture_killed_twice_and_moved_to_two_processes_has_the_samples_and_l
     expected, found = samples_of(tmp_path / "whole"), samples_of(killed)
     assert found == expected and len(expected) == 12 * 16
     assert {np.searchsorted([50, 70], sample, "right") for sample in expected.values()} == {0, 1, 2}
-    ours, theirs = ([line.get("train/loss") for line in runs.metrics(run)] for run in (killed, tmp_path / "whole"))
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    for name, count in (("train/loss", 12), ("eval/held_out/loss", 3)):
+        ours, theirs = (
+            [line[name] for line in runs.metrics(run) if name in line] for run in (killed, tmp_path / "whole")
+        )
+        assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == count

@@ -106,7 +106,7 @@ def test_a_folder_and_its_run_belong_together(small_run, tmp_path):
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
     recipe = runs.write_recipe(tmp_path)
     for workdir in ("/sys/clip_jax_run", f"{recipe}/run"):
-        with pytest.raises(UserError, match=rf"^{workdir}: .*: change the permissions or name another place"):
+        with pytest.raises(UserError, match=rf"^{workdir}: .*: change the permissions or name another folder"):
             loop.run(workdir=workdir, recipe=str(recipe), overrides={})
 
 
@@ -192,6 +192,14 @@ def test_a_run_reports_what_it_leaves_out_and_evaluates_on_labels_alone(tmp_path
     assert "set config.batch_size=16" in " ".join(printed.split())
     assert "caf\\xe9.jpg: undecodable image" in (tmp_path / "run" / "bad_samples.txt").read_text()
     assert 0 <= runs.metrics(tmp_path / "run")[-1]["eval/pets/zero_shot_top1"] <= 1
+
+
+def test_an_evaluation_without_a_usable_example_is_one_line_before_the_first_step(tmp_path):
+    recipe = str(runs.write_recipe(tmp_path))
+    write_shard(tmp_path / "held_out" / "train-00000.tar", [{"jpg": b"no picture", "txt": b"a"}] * 5)
+    with pytest.raises(UserError, match=r"none of 5 examples can be used \(5 undecodable"):
+        loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides={})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_main_answers_a_mistake_with_one_line_and_code_2(tmp_path):

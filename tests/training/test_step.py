@@ -15,9 +15,9 @@ from clip_jax.models.compute import Compute
 from clip_jax.models.resnet import ResNetTower
 from clip_jax.models.text import TextTower
 from clip_jax.planning.program import buffers, collectives, matmul_flops
-from clip_jax.training.learner import moving_average
+from clip_jax.training.learner import update_ema
 from clip_jax.training.optimizer import adafactor
-from clip_jax.training.state import AVERAGE
+from clip_jax.training.state import EMA
 from tests.models.test_clip import SMALL
 from tests.training.steps import batches, learner_of, train
 
@@ -74,10 +74,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(mesh, loss, patch_dr
     architecture = SIGMOID if loss == "sigmoid" else SMALL
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     options = {"model": CLIP(architecture), "loss": loss, "pairs": 32, "patch_dropout": patch_dropout}
-    expected, whole = gradient_of_one_step(one(), **options)
-    found, accumulated = gradient_of_one_step(mesh, micro_batches=4, **options)
+    expected, full_batch = gradient_of_one_step(one(), **options)
+    found, cached = gradient_of_one_step(mesh, micro_batches=4, **options)
     assert continuous(found) == pytest.approx(continuous(expected), rel=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(accumulated), jax.tree.leaves(whole), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(cached), jax.tree.leaves(full_batch), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
@@ -104,8 +104,8 @@ def traced(micro_batches=1, pairs=256, mesh=None, architecture=SMALL, **computat
 
 
 def test_micro_batches_cost_a_forward_pass_more_and_no_more():
-    whole, accumulated = (matmul_flops(jax.make_jaxpr(step)(*of)) for step, of in map(traced, (1, 8)))
-    assert 1.30 < accumulated / whole < 1.36
+    full_batch, cached = (matmul_flops(jax.make_jaxpr(step)(*of)) for step, of in map(traced, (1, 8)))
+    assert 1.30 < cached / full_batch < 1.36
 
 
 def test_on_a_cpu_no_weights_gradient_sums_over_two_axes():
@@ -165,14 +165,14 @@ def test_fully_sharded_parameters_travel_layer_by_layer_and_activations_not_at_a
 def test_no_device_ever_holds_the_gradients_of_more_than_a_layer(micro_batches):
     """No array of the compiled step has the whole shape of a stack of layers that fsdp divides."""
     step, (state, batch, _) = traced(micro_batches, pairs=64, mesh=make_mesh(1, 8, 1), architecture=deep(5))
-    whole = {
+    full_batch = {
         f"f32[{','.join(map(str, leaf.shape))}]"
         for leaf in jax.tree.leaves(state.params)
         if leaf.ndim > 2 and not leaf.sharding.is_fully_replicated
     }
-    held = buffers(step.lower(state, batch, {}).compile().as_text()).keys()
-    assert len(whole) == 8 and whole & held == set()
-    assert "f32[5,8,3,2,32]" in held  # queries, keys and values of five layers: an eighth of the width
+    buffers_of_step = buffers(step.lower(state, batch, {}).compile().as_text()).keys()
+    assert len(full_batch) == 8 and full_batch & buffers_of_step == set()
+    assert "f32[5,8,3,2,32]" in buffers_of_step  # queries, keys and values of five layers: an eighth of the width
 
 
 def layers_of(params):
@@ -196,7 +196,7 @@ def averaged():
 def test_moments_are_sharded_as_their_parameters(averaged):
     _, state = averaged
     moments = next(part.mu for part in state.opt_state if hasattr(part, "mu"))
-    trees = (state.params, moments, state.evaluated)
+    trees = (state.params, moments, state.evaluation_params)
     qkv, mu, average = (tree["image"]["transformer"]["blocks"]["attention"]["qkv"] for tree in trees)
     assert qkv.sharding == mu.sharding == average.sharding and "fsdp" in str(qkv.sharding.spec)
     assert qkv.addressable_shards[0].data.shape[1] == 64 // 8
@@ -223,16 +223,16 @@ def test_the_average_follows_the_parameters_as_tensorflows_does():
     for step, value in enumerate([1.0, 2.0, 3.0]):
         decay = (1 + step) / (10 + step)
         expected = decay * expected + (1 - decay) * value
-        average = moving_average(average, jnp.asarray(value), 0.9, jnp.asarray(step))
+        average = update_ema(average, jnp.asarray(value), 0.9, jnp.asarray(step))
     assert float(average) == pytest.approx(expected, rel=1e-6)
-    assert float(moving_average(jnp.asarray(0.0), jnp.asarray(1.0), 0.9, jnp.asarray(10**6))) == pytest.approx(0.1)
+    assert float(update_ema(jnp.asarray(0.0), jnp.asarray(1.0), 0.9, jnp.asarray(10**6))) == pytest.approx(0.1)
 
 
 def test_the_state_keeps_an_average_only_where_asked(one_device, averaged):
-    (found, with_average), (expected, without) = averaged, one_device
-    assert without.ema == {} and without.evaluated is without.params
-    assert with_average.evaluated is with_average.ema[AVERAGE]
-    leaves = [jax.tree.leaves(tree["image"]) for tree in (with_average.evaluated, with_average.params)]
+    (found, with_ema), (expected, without) = averaged, one_device
+    assert without.ema == {} and without.evaluation_params is without.params
+    assert with_ema.evaluation_params is with_ema.ema[EMA]
+    leaves = [jax.tree.leaves(tree["image"]) for tree in (with_ema.evaluation_params, with_ema.params)]
     assert any(np.abs(a - p).max() > 1e-4 for a, p in zip(*leaves, strict=True))
     assert [metrics["loss"] for metrics in found] == pytest.approx([m["loss"] for m in expected], rel=1e-5)
 

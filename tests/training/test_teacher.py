@@ -43,7 +43,6 @@ def test_a_teachers_weights_are_loaded_sharded_and_identified(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, constants["params"]["image"], params["image"])
     kernel = constants["params"]["image"]["patch_embedding"]
     assert kernel.addressable_shards[0].data.shape[1] == kernel.shape[1] // 4
-    assert made.objectives["distillation"].constants_fingerprint == f"{NAME} hf://some/model"
     assert "distillation" not in made.abstract_state().aux
 
 

@@ -14,9 +14,7 @@ import bisect
 import hashlib
 import itertools
 import json
-import shutil
 import struct
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +25,7 @@ import numpy as np
 
 from clip_jax.data.sources import identity
 from clip_jax.errors import UserError
-from clip_jax.storage import ranges
+from clip_jax.storage import atomic, ranges
 from clip_jax.storage.ranges import Read, Stat
 from clip_jax.storage.remote import Chunks
 
@@ -105,24 +103,23 @@ def open_ranges(files: Sequence[str], *, long_reads: bool = False) -> RangeRecor
         stats = list(pool.map(ranges.stat, files))
     known = [(file, *stat) for file, stat in zip(files, stats, strict=True)]
     content = json.dumps([known, RULES])
-    place = identity.cache_folder() / "array_record_index" / hashlib.sha256(content.encode()).hexdigest()[:24]
-    if not place.is_dir():
-        _build(known, place)
-    table = tuple(_File(*entry) for entry in json.loads((place / "files.json").read_text()))
+    folder = identity.cache_folder() / "array_record_index" / hashlib.sha256(content.encode()).hexdigest()[:24]
+    if not folder.is_dir():
+        _build(known, folder)
+    table = tuple(_File(*entry) for entry in json.loads((folder / "files.json").read_text()))
     has_rows = any(file.chunks for file in table)
     return RangeRecords(
         files=table,
         first_chunks=tuple(itertools.accumulate((file.chunks for file in table), initial=0)),
-        rows=np.memmap(place / "rows", "<i8", "r").reshape(-1, 2) if has_rows else np.zeros((0, 2), np.int64),
+        rows=np.memmap(folder / "rows", "<i8", "r").reshape(-1, 2) if has_rows else np.zeros((0, 2), np.int64),
         chunks=Chunks() if long_reads else None,
     )
 
 
-def _build(known: list[tuple[str, int, str]], place: Path) -> None:
+def _build(known: list[tuple[str, int, str]], folder: Path) -> None:
     """Writes the table of all files; the first one stays, if several processes do so."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=place.parent))
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.first_folder(folder) as temporary:
         table, records = [], 0
         with ThreadPoolExecutor(identity.THREADS) as pool, open(temporary / "rows", "wb") as sink:
             for entry, (offsets, counts, end) in zip(known, pool.map(_footer, known), strict=True):
@@ -131,13 +128,6 @@ def _build(known: list[tuple[str, int, str]], place: Path) -> None:
                 table.append(_File(*entry, len(counts), int(counts.sum()), end))
                 records += table[-1].records
         (temporary / "files.json").write_text(json.dumps(table))
-        temporary.chmod(0o755)
-        temporary.rename(place)
-    except OSError:
-        if not place.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _footer(entry: tuple[str, int, str]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -260,10 +250,10 @@ def varints(data: bytes) -> np.ndarray:
     if len(ends) and (ends - starts).max() >= 10:
         raise ValueError("a number of more than 64 bits")
     values = np.zeros(len(ends), np.uint64)
-    for place in range(10):
-        at = starts + place
+    for digit in range(10):
+        at = starts + digit
         inside = at <= ends
         if not inside.any():
             break
-        values[inside] |= (digits[at[inside]] & 127).astype(np.uint64) << np.uint64(7 * place)
+        values[inside] |= (digits[at[inside]] & 127).astype(np.uint64) << np.uint64(7 * digit)
     return values

@@ -57,7 +57,9 @@ def of_files(files: Sequence[str | Path]) -> list[str]:
 
 def cache_folder() -> Path:
     """``CLIP_JAX_CACHE``, else ``clip_jax`` in the user's cache folder."""
-    own = os.environ.get("CLIP_JAX_CACHE")
+    configured = os.environ.get("CLIP_JAX_CACHE")
     return (
-        Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_jax"
+        Path(configured).expanduser()
+        if configured
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_jax"
     )

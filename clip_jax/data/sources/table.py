@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from clip_jax.data.sources import boxes as box_files
 from clip_jax.data.sources import captions, identity, patterns
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.errors import UserError, nearest
-from clip_jax.storage import ranges, remote
+from clip_jax.storage import atomic, ranges, remote
 from clip_jax.storage.ranges import Stat
 
 # The first one in a table is used. Bytes: Hugging Face, img2dataset. Paths: OpenCLIP (filepath, title), metadata.csv.
@@ -226,38 +225,29 @@ def _copy(kind: str, files: list[str], stats: list[Stat], columns: list[dict[str
             f"{files[0]}: the copies of {len(files)} files, of {size / 1e9:.1f} GB, do not fit in {to.parent}, which "
             f"has {free / 1e9:.1f} GB; name another folder with CLIP_JAX_CACHE, or use tar shards, which need no copy"
         )
-    temporary = Path(tempfile.mkdtemp(dir=to.parent))
     read = _parquet_batches if kind == "parquet" else _csv_batches
     writer = schema = left = None
-    try:
-        with pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink:
-            for number, (file, names) in enumerate(zip(files, columns, strict=True)):
-                if list(names) != list(columns[0]):
-                    raise UserError(f"{file}: other columns than {files[0]}; name them with config.data.caption")
-                for table in read(file, names):
-                    table = table.append_column("file", pa.array([number] * len(table), pa.int32()))
-                    if writer is None:
-                        schema = table.schema
-                        writer = pa.ipc.new_file(sink, schema)
-                    try:
-                        left = table if left is None else pa.concat_tables([left, table.cast(schema)])
-                    except (ValueError, pa.ArrowInvalid) as error:
-                        raise UserError(f"{file}: columns of other types than in {files[0]} ({error})") from error
-                    while len(left) >= ROWS:
-                        writer.write_table(left.slice(0, ROWS).combine_chunks())
-                        left = left.slice(ROWS)
-            if writer is None:
-                raise UserError(f"{files[0]}: no rows")
-            if len(left):
-                writer.write_table(left.combine_chunks())
-            writer.close()
-        temporary.chmod(0o755)
-        temporary.rename(to)
-    except OSError:
-        if not to.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic.first_folder(to) as temporary, pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink:
+        for number, (file, names) in enumerate(zip(files, columns, strict=True)):
+            if list(names) != list(columns[0]):
+                raise UserError(f"{file}: other columns than {files[0]}; name them with config.data.caption")
+            for table in read(file, names):
+                table = table.append_column("file", pa.array([number] * len(table), pa.int32()))
+                if writer is None:
+                    schema = table.schema
+                    writer = pa.ipc.new_file(sink, schema)
+                try:
+                    left = table if left is None else pa.concat_tables([left, table.cast(schema)])
+                except (ValueError, pa.ArrowInvalid) as error:
+                    raise UserError(f"{file}: columns of other types than in {files[0]} ({error})") from error
+                while len(left) >= ROWS:
+                    writer.write_table(left.slice(0, ROWS).combine_chunks())
+                    left = left.slice(ROWS)
+        if writer is None:
+            raise UserError(f"{files[0]}: no rows")
+        if len(left):
+            writer.write_table(left.combine_chunks())
+        writer.close()
 
 
 def _parquet_batches(file: str, names: dict[str, str]) -> Iterator[Any]:
@@ -280,20 +270,20 @@ def _parquet_batches(file: str, names: dict[str, str]) -> Iterator[Any]:
 def _csv_batches(file: str, names: dict[str, str]) -> Iterator[Any]:
     import pyarrow as pa
 
-    rows = _csv_rows(file)
-    header = next(rows)
-    places, held = {new: header.index(old) for new, old in names.items()}, []
-    for number, row in enumerate(rows, 2):
+    lines = _csv_rows(file)
+    header = next(lines)
+    indices, rows = {new: header.index(old) for new, old in names.items()}, []
+    for number, row in enumerate(lines, 2):
         if len(row) != len(header):
             raise UserError(
                 f'{file}, row {number}: {len(row)} fields, not {len(header)}; put a text with the separator in "quotes"'
             )
-        held.append(row)
-        if len(held) == ROWS:
-            yield pa.table({name: pa.array([r[i] for r in held], pa.large_string()) for name, i in places.items()})
-            held = []
-    if held:
-        yield pa.table({name: pa.array([r[i] for r in held], pa.large_string()) for name, i in places.items()})
+        rows.append(row)
+        if len(rows) == ROWS:
+            yield pa.table({name: pa.array([r[i] for r in rows], pa.large_string()) for name, i in indices.items()})
+            rows = []
+    if rows:
+        yield pa.table({name: pa.array([r[i] for r in rows], pa.large_string()) for name, i in indices.items()})
 
 
 def _csv_rows(file: str) -> Iterator[list[str]]:

@@ -1,7 +1,7 @@
 """webdataset / img2dataset tar shards by random access, over an index that is made once and memory-mapped.
 
 A sample is the members with one key: ``000.jpg``, ``000.txt``, ``000.json``, ``000.cls`` (``members.py``). Members of
-other kinds are counted and not read, and nothing is ever extracted or unpickled. ``tar_index.py`` has the places of
+other kinds are counted and not read, and nothing is ever extracted or unpickled. ``tar_index.py`` has the offsets of
 the members, ``tar_headers.py`` reads them.
 
 Faults: a missing or truncated shard stops the run before it starts (``truncated="keep"`` uses the samples before
@@ -193,11 +193,11 @@ def _read_members(read: Read, start: int, end: int, wanted: dict[str, int]) -> t
     Raises OSError if they are not there: the shard was changed after it was opened.
     """
     if end - start <= AT_ONCE_BYTES:
-        held = read(start, end - start)
-        pieces = [(start, len(held))]
+        content = read(start, end - start)
+        pieces = [(start, len(content))]
 
         def at(offset: int, size: int) -> bytes:
-            return held[offset - start : offset - start + size]
+            return content[offset - start : offset - start + size]
 
     else:  # in two groups, all images and then all captions
         at, pieces = read, [(offset - BLOCK, BLOCK) for offset in wanted.values()]

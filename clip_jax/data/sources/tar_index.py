@@ -6,7 +6,7 @@ counts. The index lies in ``.clip_jax_index`` beside the shards, or in the user'
 written (or ``CLIP_JAX_CACHE`` names one), under a hash of the shards' names, sizes and times: it cannot be found for a
 shard that was changed. Then the headers of that shard alone are read again.
 
-Reading a shard also makes the digest of what is in it: keys, places, sizes, captions and sampled bytes of the images.
+Reading a shard also makes the digest of what is in it: keys, folders, sizes, captions and sampled bytes of the images.
 """
 
 import functools
@@ -15,9 +15,7 @@ import itertools
 import json
 import mmap
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,7 +31,7 @@ from clip_jax.data.sources.members import KINDS
 from clip_jax.data.sources.tar_headers import BLOCK, TarError
 from clip_jax.data.valid_text import shown
 from clip_jax.errors import UserError
-from clip_jax.storage import ranges, remote
+from clip_jax.storage import atomic, ranges, remote
 from clip_jax.storage.ranges import Read, Stat
 
 COLUMNS = 2 + len(KINDS)
@@ -121,11 +119,11 @@ def open_index(shards: Sequence[str], truncated: str) -> Index:
         names = [shard if remote.is_remote(shard) else os.path.relpath(shard, folder) for shard in shards]
     known = [(name, *stat) for name, stat in zip(names, stats, strict=True)]
     name = hashlib.sha256(json.dumps([known, truncated, RULES]).encode()).hexdigest()[:24]
-    places = _places(folder)
-    for place in places:
-        if (place / name).is_dir():
-            return load(place / name)
-    return _build(shards, known, truncated, places, name)
+    folders = _folders(folder)
+    for parent in folders:
+        if (parent / name).is_dir():
+            return load(parent / name)
+    return _build(shards, known, truncated, folders, name)
 
 
 def load(folder: Path) -> Index:
@@ -144,29 +142,27 @@ def load(folder: Path) -> Index:
     return Index(tuple(table), starts, np.frombuffer(mapped, "<u4").reshape(-1, COLUMNS), file)
 
 
-def _places(folder: str) -> list[Path]:
+def _folders(folder: str) -> list[Path]:
     """Folders for the indexes of shards in ``folder``, the best first."""
     cache = identity.cache_folder() / "tar_index" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]
     return [cache] if os.environ.get("CLIP_JAX_CACHE") or remote.is_remote(folder) else [Path(folder) / FOLDER, cache]
 
 
-def _build(shards: Sequence[str], known: list[tuple], truncated: str, places: list[Path], name: str) -> Index:
+def _build(shards: Sequence[str], known: list[tuple], truncated: str, folders: list[Path], name: str) -> Index:
     """Writes the index; rows of shards that did not change are taken from earlier indexes.
 
-    Other processes may do so at the same time. The first index stays: a file that a process on another machine has
-    mapped must not be replaced on a network file system.
+    Other processes may do so at the same time; the first index stays.
     """
-    place = _writable(places)
-    earlier = _earlier(places)
+    parent = _writable(folders)
+    earlier = _earlier(folders)
     unknown = [shard for shard, entry in zip(shards, known, strict=True) if (*entry, truncated) not in earlier]
     if len(unknown) > THREADS:
-        print(f"reading the headers of {len(unknown)} shards, once; the index goes to {place}", flush=True)
+        print(f"reading the headers of {len(unknown)} shards, once; the index goes to {parent}", flush=True)
 
     def scan(shard: str, entry: tuple) -> tuple[Shard, np.ndarray]:
         return earlier.get((*entry, truncated)) or _scan(shard, *entry, truncated)
 
-    temporary = Path(tempfile.mkdtemp(dir=place))
-    try:
+    with atomic.first_folder(parent / name) as temporary:
         with ThreadPoolExecutor(THREADS) as pool, open(temporary / "rows", "wb") as file:
             table = []
             for shard, rows in pool.map(scan, shards, known):
@@ -179,40 +175,33 @@ def _build(shards: Sequence[str], known: list[tuple], truncated: str, places: li
             )
         (temporary / "shards.json").write_text(json.dumps(table))
         (temporary / "rules.json").write_text(json.dumps([truncated, RULES]))
-        temporary.chmod(0o755)  # readable by other users of the shards
-        temporary.rename(place / name)
-    except OSError:
-        if not (place / name).is_dir():  # else another process was first, and its index is the same
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return load(place / name)
+    return load(parent / name)
 
 
-def _writable(places: list[Path]) -> Path:
-    for place in places[:-1]:
-        parent = place if place.is_dir() else place.parent
+def _writable(folders: list[Path]) -> Path:
+    for folder in folders[:-1]:
+        existing = folder if folder.is_dir() else folder.parent
         # Without the bits a folder is meant to stay as it is, even where root could write to it.
-        if parent.stat().st_mode & 0o222 and os.access(parent, os.W_OK):
+        if existing.stat().st_mode & 0o222 and os.access(existing, os.W_OK):
             try:
-                place.mkdir(exist_ok=True)
-                return place
+                folder.mkdir(exist_ok=True)
+                return folder
             except OSError:  # a file system that is mounted read-only
                 continue
     try:
-        places[-1].mkdir(parents=True, exist_ok=True)
+        folders[-1].mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{places[-1]}: the index of the shards cannot be written there ({error.strerror}); "
+            f"{folders[-1]}: the index of the shards cannot be written there ({error.strerror}); "
             "set CLIP_JAX_CACHE to a folder that can be written"
         ) from error
-    return places[-1]
+    return folders[-1]
 
 
-def _earlier(places: list[Path]) -> dict[tuple, tuple[Shard, np.ndarray]]:
+def _earlier(folders: list[Path]) -> dict[tuple, tuple[Shard, np.ndarray]]:
     """(name, size, version, truncated) -> what an earlier index of the same folder has of that shard."""
     found = {}
-    for rules in (path for place in places if place.is_dir() for path in place.glob("*/rules.json")):
+    for rules in (path for parent in folders if parent.is_dir() for path in parent.glob("*/rules.json")):
         truncated, number = json.loads(rules.read_text())
         if number != RULES:
             continue
@@ -264,7 +253,7 @@ def _scan(shard: str, name: str, size: int, version: str, truncated: str) -> tup
 
 
 class _CutError(Exception):
-    """The members of a shard before the place where it is damaged."""
+    """The members of a shard before the byte where it is damaged."""
 
     def __init__(self, reason: str, before: list[_Scanned]):
         super().__init__(reason)

@@ -113,9 +113,9 @@ def _subfolders(folder: str) -> list[str]:
 
 def _default_config(folder: str) -> str | None:
     """The name in TFDS's own metadata about the configs of a dataset; None if there is none."""
-    place = f"{folder}/.config/metadata.json"
+    metadata = f"{folder}/.config/metadata.json"
     try:
-        content = remote.fetch(place) if remote.is_remote(place) else Path(place).read_bytes()
+        content = remote.fetch(metadata) if remote.is_remote(metadata) else Path(metadata).read_bytes()
     except (FileNotFoundError, remote.RefusedError):
         return None
     return json.loads(content).get("default_config_name")

@@ -1,4 +1,4 @@
-"""The moving average of the parameters in the life of a run: it is evaluated, kept, loaded and exported."""
+"""The EMA of the parameters in the life of a run: it is evaluated, stored, loaded and exported."""
 
 import shutil
 
@@ -44,8 +44,8 @@ def test_the_average_is_evaluated_kept_loaded_and_exported(tmp_path):
     recipe, workdir = str(runs.write_recipe(tmp_path)), tmp_path / "run"
     assert loop.run(workdir=str(workdir), recipe=recipe, overrides=AVERAGED) == 0
     state, model = state_of(recipe, workdir), clip_jax.load(workdir)
-    assert_equal(model.params, state.evaluated)
-    patches = [tree["image"]["patch_embedding"] for tree in (state.evaluated, state.params)]
+    assert_equal(model.params, state.evaluation_params)
+    patches = [tree["image"]["patch_embedding"] for tree in (state.evaluation_params, state.params)]
     assert max(np.abs(a - p).max() for a, p in zip(*map(jax.tree.leaves, patches), strict=True)) > 1e-3
 
     # Interrupted after its third step and gone on with, it is the same run.
@@ -59,7 +59,7 @@ def test_the_average_is_evaluated_kept_loaded_and_exported(tmp_path):
     # What is exported is the average, and it has the held-out loss that the run was given.
     exported = tmp_path / "exported"
     assert commands.main(["export", f"--model={workdir}", "--format=openclip", f"--to={exported}"]) == 0
-    assert_equal(clip_jax.load(exported).params, state.evaluated)
+    assert_equal(clip_jax.load(exported).params, state.evaluation_params)
     still = {"model.init_from": str(exported), "model.init_from_allow": "('tokenizer',)"}  # OpenCLIP names no such one
     still |= {"steps": "1", "optimizer.learning_rate": "0", "ema_decay": "0"}
     assert loop.run(workdir=str(tmp_path / "still"), recipe=recipe, overrides=AVERAGED | still) == 0
