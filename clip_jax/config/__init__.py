@@ -11,14 +11,14 @@ renamed.py    settings of earlier versions
 from clip_jax.config.checks import check
 from clip_jax.config.durations import check_lengths, duration
 from clip_jax.config.flat import flatten
-from clip_jax.config.phases import Phase, phases
+from clip_jax.config.phases import PhaseConfig, phases
 from clip_jax.config.recipes import differences, from_json, later_settings, load, override, to_json
 from clip_jax.config.resolve import resolve_preset
 from clip_jax.settings import AUTO, defaults, evaluation
 
 __all__ = [
     "AUTO",
-    "Phase",
+    "PhaseConfig",
     "check",
     "check_lengths",
     "defaults",

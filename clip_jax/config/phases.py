@@ -29,7 +29,7 @@ MAY_CHANGE = (
 )
 
 
-class Phase(NamedTuple):
+class PhaseConfig(NamedTuple):
     """A part of a run with settings of its own."""
 
     start: int
@@ -37,16 +37,16 @@ class Phase(NamedTuple):
     config: ConfigDict
 
 
-def phases(config: ConfigDict) -> tuple[Phase, ...]:
+def phases(config: ConfigDict) -> tuple[PhaseConfig, ...]:
     """The phases in order, the first of which starts at 0."""
-    found = [Phase(0, config)]
+    found = [PhaseConfig(0, config)]
     for overrides in config.phases:
         changed = ConfigDict(found[-1].config.to_dict(), type_safe=False)
         known = flatten(changed)
         for key, value in overrides.items():
             if key != "start":
                 set_value(changed, key, typed("phases", key, value, known[key]))
-        found.append(Phase(overrides["start"], changed))
+        found.append(PhaseConfig(overrides["start"], changed))
     return tuple(found)
 
 

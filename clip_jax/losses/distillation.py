@@ -41,7 +41,7 @@ def distillation(
     return _distillation(image, text, scale, mesh_grid.make_grid(mesh, gathered, tiling), tiling)
 
 
-class Sums(NamedTuple):
+class KLSums(NamedTuple):
     """Sums over the logits of a row or of a column."""
 
     student: OnlineSoftmax
@@ -50,29 +50,29 @@ class Sums(NamedTuple):
     """The sum of exp(teacher's logit - the teacher's maximum) times the student's logit."""
 
 
-NOTHING = Sums(EMPTY, EMPTY, np.float32(0))
+NOTHING = KLSums(EMPTY, EMPTY, np.float32(0))
 
 
-def _sums(student: Float[Array, "images texts"], teacher: Float[Array, "images texts"], axis: int) -> Sums:
+def _sums(student: Float[Array, "images texts"], teacher: Float[Array, "images texts"], axis: int) -> KLSums:
     of_teacher = of_block(teacher, axis)
     weights = jnp.exp(teacher - jnp.expand_dims(of_teacher.max, axis))
-    return Sums(of_block(student, axis), of_teacher, jnp.sum(weights * student, axis=axis))
+    return KLSums(of_block(student, axis), of_teacher, jnp.sum(weights * student, axis=axis))
 
 
-def _merge(one: Sums, other: Sums) -> Sums:
+def _merge(one: KLSums, other: KLSums) -> KLSums:
     teacher = merge_softmax(one.teacher, other.teacher)
     shift = jnp.where(jnp.isfinite(teacher.max), teacher.max, 0)
     expected = sum(side.expected * jnp.exp(side.teacher.max - shift) for side in (one, other))
-    return Sums(merge_softmax(one.student, other.student), teacher, expected)
+    return KLSums(merge_softmax(one.student, other.student), teacher, expected)
 
 
-def _reduce_grid_rows(columns: Sums) -> Sums:
+def _reduce_grid_rows(columns: KLSums) -> KLSums:
     """Combines the columns of the devices of a grid column."""
     maxima = jax.lax.pmax((columns.student.max, columns.teacher.max), ROWS)
     shifts = [jnp.exp(side.max - maximum) for side, maximum in zip(columns[:2], maxima, strict=True)]
     scaled = (columns.student.sum * shifts[0], columns.teacher.sum * shifts[1], columns.expected * shifts[1])
     student, teacher, expected = jax.lax.psum(scaled, ROWS)
-    return Sums(OnlineSoftmax(maxima[0], student), OnlineSoftmax(maxima[1], teacher), expected)
+    return KLSums(OnlineSoftmax(maxima[0], student), OnlineSoftmax(maxima[1], teacher), expected)
 
 
 class Side(NamedTuple):
@@ -102,11 +102,11 @@ def _forward(
     def device(image: Both, text: Both, scale: Float[Array, ""]) -> tuple[Float[Array, ""], tuple]:
         gathered = mesh_grid.gather_texts(text)
 
-        def step(images: Both, texts: Both, rows: Sums, columns: Sums) -> tuple[Sums, Sums]:
+        def step(images: Both, texts: Both, rows: KLSums, columns: KLSums) -> tuple[KLSums, KLSums]:
             logits = _logits(images, texts, scale)
             return _merge(rows, _sums(*logits, 1)), _merge(columns, _sums(*logits, 0))
 
-        def scan_tile(images: Both, columns: Sums) -> tuple[Sums, Sums]:
+        def scan_tile(images: Both, columns: KLSums) -> tuple[KLSums, KLSums]:
             return mesh_grid.scan_blocks(step, images, gathered, NOTHING, columns, tiling)
 
         columns = mesh_grid.varying(jax.tree.map(lambda x: jnp.full(len(gathered.student), x), NOTHING))

@@ -56,11 +56,11 @@ class OnlineSoftmax(NamedTuple):
 EMPTY = OnlineSoftmax(np.float32(-np.inf), np.float32(0))
 
 
-class Sums(NamedTuple):
+class LogitSums(NamedTuple):
     """The state of a row or a column in the forward pass: sums over all logits except that of its own pair."""
 
     softmax: OnlineSoftmax
-    target: targets.Sums | None
+    target: targets.TargetSums | None
     """None if only pairs are positives."""
 
 
@@ -70,10 +70,10 @@ def of_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
     return OnlineSoftmax(maximum, jnp.sum(jnp.exp(logits - jnp.expand_dims(_finite(maximum), axis)), axis=axis))
 
 
-def _merge(one: Sums, other: Sums) -> Sums:
+def _merge(one: LogitSums, other: LogitSums) -> LogitSums:
     """Combines two disjoint sets of logits."""
     merged = None if one.target is None else targets.merge(one.target, other.target)
-    return Sums(merge_softmax(one.softmax, other.softmax), merged)
+    return LogitSums(merge_softmax(one.softmax, other.softmax), merged)
 
 
 def merge_softmax(one: OnlineSoftmax, other: OnlineSoftmax) -> OnlineSoftmax:
@@ -82,12 +82,12 @@ def merge_softmax(one: OnlineSoftmax, other: OnlineSoftmax) -> OnlineSoftmax:
     return OnlineSoftmax(maximum, one.sum * jnp.exp(one.max - shift) + other.sum * jnp.exp(other.max - shift))
 
 
-def _reduce_grid_rows(columns: Sums) -> Sums:
+def _reduce_grid_rows(columns: LogitSums) -> LogitSums:
     """Combines the columns of the devices of a grid column, each of which has the images of its own grid row."""
     softmax = columns.softmax
     maximum = jax.lax.pmax(softmax.max, ROWS)
     softmax = OnlineSoftmax(maximum, jax.lax.psum(softmax.sum * jnp.exp(softmax.max - _finite(maximum)), ROWS))
-    return Sums(softmax, None if columns.target is None else targets.reduce_grid_rows(columns.target))
+    return LogitSums(softmax, None if columns.target is None else targets.reduce_grid_rows(columns.target))
 
 
 def log_sum_exp(state: OnlineSoftmax) -> Float[Array, "..."]:
@@ -151,19 +151,19 @@ def _forward(
         padded = mesh_grid.pad_rows(positives, size, 0) if has_targets else None
         gathered = mesh_grid.gather_texts(Side(texts, padded))
 
-        def step(images: Side, texts: Side, rows: Sums, columns: Sums) -> tuple[Sums, Sums]:
+        def step(images: Side, texts: Side, rows: LogitSums, columns: LogitSums) -> tuple[LogitSums, LogitSums]:
             logits = mesh_grid.masked_logits(images.embeddings, texts.embeddings, scale)
             row_target = column_target = None
             if has_targets:
                 same = mesh_grid.same_group(images.embeddings, texts.embeddings)
                 row_target = targets.of_block(logits, images.positives[:, None], same, 1)
                 column_target = targets.of_block(logits, texts.positives[None, :], same, 0)
-            rows = _merge(rows, Sums(of_block(logits, 1), row_target))
-            return rows, _merge(columns, Sums(of_block(logits, 0), column_target))
+            rows = _merge(rows, LogitSums(of_block(logits, 1), row_target))
+            return rows, _merge(columns, LogitSums(of_block(logits, 0), column_target))
 
-        empty = Sums(EMPTY, targets.EMPTY if has_targets else None)
+        empty = LogitSums(EMPTY, targets.EMPTY if has_targets else None)
 
-        def scan_tile(images: Side, columns: Sums) -> tuple[Sums, Sums]:
+        def scan_tile(images: Side, columns: LogitSums) -> tuple[LogitSums, LogitSums]:
             return mesh_grid.scan_blocks(step, images, gathered, empty, columns, tiling)
 
         columns = mesh_grid.varying(jax.tree.map(lambda x: jnp.full(len(gathered.embeddings.ids), x), empty))

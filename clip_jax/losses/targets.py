@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from clip_jax.losses.mesh_grid import ROWS
 
 
-class Sums(NamedTuple):
+class TargetSums(NamedTuple):
     """Sums over all logits of a row or a column except that of its own pair and those of padding."""
 
     count: Float[Array, "n"]
@@ -40,17 +40,17 @@ class Targets(NamedTuple):
     """The sum of the targets of all logits except the pair's."""
 
 
-EMPTY = Sums(*(np.float32(0),) * 4, *(np.float32(-np.inf),) * 2)
+EMPTY = TargetSums(*(np.float32(0),) * 4, *(np.float32(-np.inf),) * 2)
 
 
 def of_block(
     logits: Float[Array, "images texts"], paired: Float[Array, "..."], same: Bool[Array, "images texts"], axis: int
-) -> Sums:
+) -> TargetSums:
     """The sums of a block along an axis; ``paired`` are the logits of the pairs, and excluded logits are -inf."""
     included = jnp.isfinite(logits)
     positive = included & same
     distance = jnp.where(included, logits - paired, 0)
-    return Sums(
+    return TargetSums(
         count=jnp.sum(included, axis, dtype=jnp.float32),
         distance=jnp.sum(distance, axis),
         positives=jnp.sum(positive, axis, dtype=jnp.float32),
@@ -60,22 +60,22 @@ def of_block(
     )
 
 
-def merge(one: Sums, other: Sums) -> Sums:
+def merge(one: TargetSums, other: TargetSums) -> TargetSums:
     added = [a + b for a, b in zip(one[:4], other[:4], strict=True)]
-    return Sums(*added, *(jnp.maximum(a, b) for a, b in zip(one[4:], other[4:], strict=True)))
+    return TargetSums(*added, *(jnp.maximum(a, b) for a, b in zip(one[4:], other[4:], strict=True)))
 
 
-def reduce_grid_rows(columns: Sums) -> Sums:
+def reduce_grid_rows(columns: TargetSums) -> TargetSums:
     """Combines the columns of the devices of a grid column."""
-    return Sums(*jax.lax.psum(tuple(columns[:4]), ROWS), *jax.lax.pmax(tuple(columns[4:]), ROWS))
+    return TargetSums(*jax.lax.psum(tuple(columns[:4]), ROWS), *jax.lax.pmax(tuple(columns[4:]), ROWS))
 
 
-def targets(sums: Sums, smoothing: float) -> Targets:
+def targets(sums: TargetSums, smoothing: float) -> Targets:
     positive, every = (1 - smoothing) / (sums.positives + 1), smoothing / (sums.count + 1)
     return Targets(positive, every, sums.positives * positive + sums.count * every)
 
 
-def expected(sums: Sums, of: Targets) -> Float[Array, "n"]:
+def expected(sums: TargetSums, of: Targets) -> Float[Array, "n"]:
     """The expected logit under the target, minus the pair's."""
     return of.positive * sums.positive_distance + of.every * sums.distance
 

@@ -32,7 +32,7 @@ class Decoding(NamedTuple):
     temperature: float = 1.0
 
 
-class State(NamedTuple):
+class Written(NamedTuple):
     position: Int[Array, ""]
     """Tokens so far."""
     written: Int[Array, "rows tokens+1"]
@@ -64,7 +64,7 @@ def generate(
     rows, tokens = len(memory), decoding.max_tokens
     caching = replace(model, compute=model.compute._replace(cache=tokens, attend=xla, remat="none"))
 
-    def advance(state: State) -> State:
+    def advance(state: Written) -> Written:
         logits, cache = next_logits(caching, params, memory, state.written, state.position, state.cache)
         logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_size, logits, -jnp.inf)
         too_early = state.position < decoding.min_tokens
@@ -82,7 +82,7 @@ def generate(
             done=state.done | (chosen == end_id),
         )
 
-    first = State(
+    first = Written(
         position=jnp.zeros((), jnp.int32),
         written=jnp.zeros((rows, tokens + 1), jnp.int32).at[:, 0].set(start_id),
         done=jnp.zeros(rows, bool),
@@ -161,7 +161,7 @@ def _one(logits: Float[Array, "rows vocab"], decoding: Decoding, key: Key[Array,
     return jnp.take_along_axis(order, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
-def _beam(state: State, logits: Float[Array, "rows vocab"], decoding: Decoding) -> tuple[State, Int[Array, "rows"]]:
+def _beam(state: Written, logits: Float[Array, "rows vocab"], decoding: Decoding) -> tuple[Written, Int[Array, "rows"]]:
     """The best continuations of an image's beams, best first, and the token of each; a finished one continues as is."""
     beams, vocabulary = decoding.beams, logits.shape[1]
     unchanged = jnp.where(jnp.arange(vocabulary) == 0, 0.0, -jnp.inf)
