@@ -306,18 +306,21 @@ def load(
 ) -> Model:
     """A run's folder, an OpenCLIP or Hugging Face folder, or ``hf://org/name``; or a model's name with its ``weights``.
 
-    ``load("runs/demo")`` loads the newest checkpoint, ``step=N`` another that the run kept; ``load("ViT-B/32",
-    weights="ViT-B-32.safetensors")`` a file or folder in any library's layout. Folders may be in a bucket, ``gs://`` or
-    ``s3://``. Foreign weights are adapted to another ``image_size`` or ``context_length`` by resizing their position
-    embeddings, which is logged. With a ``mesh`` the parameters are sharded over it and batches are split; without a
-    mesh, everything is on one device. ``tokenizer`` is the one that the model was trained with, or its file or folder,
-    for a model whose folder has none; a tokenizer that does not fit the tower is rejected. Raises UserError. Pickles
+    ``load("runs/demo")`` loads the newest checkpoint, ``step=300`` or ``load("runs/demo@300")`` another that the run
+    kept; ``load("ViT-B/32", weights="ViT-B-32.safetensors")`` a file or folder in any library's layout. Folders may be
+    in a bucket, ``gs://`` or ``s3://``. Foreign weights are adapted to another ``image_size`` or ``context_length``
+    by resizing their position embeddings, which is logged. With a ``mesh`` the parameters are sharded over it and
+    batches are split; without a mesh, everything is on one device. ``tokenizer`` is the one that the model was
+    trained with, or its file or folder, for a model whose folder has none; a tokenizer that does not fit the tower
+    is rejected. Raises UserError. Pickles
     are not opened (``clip-jax import`` converts them).
     """
     if weights is not None:
         name = str(source)
         found = foreign.open_weights(folders.local(weights), name, presets.preset(name))
         return _foreign(found, image_size, context_length, mesh, dtype, tokenizer)
+    if step is None and (at := re.fullmatch(r"(?!hf://)(.+)@(\d+)", str(source))):
+        source, step = at[1], int(at[2])
     folder = folders.local(source)
     if folder.is_file():
         raise UserError(f"{folder}: does not say which model it is: load(NAME, weights={str(folder)!r})")

@@ -155,6 +155,12 @@ def test_mistakes_are_one_line(model, tmp_path):
         clip_jax.load(tmp_path)
 
 
+def test_a_step_may_be_part_of_the_name(small_run, model):
+    assert clip_jax.load(f"{small_run}@{model.step}").step == model.step
+    with pytest.raises(UserError, match=rf"{small_run}: no checkpoint of step 7; it keeps .*{model.step}"):
+        clip_jax.load(f"{small_run}@7")
+
+
 def test_a_run_without_a_checkpoint_says_so(small_run, tmp_path):
     (tmp_path / "run.json").write_text((small_run / "run.json").read_text())
     with pytest.raises(UserError, match="no checkpoint yet"):

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
+    from clip_jax.evaluation import results
     from clip_jax.evaluation.paired import difference
 
     folders = [Path(folder).expanduser() for folder in (arguments.a, arguments.b)]
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{name}: other examples or another protocol; not compared")
             continue
         hits = [np.load(folder / f"{name}.npz") for folder in folders]
-        for metric in sorted(set(hits[0]) & set(hits[1])):
+        indices = hits[1].get(results.INDICES)
+        for metric in sorted((set(hits[0]) & set(hits[1])) - {results.INDICES}):
             try:
                 found = difference(hits[0][metric], hits[1][metric])
             except ValueError as error:
@@ -46,8 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{found.better} better, {found.worse} worse"
             )
             delta = hits[1][metric] - hits[0][metric]
-            for example in np.flatnonzero(delta)[: arguments.changed]:
-                print(f"  example {example}: {'gained' if delta[example] > 0 else 'lost'}")
+            for row in np.flatnonzero(delta)[: arguments.changed]:
+                example = f"value {row}" if indices is None else f"example {indices[row]} of {b[name]['source']}"
+                print(f"  {example}: {'gained' if delta[row] > 0 else 'lost'}")
 
 
 def _same_examples(a: dict, b: dict) -> bool:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from clip_jax.evaluation import results, runner, suites  # after parsing: JAX takes a second to import
+    from clip_jax.evaluation import datacomp, results, runner, suites  # after parsing: JAX takes a second to import
     from clip_jax.evaluation.probe_protocol import probes
 
     suite = arguments.suite or ("data" if arguments.data else "quick")
@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{name}  {task.name}  {record['main_metric']} {shown}  {done}".rstrip(), flush=True)
     averages = suites.averages(suite, records)
     results.write_tables(output, records, averages)
+    if suite == "datacomp38":
+        datacomp.write(output, records)
     for line in (*missing, *averages):
         print(line)
     _write_report(output, arguments.model, records, sources, averages)

@@ -94,12 +94,52 @@ def swaps(scene: Scene, seed: int) -> Iterator[Swap]:
             yield Swap("order", " ".join(sentence), " ".join(shuffled))
 
 
+def mentions(scene: Scene, seed: int) -> Iterator[Swap]:
+    """A caption of all objects, of which one has a false color: ``mention 1`` the first that is named, and so on."""
+    rng = generator("mention", seed)
+    nouns = [f"a {each.color} {each.shape}" for each in scene.objects]
+    for number, each in enumerate(scene.objects):
+        color = _other(rng, tuple(COLORS), {other.color for other in scene.objects})
+        false = [*nouns[:number], f"a {color} {each.shape}", *nouns[number + 1 :]]
+        yield Swap(f"mention {number + 1}", " and ".join(nouns), " and ".join(false))
+
+
+def curves(
+    scenes: Sequence[Scene], kinds: Sequence[str], wins: Float[np.ndarray, " n"]
+) -> dict[str, list[list[float]]]:
+    """The share of right answers against properties of the scene of each swap; single objects have no distance."""
+    kinds, first = np.array(kinds), [scene.objects[0] for scene in scenes]
+    parts = np.isin(kinds, ("color", "shape"))
+    pairs = np.isin(kinds, ("binding", "relation"))
+    distance = np.array([_distance(scene) for scene in scenes])
+    order = np.array([int(kind.rpartition(" ")[2]) if kind.startswith("mention") else 0 for kind in kinds])
+    of = {
+        "color and shape, by the object's size / side": (parts, np.array([2 * each.radius for each in first])),
+        "color and shape, by the number of objects": (parts, np.array([len(scene.objects) for scene in scenes])),
+        "binding and relation, by distance / side": (pairs, distance),
+        "color, by order of mention": ((order > 0) & np.array([len(scene.objects) > 1 for scene in scenes]), order),
+    }
+    return {title: _means(np.round(x[rows], 1), wins[rows]) for title, (rows, x) in of.items() if rows.any()}
+
+
+def _distance(scene: Scene) -> float:
+    if len(scene.objects) < 2:
+        return 0.0
+    one, other = scene.objects[:2]
+    return float(np.hypot(one.x - other.x, one.y - other.y))
+
+
+def _means(x: np.ndarray, wins: np.ndarray) -> list[list[float]]:
+    return [[float(value), float(wins[x == value].mean())] for value in np.unique(x)]
+
+
 def protocol(task: Task, models: Ensemble) -> Result:
-    """Swaps of the bundled scenes of a ``shapes`` source."""
+    """Swaps of the bundled scenes of a ``shapes`` source; the curves have swaps by order of mention besides."""
     embedded = models[0][0].embed(task.source, texts=True)
     rows, made = [], []
     for row, index in enumerate(embedded.indices.tolist()):
-        for swap in swaps(task.source.describe(index)[0], index):
+        scene = task.source.describe(index)[0]
+        for swap in (*swaps(scene, index), *mentions(scene, index)):
             rows.append(row)
             made.append(swap)
     captions = sorted({caption for swap in made for caption in (swap.true, swap.false)})
@@ -110,10 +150,14 @@ def protocol(task: Task, models: Ensemble) -> Result:
         true += share * np.sum(images * texts[[number[swap.true] for swap in made]], axis=1)
         false += share * np.sum(images * texts[[number[swap.false] for swap in made]], axis=1)
     wins, kinds = true_caption_wins(true, false), np.array([swap.kind for swap in made])
-    metrics = {kind: float(wins[kinds == kind].mean()) for kind in sorted(set(kinds))}
+    scenes = [task.source.describe(index)[0] for index in embedded.indices[rows].tolist()]
+    drawn = curves(scenes, kinds, wins)
+    counted = np.array([not kind.startswith("mention") for kind in kinds])
+    metrics = {kind: float(wins[kinds == kind].mean()) for kind in sorted(set(kinds[counted]))}
     metrics["mean"] = float(np.mean(list(metrics.values())))
-    details = {"all_equal": all_equal(true, false), "pairs": len(made)}
-    return Result(metrics, "mean", len(embedded.images), embedded.skipped.total(), None, {"pairs": wins}, {}, details)
+    details = {"all_equal": all_equal(true, false), "pairs": int(counted.sum())}
+    hits, skipped = {"pairs": wins[counted]}, embedded.skipped.total()
+    return Result(metrics, "mean", len(embedded.images), skipped, None, hits, drawn, details)
 
 
 def winoground_protocol(task: Task, models: Ensemble) -> Result:

@@ -2,7 +2,7 @@
 
     MODEL/TASK.json     strict JSON in CLIP_benchmark's keys (dataset, model, task, metrics ...), and more
     MODEL/TASK.npz      one value per example for each main metric: what ``clip-jax compare`` pairs
-    results.jsonl       one line per model and task in DataComp's keys (key, dataset, metrics.main_metric)
+    results.jsonl       one line per model and task: key, dataset, metrics with main_metric
     results.csv         one row per model and task
     results.md          the table of main metrics
     report.html
@@ -27,6 +27,8 @@ from clip_jax.storage import atomic
 
 PROTOCOL_VERSION = 2
 """To be increased with every change of a definition: results with another number are computed again."""
+INDICES = "_indices"
+"""The entry of ``TASK.npz`` with the number in the source of each example."""
 CLIP_BENCHMARK_TASKS = {
     "zero_shot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
@@ -85,7 +87,8 @@ def store(output: Path, model: str, task: Task, model_fingerprint: str, result: 
         }
     )
     file = io.BytesIO()
-    np.savez_compressed(file, **{name.replace("/", "_"): values for name, values in result.hits.items()})
+    indices = {} if result.indices is None else {INDICES: result.indices}
+    np.savez_compressed(file, **{name.replace("/", "_"): values for name, values in result.hits.items()}, **indices)
     atomic.write_bytes(folder / f"{name}.npz", file.getvalue())
     atomic.write_text(folder / f"{name}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record

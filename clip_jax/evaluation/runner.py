@@ -108,6 +108,7 @@ def _classification(task: Task, models: Ensemble, embedded: Embedded, probabilit
         {"top1": hits},
         {"reliability": [[b.confidence, b.accuracy] for b in bins if b.count]},
         details,
+        embedded.indices,
     )
 
 

@@ -53,6 +53,8 @@ class Result(NamedTuple):
     curves: dict[str, list[list[float]]]
     """title -> [[x, y], ...]"""
     details: dict[str, Any]
+    indices: Int[np.ndarray, " queries"] | None = None
+    """The number in the source of the example of each value of ``hits``, where that is one example."""
 
 
 def fingerprint(weights: Variables, tokenizer: str, image_size: int, preprocess: Preprocess) -> str:

@@ -100,13 +100,21 @@ DATACOMP38 = (
     Entry("SVHN", "vtab-svhn", TOP1),
     Entry("Flickr30k", "flickr30k", "mean_recall@1"),
     Entry("MS-COCO", "mscoco_captions", "mean_recall@1"),
-    Entry("WinoGAViL", "", ""),  # Jaccard index
+    Entry("WinoGAViL", "", "", "https://winogavil.github.io"),  # Jaccard index
     Entry("iWildCam", "wilds-iwildcam", "f1_macro"),
     Entry("Camelyon17", "wilds-camelyon17", TOP1),
-    Entry("FMoW", "wilds-fmow", ""),  # worst region
-    Entry("Dollar Street", "dollar_street", ""),  # worst income group, top-5
-    Entry("GeoDE", "geode", ""),  # worst region
+    Entry("FMoW", "wilds-fmow", "", "https://wilds.stanford.edu/datasets"),  # worst region
+    # worst income group, top-5
+    Entry("Dollar Street", "dollar_street", "", "https://mlcommons.org/datasets/dollar-street"),
+    Entry("GeoDE", "geode", "", "https://geodiverse-data-collection.cs.princeton.edu"),  # worst region
 )
+
+OTHERS = (
+    ("Winoground", "winoground", "https://huggingface.co/datasets/facebook/winoground"),
+    ("SugarCrepe", "sugar_crepe", "https://github.com/RAIVNLab/sugar-crepe"),
+    ("ARO", "aro", "https://github.com/mertyg/vision-language-models-are-bows"),
+)
+"""(title, protocol, address) of sets that ``full`` has besides those of its average."""
 
 SUITES = {"imagenet": IMAGENET, "paper27": PAPER27, "datacomp38": DATACOMP38}
 SUITES["full"] = tuple(dict.fromkeys((*PAPER27, *DATACOMP38)))
@@ -149,6 +157,8 @@ def tasks(
                 found.append(runner.task_of(dataset)._replace(name=entry.folder, metric=entry.metric))
         if suite == "full":
             found += map(runner.task_of, others)
+            there = {task.protocol for task in found}
+            missing += [f"{title}: missing; {where}" for title, protocol, where in OTHERS if protocol not in there]
         else:
             missing += [f"{d.name}: no set of {suite}, so not evaluated; --suite=full does" for d in others]
         if not found:
@@ -188,10 +198,8 @@ def _plain(name: str) -> str:
 
 
 def _where_to_get(entry: Entry, *, there: bool) -> str:
-    if there or (entry.folder and not entry.metric):
-        return f"{entry.title}: its metric is not computed from this layout"
-    if not entry.folder:
-        return f"{entry.title}: not published in CLIP_benchmark's layout"
+    if not entry.metric or there:
+        return f"{entry.title}: its metric is not computed here; {entry.original}"
     if entry.original:
         return f"{entry.title}: missing; {entry.original}; a folder {entry.folder} in CLIP_benchmark's layout is read"
     return f"{entry.title}: missing; {HUB}{entry.folder}"

@@ -78,7 +78,7 @@ def test_the_quick_suite_has_every_protocol_and_a_page_without_links(run, tmp_pa
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 5 and {row["task"] for row in rows} >= {"zeroshot_classification", "zeroshot_retrieval"}
     page = (tmp_path / "report.html").read_text()
-    assert "Confusion matrix" in page and page.count("<svg") == 5 and "its image ranks" in page
+    assert "Confusion matrix" in page and page.count("<svg") == 9 and "its image ranks" in page
     assert not re.search(r"(src|href)=.http|url\(http|<script", page)
 
     # Nothing is computed twice, and a result of another model is not taken for this one's.
@@ -151,6 +151,14 @@ def test_a_suite_lists_what_is_missing_and_has_no_average_then(run, benchmarks, 
     assert suites.average([0.5, None], 2) is None and suites.average([0.5, 1.0], 2) == 0.75
     assert "UCF101: missing; https://www.crcv.ucf.edu" in said and "folder ucf101 in CLIP_benchmark's layout" in said
     assert main(["evaluate", f"--model={run}", "--suite=imagenet", f"--output={tmp_path / 'out'}"]) == 2
+    capsys.readouterr()
+    assert main([word.replace("paper27", "datacomp38") for word in command]) == 0
+    said = capsys.readouterr().out
+    assert "GeoDE: its metric is not computed here; https://geodiverse" in said
+    [line] = next((tmp_path / "out").glob("*/eval_results.jsonl")).read_text().splitlines()
+    assert json.loads(line)["dataset"] == "Oxford-IIIT Pet"
+    assert main([word.replace("paper27", "full") for word in command]) == 0
+    assert "Winoground: missing; https://huggingface.co/datasets/facebook/winoground" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,34 @@ def test_swaps_are_false_of_their_scene_and_of_every_kind():
     assert kinds == {"color", "shape", "size", "binding", "relation", "count", "negation", "order"}
 
 
+def test_curves_by_size_number_distance_and_order_of_mention_by_hand():
+    source = open_shapes("heldout", image_size=32, examples=40)
+    scenes = [source.describe(i)[0] for i in range(40)]
+    rows, made = [], []
+    for i, scene in enumerate(scenes):
+        found = [*composition.swaps(scene, i), *composition.mentions(scene, i)]
+        rows += [i] * len(found)
+        made += found
+    for swap in (s for s in made if s.kind.startswith("mention")):  # one word differs, a color
+        different = [(t, f) for t, f in zip(swap.true.split(), swap.false.split(), strict=True) if t != f]
+        assert len(different) == 1 and different[0][1] not in swap.true
+    kinds = [swap.kind for swap in made]
+    wins = np.array([float(kind in ("color", "mention 2", "binding")) for kind in kinds])
+    curves = composition.curves([scenes[i] for i in rows], kinds, wins)
+    assert curves["color, by order of mention"] == [[1.0, 0.0], [2.0, 1.0], [3.0, 0.0]]
+    assert curves["color and shape, by the number of objects"] == [[1.0, 0.5], [2.0, 0.5], [3.0, 0.5]]
+    sizes = [x for x, _ in curves["color and shape, by the object's size / side"]]
+    assert len(sizes) >= 2 and all(0 < x < 1 for x in sizes)
+    for x, y in curves["binding and relation, by distance / side"]:
+        of = [
+            kind == "binding"
+            for kind, i in zip(kinds, rows, strict=True)
+            if kind in ("binding", "relation")
+            and round(np.hypot(*(np.subtract(*[(o.x, o.y) for o in scenes[i].objects[:2]]))), 1) == x
+        ]
+        assert y == np.mean(of)
+
+
 @pytest.mark.parametrize("kind", robustness.CORRUPTIONS)
 def test_corruptions_grow_with_their_severity_and_repeat(kind):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
