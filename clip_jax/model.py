@@ -312,8 +312,7 @@ def load(
     by resizing their position embeddings, which is logged. With a ``mesh`` the parameters are sharded over it and
     batches are split; without a mesh, everything is on one device. ``tokenizer`` is the one that the model was
     trained with, or its file or folder, for a model whose folder has none; a tokenizer that does not fit the tower
-    is rejected. Raises UserError. Pickles
-    are not opened (``clip-jax import`` converts them).
+    is rejected. Raises UserError. Pickles are not opened (``clip-jax import`` converts them).
     """
     if weights is not None:
         name = str(source)

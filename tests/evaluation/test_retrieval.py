@@ -59,6 +59,25 @@ def both_by_brute_force(images, texts, owner, at=(1, 5, 10), ties="pessimistic")
     return {f"i2t_{k}": v for k, v in i2t.items()} | {f"t2i_{k}": v for k, v in t2i.items()}
 
 
+def test_big_visions_hand_computed_cases():
+    """Distances of 4 images (rows) to 8 texts, two for each image, and the recall of the second case by hand.
+
+    From big_vision's image_text_retrieval_test.py (Apache 2.0). In the last column two images are equally far.
+    """
+    rows = (
+        ("0.8 0.8 0.1 0.5 0.1 0.2 0.5 0.1", "0.8 0.8 0.1 0.5 0.1 0.2 0.1 0.1"),
+        ("0.5 0.4 0.0 0.0 0.4 0.2 0.6 0.4",) * 2,
+        ("0.5 0.4 0.1 0.5 0.0 0.8 0.8 0.3",) * 2,
+        ("0.5 0.4 0.1 0.5 0.4 0.2 0.3 0.3",) * 2,
+    )
+    for case, name, expected in ((0, "i2t", {"R@1": 0.5, "R@5": 0.75}), (1, "t2i", {"R@1": 0.375})):
+        distance = np.array([row[case].split() for row in rows], float)
+        texts = 0.4 * (1 - distance).T  # the cosines with four unit vectors; a fifth feature makes the length 1
+        texts = np.concatenate([texts, np.sqrt(1 - np.sum(texts**2, axis=1, keepdims=True))], axis=1)
+        found = retrieval(np.eye(4, 5, dtype=np.float32), texts.astype(np.float32), np.repeat(np.arange(4), 2))
+        assert {k: found[f"{name}_{k}"] for k in expected} == expected
+
+
 def test_a_case_by_hand():
     """Three images on the axes; the second text lies nearer to the first image than to its own."""
     images = np.eye(3, dtype=np.float32)

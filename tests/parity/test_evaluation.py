@@ -8,6 +8,7 @@ import pytest
 from clip_jax.commands import main
 from clip_jax.data import tokenizers
 from clip_jax.evaluation import multi_label, probe, zero_shot
+from clip_jax.evaluation.composition import all_equal, true_caption_wins
 from clip_jax.evaluation.retrieval import retrieval
 from tests.data.shards import jpeg, write_shard
 from tests.interop import folders_of
@@ -50,6 +51,23 @@ for c in (0.01, 1.0, 100.0):
     log_p = fitted.predict_log_proba(features[:120])[np.arange(120), np.searchsorted(fitted.classes_, labels[:120])]
     loss = (-log_p.sum() + (fitted.coef_**2).sum() / (2 * c)) / 120
     found["probe"].append([loss, fitted.score(features[120:], labels[120:])])
+from open_clip_train.train import get_clip_metrics
+first = [int(torch.nonzero(x["owner"] == i)[0]) for i in range(len(x["images"])) if (x["owner"] == i).any()]
+found["described"] = sorted(set(x["owner"].tolist()))
+found["first"] = first
+theirs = get_clip_metrics(x["images"][found["described"]], x["texts"][first], torch.tensor(100.0))
+found["open_clip"] = {name: float(value) for name, value in theirs.items()}
+# A model whose embeddings are all equal.
+from types import SimpleNamespace
+from clip_benchmark.metrics import image_caption_selection
+one = torch.ones(1, 16)
+constant = SimpleNamespace(encode_image=lambda x: one.expand(len(x), 16), encode_text=lambda t: one.expand(len(t), 16))
+batch = [(torch.zeros(5, 1, 3, 4, 4), [["true", "false"]] * 5)]
+found["constant_selection"] = image_caption_selection.evaluate(
+    constant, batch, lambda texts: torch.zeros(len(texts), 1), "cpu", amp=False)["text_acc"]
+equal = torch.zeros(200, 12)
+found["constant_top1"] = zeroshot_classification.accuracy(equal, x["labels"], topk=(1,))[0]
+found["constant_recall"] = zeroshot_retrieval.recall_at_k(torch.zeros(12, 12), torch.eye(12).bool(), 1).mean().item()
 json.dump(found, open(f"{folder}/found.json", "w"))
 """
 
@@ -88,6 +106,30 @@ def test_retrieval_is_theirs_with_any_number_of_captions(case):
     names = [name for name in ours if "R@" in name]
     assert len(names) == 6 and 0.1 < ours["i2t_R@1"] < 0.9
     assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, abs=1e-6)
+
+
+def test_retrieval_of_pairs_is_open_clips(case):
+    x, theirs = case
+    pairs = len(theirs["first"])
+    ours = retrieval(x["images"][theirs["described"]], x["texts"][theirs["first"]], np.arange(pairs))
+    for direction, name in (("i2t", "image_to_text"), ("t2i", "text_to_image")):
+        expected = {key: theirs["open_clip"][f"{name}_{key}"] for key in ("R@1", "R@5", "R@10", "mean_rank")}
+        assert {key: ours[f"{direction}_{key}"] for key in expected} == pytest.approx(expected, abs=1e-6)
+        # Theirs rounds the median of an even number of ranks down.
+        assert int(ours[f"{direction}_median_rank"]) == theirs["open_clip"][f"{name}_median_rank"]
+
+
+def test_a_constant_model_has_a_score_there_and_chance_here(case):
+    """CLIP_benchmark takes the first of equal scores: its number depends on the order of candidates."""
+    x, theirs = case
+    assert theirs["constant_selection"] == 1  # Winoground and SugarCrepe: the true caption comes first
+    same = np.ones(5)
+    assert true_caption_wins(same, same).mean() == 0 and all_equal(same, same)
+    assert theirs["constant_top1"] != pytest.approx(1 / 12, abs=0.01)  # of whichever class its topk names first
+    one = np.full((200, 16), 0.25, np.float32)
+    judged = zero_shot.judge(one, x["labels"], one[:12])
+    assert judged.hits().mean() == pytest.approx(1 / 12) and judged.all_equal
+    assert retrieval(one[:12], one[:12], np.arange(12))["i2t_R@1"] == 0 <= theirs["constant_recall"]
 
 
 def test_multi_label_metrics_are_theirs_under_ties_too(case):
