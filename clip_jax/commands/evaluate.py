@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also a linear probe of every classification set with a split train/; pooled: before the projection",
     )
     parser.add_argument("--weights", help="weights of the models in the ensemble, as in 2,1; default: equal")
+    parser.add_argument(
+        "--baseline", help="an earlier --output with two or more models: effective robustness relative to their line"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
 
 
@@ -48,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     if len(set(map(results.file_name, arguments.model))) < len(arguments.model):
         raise UserError("--model: the same model twice")
     shares = _weights(arguments.weights, len(arguments.model))
+    baseline = [] if arguments.baseline is None else results.load_all(Path(arguments.baseline).expanduser())
     output = Path(arguments.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     subjects = [open_subject(model, arguments.batch_size) for model in arguments.model]
@@ -87,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
             shown = "none" if value is None else f"{value:.4f}"
             print(f"{name}  {task.name}  {record['main_metric']} {shown}  {done}".rstrip(), flush=True)
     averages = suites.averages(suite, records)
+    if baseline:
+        averages += suites.effective_robustness(records, baseline)
     results.write_tables(output, records, averages)
     if suite == "datacomp38":
         datacomp.write(output, records)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax import __version__
+from clip_jax.errors import UserError
 from clip_jax.evaluation.subject import Result, Task
 from clip_jax.storage import atomic
 
@@ -61,6 +62,18 @@ def load(output: Path, model: str, task: Task, model_fingerprint: str) -> dict[s
         return None
     there = path.with_suffix(".npz").is_file()
     return stored if there and stored.get("identity") == identity(task, model_fingerprint) else None
+
+
+def load_all(output: Path) -> list[dict[str, Any]]:
+    """All results of an earlier evaluation. Raises UserError where there is none."""
+    try:
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("*/*.json"))]
+    except ValueError as error:
+        raise UserError(f"{output}: not the results of an evaluation ({error})") from error
+    found = [record for record in found if isinstance(record, dict) and "identity" in record]
+    if not found:
+        raise UserError(f"{output}: no results; name the --output of an earlier clip-jax evaluate")
+    return found
 
 
 def store(output: Path, model: str, task: Task, model_fingerprint: str, result: Result) -> dict[str, Any]:

@@ -133,5 +133,6 @@ def effective_robustness(accuracy: float, shifted: float, baseline: Float[np.nda
         raise ValueError("baseline: two or more models with accuracies between 0 and 1")
     x, y = np.log(baseline / (1 - baseline)).T
     slope, offset = np.polyfit(x, y, 1)
-    expected = slope * np.log(accuracy / (1 - accuracy)) + offset
+    with np.errstate(divide="ignore"):  # an accuracy of 0 or 1
+        expected = slope * (np.log(accuracy) - np.log1p(-accuracy)) + offset
     return float(shifted - 1 / (1 + np.exp(-expected)))

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from clip_jax.errors import UserError
-from clip_jax.evaluation import datasets, runner
+from clip_jax.evaluation import datasets, robustness, runner
 
 HUB = "https://huggingface.co/datasets/clip-benchmark/wds_"
 
@@ -116,6 +118,8 @@ OTHERS = (
 )
 """(title, protocol, address) of sets that ``full`` has besides those of its average."""
 
+SHIFTED_FROM = "imagenet1k"
+
 SUITES = {"imagenet": IMAGENET, "paper27": PAPER27, "datacomp38": DATACOMP38}
 SUITES["full"] = tuple(dict.fromkeys((*PAPER27, *DATACOMP38)))
 """Every other given set is evaluated too, but does not count for the average."""
@@ -185,6 +189,37 @@ def averages(suite: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
         why = f"null: {absent} of {len(SUITES[suite])} sets are missing"
         lines.append(f"{model}  {suite} average  {why if mean is None else f'{mean:.4f}'}")
     return lines
+
+
+def effective_robustness(records: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line per model and shift of ImageNet: top-1 beyond what the baseline's models have at the same ImageNet top-1.
+
+    Raises UserError if fewer than two models of the baseline have both numbers.
+    """
+    lines = []
+    ours, theirs = _top1_by_model(records), _top1_by_model(baseline)
+    for model, found in ours.items():
+        for entry in IMAGENET[1:]:
+            shift = _plain(entry.folder)
+            if SHIFTED_FROM not in found or shift not in found:
+                continue
+            line = [(of[SHIFTED_FROM], of[shift]) for of in theirs.values() if {SHIFTED_FROM, shift} <= of.keys()]
+            line = [pair for pair in line if all(0 < value < 1 for value in pair)]
+            if len(line) < 2:
+                needed = f"two or more models with imagenet1k and {entry.folder}"
+                raise UserError(f"--baseline: {needed}; it has {len(line)}")
+            value = robustness.effective_robustness(found[SHIFTED_FROM], found[shift], np.array(line))
+            shown = f"{round(value, 4) + 0.0:+.4f} (a line of {len(line)} models)"  # + 0.0: no -0.0000
+            lines.append(f"{model}  effective robustness on {entry.title}  {shown}")
+    return lines or ["effective robustness: needs the results of imagenet1k and of one of its shifts"]
+
+
+def _top1_by_model(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record["metrics"].get(TOP1) is not None:
+            found.setdefault(record["model"], {})[_plain(record["dataset"])] = record["metrics"][TOP1]
+    return found
 
 
 def average(values: Sequence[float | None], expected: int) -> float | None:

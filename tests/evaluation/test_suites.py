@@ -1,7 +1,10 @@
-"""The results file that DataComp's ``aggregate_scores.py`` reads."""
+"""Suites: the results file that DataComp's ``aggregate_scores.py`` reads, and robustness relative to other models."""
 
 import json
 
+import pytest
+
+from clip_jax.errors import UserError
 from clip_jax.evaluation import datacomp, suites
 
 SHIFTS = {"ImageNet Sketch", "ImageNet v2", "ImageNet-A", "ImageNet-O", "ImageNet-R", "ObjectNet"}
@@ -29,3 +32,20 @@ def test_each_model_has_a_file_with_main_metrics_under_datacomps_names(tmp_path)
     )
     assert a == {"key": "imagenet1k", "dataset": "ImageNet 1k", "metrics": {"top1": 0.5, "main_metric": 0.5}}
     assert (b["dataset"], b["metrics"]["main_metric"]) == ("Oxford-IIIT Pet", None)
+
+
+def test_effective_robustness_is_relative_to_the_line_of_the_baseline():
+    def record(model, dataset, value):
+        return {"model": model, "dataset": dataset, "metrics": {"top1": value}}
+
+    def of(model, clean, shifted):
+        return [record(model, "imagenet1k", clean), record(model, "imagenetv2", shifted)]
+
+    baseline = [*of("one", 0.5, 0.4), *of("two", 0.7, 0.6)]
+    on_the_line, above = suites.effective_robustness([*of("a", 0.5, 0.4), *of("b", 0.7, 0.65)], baseline)
+    assert on_the_line == "a  effective robustness on ImageNet-V2  +0.0000 (a line of 2 models)"
+    assert above == "b  effective robustness on ImageNet-V2  +0.0500 (a line of 2 models)"
+    with pytest.raises(UserError, match="--baseline: two or more models with imagenet1k and imagenetv2; it has 1"):
+        suites.effective_robustness(of("a", 0.5, 0.4), baseline[:2])
+    [line] = suites.effective_robustness([record("a", "imagenet1k", 0.5)], baseline)
+    assert "needs the results of imagenet1k and of one of its shifts" in line
