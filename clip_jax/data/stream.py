@@ -1,8 +1,8 @@
-"""Order + source + views -> batches: decoding, cropping and tokenizing in worker threads, ahead of the step.
+"""Makes batches from an order, a source and views; worker threads decode, crop and tokenize ahead of the step.
 
-Grain's element is this process's slice of a whole batch, decoded into preallocated arrays: an element per example costs
-half of the decoder's speed. Batch k, with its crops and its choice among captions, is a pure function of (seed, k):
-random numbers come from (seed, position), never from a worker or a host.
+Each Grain element is this process's slice of a global batch, decoded into preallocated arrays: one element per example
+would halve the decoding speed. Batch k, including its crops and choice of captions, is a pure function of (seed, k):
+random numbers depend only on (seed, position), never on a worker or a host.
 """
 
 import threading
@@ -27,7 +27,7 @@ REPLACEMENT_ATTEMPTS = 100
 
 
 def read(source: Source, index: int) -> Sample:
-    """An example, its captions at most ``MAX_CHARACTERS`` long; a transient fault is retried, then stops the run."""
+    """Reads an example and cuts its captions to ``MAX_CHARACTERS``. Retries an OSError, then raises UserError."""
     return faults.with_short_captions(_read(source, index))
 
 
@@ -68,10 +68,11 @@ class TrainingBatches:
     views: Mapping[str, View]
     faults: Faults
     ratio: int = 1
-    """Batches of the order that a step takes at once."""
+    """Batches of the order per step."""
     start: int = 0
-    """The step from which ``ratio`` holds, and the batches of the order before it."""
+    """The first step with this ``ratio``."""
     before: int = 0
+    """Batches of the order that earlier steps used."""
 
     def __call__(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of the views; ``index`` int64[rows], the examples that were used; and ``faults``.
@@ -114,7 +115,7 @@ class TrainingBatches:
         )
 
     def _generator(self, position: int, view: str, attempt: int) -> np.random.Generator:
-        """A view besides the pair draws from its own generator, so that it changes no batch of the pair's."""
+        """The generator of a view other than the pair: adding a view does not change the pair's random numbers."""
         return np.random.Generator(
             np.random.Philox(key=fold(self.order.seed, position, 2, zlib.crc32(view.encode()), attempt))
         )

@@ -168,7 +168,7 @@ def _check_train(evaluation: Evaluation) -> None:
         raise UserError(f"{where}: the images on which the probe is tested; fit it on others")
 
 
-def try_one_batch(evaluation: Evaluation, weights: Variables) -> None:
+def check_one_batch(evaluation: Evaluation, weights: Variables) -> None:
     """Embeds one batch, so that a source without usable examples is reported before training and not after it."""
     try:
         for source in (evaluation.source, evaluation.train):

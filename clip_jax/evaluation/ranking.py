@@ -3,9 +3,9 @@
 The matrix of all similarities never exists: queries are split over the devices of a mesh, and each device scans the
 candidates in blocks and only counts. Memory grows with queries + candidates, not with their product.
 
-Ties. Two similarities within ``TIE`` of each other are equal: float32 products of the same vectors differ in the last
-bits with the shape of the matrix that holds them, so that duplicates would otherwise be ordered by where they lie.
-What equal candidates count for is a policy, and part of a number's definition:
+Ties. Two similarities within ``TIE`` of each other count as equal. The last bits of a float32 product depend on the
+shape of the matrix, so duplicates would otherwise be ordered by their position. How ties are counted is part of the
+definition of a metric:
 
 - ``pessimistic``: every equal candidate stands before the positive; a constant model finds nothing;
 - ``optimistic``: none does; a constant model finds everything, which is why no metric here has it as its default;
@@ -43,7 +43,7 @@ class Ranked(NamedTuple):
 
 
 def check_finite(**embeddings: Float[np.ndarray, "n dim"]) -> None:
-    """Raises ValueError, with the number of such rows, for embeddings that are not finite: NaN has no order."""
+    """Raises ValueError if embeddings are not finite, because NaN cannot be ranked."""
     for name, rows in embeddings.items():
         bad = len(rows) - int(np.isfinite(rows).all(axis=1).sum())
         if bad:
@@ -58,16 +58,16 @@ def rank(
     candidate_group: Int[np.ndarray, " candidates"],
     mesh: Mesh | None = None,
 ) -> Ranked:
-    """Counts the candidates of other groups that are as similar to a query as its positives.
+    """Counts the candidates of other groups that are more similar to a query than its positives, and those tied.
 
     ``positives[q]`` are indices of the candidates of group ``group[q]``, -1 where there are no more. Embeddings are of
     unit length. Without a mesh everything is on one device.
     """
     similarity = np.full(positives.shape, -np.inf, np.float32)
     for column in range(positives.shape[1]):
-        there = np.flatnonzero(positives[:, column] >= 0)
-        for start in range(0, len(there), QUERY_BLOCK):
-            rows = there[start : start + QUERY_BLOCK]
+        has_positive = np.flatnonzero(positives[:, column] >= 0)
+        for start in range(0, len(has_positive), QUERY_BLOCK):
+            rows = has_positive[start : start + QUERY_BLOCK]
             equal = candidates[positives[rows, column]]
             similarity[rows, column] = np.einsum("qd,qd->q", queries[rows], equal, dtype=np.float64)
     similarity = _join_tied(-np.sort(-similarity, axis=1))
@@ -84,7 +84,7 @@ def hit_of(above: np.ndarray, tied: np.ndarray, equal: np.ndarray, k: int, ties:
     """``hit`` from the number of negatives above the best positive, of negatives and of positives tied with it."""
     if ties != "expected":
         return (above + (tied if ties == "pessimistic" else 0) < k).astype(np.float64)
-    # None of ``equal`` positives among the first ``left`` of all equal ones: C(tied, left) / C(tied + equal, left).
+    # Probability that the first ``left`` tied candidates are all negatives: C(tied, left) / C(tied + equal, left).
     left = np.clip(k - above, 0, tied + equal)
     possible = left <= tied
     left = np.where(possible, left, 0)
@@ -107,11 +107,11 @@ def first_rank(ranked: Ranked, ties: str) -> Float[np.ndarray, " queries"]:
 
 
 def average_precision(ranked: Ranked, ties: str) -> Float[np.ndarray, " queries"]:
-    """The mean, over the positives of a query, of the precision where each of them stands.
+    """The mean over a query's positives of the precision at the rank of each.
 
-    Under expected ties in closed form (McSherry and Najork 2008, section 3).
+    With expected ties, in closed form (McSherry and Najork 2008, section 3).
     """
-    there = np.isfinite(ranked.similarity)
+    has_positive = np.isfinite(ranked.similarity)
     order = np.arange(1, ranked.similarity.shape[1] + 1)
     if ties != "expected":
         before = ranked.above + (ranked.tied if ties == "pessimistic" else 0)
@@ -119,15 +119,15 @@ def average_precision(ranked: Ranked, ties: str) -> Float[np.ndarray, " queries"
     else:
         # Before a group of ``equal`` tied positives come ``first`` positives and ``above`` negatives.
         same = ranked.similarity[:, :, None] == ranked.similarity[:, None, :]
-        equal = (same & there[:, None, :]).sum(axis=2)
-        first = ((ranked.similarity[:, None, :] > ranked.similarity[:, :, None]) & there[:, None, :]).sum(axis=2)
-        # Position s of the group's n holds a positive with probability equal / n, and then expects (first + 1 + (s - 1)
-        # slope) positives up to itself: a sum of (a + slope s) / (c + s), which harmonic numbers give.
+        equal = (same & has_positive[:, None, :]).sum(axis=2)
+        first = ((ranked.similarity[:, None, :] > ranked.similarity[:, :, None]) & has_positive[:, None, :]).sum(axis=2)
+        # Position s of the n tied candidates is a positive with probability equal / n; the expected number of positives
+        # up to it is then first + 1 + (s - 1) slope. The sum of (a + slope s) / (c + s) is a difference of digammas.
         n, c = equal + ranked.tied, first + ranked.above
         slope = np.divide(equal - 1, n - 1, out=np.zeros(n.shape), where=n > 1)
         a = first + 1 - slope
         precision = (slope * n + (a - slope * c) * (digamma(c + n + 1) - digamma(c + 1))) / np.maximum(n, 1)
-    return np.where(there, precision, 0).sum(axis=1) / there.sum(axis=1)
+    return np.where(has_positive, precision, 0).sum(axis=1) / has_positive.sum(axis=1)
 
 
 def _best(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,7 +137,7 @@ def _best(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _join_tied(similarity: Float[np.ndarray, "queries positives"]) -> Float[np.ndarray, "queries positives"]:
-    """Sorted similarities, each replaced by the first of those before it that it is tied with."""
+    """Replaces each sorted similarity that is tied with the previous one by the value of that one."""
     for column in range(1, similarity.shape[1]):
         before = similarity[:, column - 1]
         similarity[:, column] = np.where(similarity[:, column] >= before - TIE, before, similarity[:, column])
@@ -173,14 +173,14 @@ def _counter(mesh: Mesh | None):
             similarity = jnp.where(groups[None, :] == group[:, None], -jnp.inf, similarity)
             # One threshold at a time over a block that is still in the cache. -inf, where a query has fewer
             # positives, gives counts that are not used.
-            above, reached = jax.lax.map(
+            above, at_least = jax.lax.map(
                 lambda threshold: (
                     jnp.sum(similarity > threshold[:, None] + TIE, axis=1),
                     jnp.sum(similarity >= threshold[:, None] - TIE, axis=1),
                 ),
                 thresholds.T,
             )
-            return (counts[0] + above.T, counts[1] + (reached - above).T), None
+            return (counts[0] + above.T, counts[1] + (at_least - above).T), None
 
         zero = jnp.zeros(thresholds.shape, jnp.int32)
         return jax.lax.scan(one_block, (zero, zero), (candidates, candidate_group, padding))[0]
@@ -192,7 +192,7 @@ def _counter(mesh: Mesh | None):
 
 
 def _put(mesh: Mesh | None):
-    """numpy that every process has -> devices: split by rows, or whole."""
+    """Returns a function that puts an array, equal on all processes, on the devices: sharded by rows or replicated."""
 
     def put(x: np.ndarray, *, split: bool) -> jax.Array:
         if mesh is None:

@@ -1,7 +1,7 @@
 """Runs tasks on a model: embeds each source once, computes every protocol from the embeddings, and returns results.
 
-A task is data (``Task``); what it needs is a function of the embeddings that a ``Subject`` makes and keeps. Metrics of
-a result are plain numbers or None; ``curves`` and ``details`` are for the report, and ``hits`` has one value per
+A ``Task`` is plain data; its protocol is a function of the embeddings, which a ``Subject`` computes and caches. The
+metrics of a result are numbers or None; ``curves`` and ``details`` are for the report, and ``hits`` has one value per
 example, for paired comparisons.
 """
 
@@ -199,9 +199,9 @@ PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
 
 
 def quick(image_size: int, *, classification: int = 384, pairs: int = 512, corrupted: int = 16) -> tuple[Task, ...]:
-    """The suite that needs no download: rendered scenes of combinations of color and shape that are never trained on.
+    """A suite without downloads, on rendered scenes of color and shape combinations that are never trained on.
 
-    The probe is fitted on further scenes of the same classes, ``classification`` of them.
+    The probe is fitted on ``classification`` further scenes of the same classes.
     """
     size = max(32, image_size)
     test = shapes.open_shapes("zero_shot", image_size=size, examples=classification)
@@ -219,8 +219,8 @@ def quick(image_size: int, *, classification: int = 384, pairs: int = 512, corru
 
 
 def robustness(image_size: int, given: Iterable[Task], *, classification: int = 96) -> tuple[Task, ...]:
-    """Corruptions, words and adversarial pixels on every given set with labels, or else on the bundled scenes; and the
-    cues of the bundled scenes."""
+    """Corruptions, typographic attacks and adversarial attacks on each given labeled dataset (or else the bundled
+    scenes), and the cues of the bundled scenes."""
     scenes = shapes.open_shapes("zero_shot", image_size=max(32, image_size), examples=classification)
     bundled = Task("shapes", "zero_shot", scenes, Prompts(shapes.CLASS_NAMES, shapes.TEMPLATES))
     sets = [task for task in given if task.protocol == "zero_shot"] or [bundled]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from clip_jax.devices.sharding import batch_sharding
 from clip_jax.losses import mesh_grid
 from clip_jax.losses.mesh_grid import BATCH, DEFAULT_TILING, REPLICATED, ROWS, Tiling
-from clip_jax.losses.softmax import EMPTY, OnlineSoftmax, log_sum_exp, merge_softmax, of_block
+from clip_jax.losses.softmax import EMPTY, OnlineSoftmax, log_sum_exp, merge_softmax, reduce_block
 
 
 class Both(NamedTuple):
@@ -54,9 +54,9 @@ NOTHING = KLSums(EMPTY, EMPTY, np.float32(0))
 
 
 def _sums(student: Float[Array, "images texts"], teacher: Float[Array, "images texts"], axis: int) -> KLSums:
-    of_teacher = of_block(teacher, axis)
+    of_teacher = reduce_block(teacher, axis)
     weights = jnp.exp(teacher - jnp.expand_dims(of_teacher.max, axis))
-    return KLSums(of_block(student, axis), of_teacher, jnp.sum(weights * student, axis=axis))
+    return KLSums(reduce_block(student, axis), of_teacher, jnp.sum(weights * student, axis=axis))
 
 
 def _merge(one: KLSums, other: KLSums) -> KLSums:

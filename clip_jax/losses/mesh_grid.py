@@ -15,8 +15,8 @@ computes one tile of the logit matrix: its grid row's images against its grid co
 After c hops of the ring every logit has been computed exactly once. The row state of an image (the log-sum-exp of its
 row of the logit matrix, its gradient) follows the image around the ring. The column state of a text stays on the device
 that gathered the text, and is reduced along the grid column at the end. Within a device logits exist one block at a
-time. For a batch of B pairs of width D the most square grid sends the least, in proportion to B D / sqrt(P), and
-gathers B D / c elements; a grid of one row is a plain ring, which gathers nothing.
+time. For a batch of B pairs of width D, the most square grid communicates the least: each
+device sends O(B D / sqrt(P)) elements and gathers B D / c. A grid of one row is a plain ring, which gathers nothing.
 """
 
 import math
@@ -54,16 +54,16 @@ DEFAULT_TILING = Tiling()
 
 
 class Embeddings(NamedTuple):
-    """Images or texts, with what decides which of their logits count as negatives.
+    """Embeddings of images or texts, with the ids, groups and padding mask that determine positives and negatives.
 
-    An image and a text with equal ids are not negatives of each other. Entries that are not ``valid`` are padding.
+    An image and a text with equal ids form a pair. Entries that are not ``valid`` are padding.
     """
 
     vectors: Float[Array, "n dim"]
     ids: Int32[Array, "n"]
     valid: Bool[Array, "n"] | None = None
     groups: Int32[Array, "n words"] | None = None
-    """An image and a text with equal groups are positives of each other; None: only pairs are."""
+    """An image and a text with equal groups are positives of each other; None: only the pairs are positives."""
 
 
 class ExtraTexts(NamedTuple):
@@ -76,10 +76,10 @@ class ExtraTexts(NamedTuple):
 
 
 def make_grid(mesh: Mesh, texts: Float[Array, "texts dim"], tiling: Tiling) -> AbstractMesh:
-    """The devices of the mesh in the same order: data x fsdp as rows and columns, tensor as replicas.
+    """Reshapes the combined data and fsdp axes into grid rows and columns; the tensor axis becomes replicas.
 
-    Abstract, because JAX takes one mesh of devices in a program with a custom partitioning (cuDNN's attention); which
-    devices these are is known from the arguments, see ``global_batch``.
+    The mesh is abstract because JAX accepts only one concrete mesh in a program with custom partitioning (cuDNN's
+    attention). The devices follow from the shardings of the arguments, see ``global_batch``.
     """
     shards = batch_shards(mesh)
     rows = grid_rows(shards, *texts.shape, texts.dtype.itemsize, tiling.gathered_bytes)
@@ -133,8 +133,8 @@ def _with_extra(texts: Embeddings, extra: ExtraTexts, shards: int) -> Embeddings
         extra = extra._replace(vectors=jnp.where(valid[:, :, None], extra.vectors, 0))
     groups = extra.groups
     if texts.groups is not None and groups is None:
-        # No group has a number below zero in all of its words.
-        groups = jnp.full((batch, number, texts.groups.shape[1]), -1, texts.groups.dtype)
+        # A group that no pair has: those of examples without a label are -1 - row (contrastive.positive_groups).
+        groups = jnp.full((batch, number, texts.groups.shape[1]), jnp.iinfo(jnp.int32).min, texts.groups.dtype)
     added = Embeddings(extra.vectors, jnp.full((batch, number), -1), valid, groups)
 
     def interleave(pairs: Array, more: Array) -> Array:
@@ -158,10 +158,10 @@ def pair_count(images: Embeddings) -> int | Int32[Array, ""]:
 
 
 def masked_logits(images: Embeddings, texts: Embeddings, scale: Float[Array, ""]) -> Float[Array, "images texts"]:
-    """float32 logits of the negatives; -inf where ids are equal or either side is padding.
+    """float32 logits, -inf for the pairs themselves and for padding.
 
-    Positives are left out because with them the loss of aligned embeddings is a small difference of large numbers.
-    Without: loss_i = log(1 + sum over j != i of exp(l_ij - l_ii)), whose gradient needs no ``p_ii - 1``.
+    With the pairs, the loss of aligned embeddings would be a small difference of large numbers. Without them,
+    loss_i = log(1 + sum over j != i of exp(l_ij - l_ii)), and its gradient does not need ``p_ii - 1``.
     """
     cosines = matmul(images.vectors, texts.vectors.T)
     excluded = images.ids[:, None] == texts.ids[None, :]
@@ -183,10 +183,10 @@ def same_group(images: Embeddings, texts: Embeddings) -> Bool[Array, "images tex
 
 
 def count_correct(
-    best: Float[Array, "pairs"], rival: Float[Array, "texts"], valid: Bool[Array, "texts"] | None
+    best: Float[Array, "pairs"], best_negative: Float[Array, "texts"], valid: Bool[Array, "texts"] | None
 ) -> Int32[Array, ""]:
     """The number of images, or of texts, whose best positive logit is not below that of their best negative."""
-    return jnp.sum(where_valid(best >= rival[: len(best)], valid))
+    return jnp.sum(where_valid(best >= best_negative[: len(best)], valid))
 
 
 def scan_ring(
@@ -195,7 +195,7 @@ def scan_ring(
     images: Images,
     column_state: ColumnState,
 ) -> tuple[RowState, ColumnState]:
-    """Sends the images of every device through all devices of its grid row, and returns their row state to it.
+    """Rotates the images of each device around its grid row; their row state returns to the device they came from.
 
     ``scan_tile(images, column_state) -> (row_state, column_state)`` runs on every device for the images of each hop.
     Its row state travels one hop later than the images, and is merged with that of the next device. Each hop is issued
@@ -274,10 +274,10 @@ def local_slice(tree: ColumnState, size: int) -> ColumnState:
 
 
 def psum_grid(tree: Tree) -> Tree:
-    """The sum over all devices of the grid, one axis after the other.
+    """The sum over all devices of the grid, as one psum per axis.
 
-    Over both at once XLA aborts where the mesh's data axis is in both (jax 0.12, data 4 x fsdp 2): it finds that two
-    parts of one axis are neighbors and could have been one.
+    In a single psum over both, XLA aborts if the mesh's data axis is split over both grid axes (jax 0.12, data 4 x fsdp
+    2): it rejects adjacent parts of one axis that could be merged.
     """
     return jax.lax.psum(jax.lax.psum(tree, COLUMNS), ROWS)
 
@@ -307,7 +307,7 @@ def pad_rows(x: Shaped[Array, "pairs ..."], size: int, fill: float) -> Shaped[Ar
 
 
 def matmul(x: Float[Array, "m k"], y: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """A product in float32. float32 is multiplied as float32: by default, TPUs and GPUs round it first."""
+    """A matrix product accumulated in float32; float32 inputs are not rounded first, as TPUs and GPUs do by default."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
 

@@ -1,7 +1,8 @@
 """The softmax loss (InfoNCE) on a mesh, exact over the global batch; ``mesh_grid`` describes how it is split.
 
 The forward pass computes the log-sum-exp of every row and column of the logit matrix. The backward pass recomputes the
-logits, and needs the embeddings and those two vectors. Per device: 8 b B D FLOPs of matrix products.
+logits from the embeddings and those two vectors. With b of the B pairs on a device and D features, a device computes
+8 b B D FLOPs of matrix products.
 """
 
 import functools
@@ -64,7 +65,7 @@ class LogitSums(NamedTuple):
     """None if only pairs are positives."""
 
 
-def of_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
+def reduce_block(logits: Float[Array, "images texts"], axis: int) -> OnlineSoftmax:
     """Reduces a block along an axis; gives ``EMPTY`` where all logits are -inf."""
     maximum = jnp.max(logits, axis=axis)
     return OnlineSoftmax(maximum, jnp.sum(jnp.exp(logits - jnp.expand_dims(_finite(maximum), axis)), axis=axis))
@@ -83,7 +84,7 @@ def merge_softmax(one: OnlineSoftmax, other: OnlineSoftmax) -> OnlineSoftmax:
 
 
 def _reduce_grid_rows(columns: LogitSums) -> LogitSums:
-    """Combines the columns of the devices of a grid column, each of which has the images of its own grid row."""
+    """Reduces column states along each grid column, whose devices have seen the images of different grid rows."""
     softmax = columns.softmax
     maximum = jax.lax.pmax(softmax.max, ROWS)
     softmax = OnlineSoftmax(maximum, jax.lax.psum(softmax.sum * jnp.exp(softmax.max - _finite(maximum)), ROWS))
@@ -95,16 +96,16 @@ def log_sum_exp(state: OnlineSoftmax) -> Float[Array, "..."]:
 
 
 def _finite(maximum: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A maximum to subtract: 0 if there are no negatives."""
+    """``maximum`` if it is finite, else 0, so that subtracting it from -inf gives no NaN."""
     return jnp.where(jnp.isfinite(maximum), maximum, 0.0)
 
 
 class Side(NamedTuple):
-    """Images and their rows of the logit matrix, or texts and their columns, as a pass needs them."""
+    """One side of the logit matrix: images with the values of their rows, or texts with those of their columns."""
 
     embeddings: Embeddings
     positives: Float[Array, "n"] | None
-    """The logits of the pairs; the forward pass only needs them for other targets than pairs."""
+    """The logits of the pairs; in the forward pass, None if only the pairs are positives."""
     lse: Float[Array, "n"] | None = None
     """Log-sum-exp of all logits, the pair's included: exp(logit - lse) is a probability. For the backward pass."""
     target: targets.Targets | None = None
@@ -116,7 +117,7 @@ Residuals = tuple[
     *(Float[Array, "images"], Float[Array, "images"]),
     *(targets.Targets | None, targets.Targets | None),
 ]
-"""The arguments of the loss, and the log-sum-exps without pairs and the targets, of rows and columns."""
+"""The arguments of the loss; the log-sum-exps of rows and columns without the pairs; the targets of both."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -128,8 +129,8 @@ def _softmax(
     tiling: Tiling,
     smoothing: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(loss, accuracy). There may be more texts than images: then each device's texts begin with those of its images,
-    and the others only count in the rows, with no column of their own in the loss."""
+    """Returns (loss, accuracy). If there are more texts than images, each device's texts start with those of its
+    images; the others are candidates in the rows, but their columns are not part of the loss."""
     return _forward(image, texts, scale, grid, tiling, smoothing)[0]
 
 
@@ -156,10 +157,10 @@ def _forward(
             row_target = column_target = None
             if has_targets:
                 same = mesh_grid.same_group(images.embeddings, texts.embeddings)
-                row_target = targets.of_block(logits, images.positives[:, None], same, 1)
-                column_target = targets.of_block(logits, texts.positives[None, :], same, 0)
-            rows = _merge(rows, LogitSums(of_block(logits, 1), row_target))
-            return rows, _merge(columns, LogitSums(of_block(logits, 0), column_target))
+                row_target = targets.reduce_block(logits, images.positives[:, None], same, 1)
+                column_target = targets.reduce_block(logits, texts.positives[None, :], same, 0)
+            rows = _merge(rows, LogitSums(reduce_block(logits, 1), row_target))
+            return rows, _merge(columns, LogitSums(reduce_block(logits, 0), column_target))
 
         empty = LogitSums(EMPTY, targets.EMPTY if has_targets else None)
 
@@ -229,15 +230,15 @@ def _backward(
         def step(
             images: Side, texts: Side, rows: RowGradients, text_gradient: Float[Array, "texts dim"]
         ) -> tuple[RowGradients, Float[Array, "texts dim"]]:
-            """With p the sum of a logit's probabilities in its row and its column, less its targets, adds p @ texts,
-            p.T @ images, and p times the logit's distance from the pair's: the gradient with respect to the scale,
-            where nothing is left to cancel."""
+            """Adds the gradients of one block: p @ texts and p.T @ images, where p is the sum of each logit's row and
+            column probabilities minus its targets. The gradient with respect to the scale sums probabilities times
+            ``logit - positive``, which avoids cancellation."""
             logits = mesh_grid.masked_logits(images.embeddings, texts.embeddings, scale)
             row_p, column_p = jnp.exp(logits - images.lse[:, None]), jnp.exp(logits - texts.lse[None, :])
             if images.target is not None:
                 same = mesh_grid.same_group(images.embeddings, texts.embeddings)
-                row_p -= targets.of_logits(jax.tree.map(lambda x: x[:, None], images.target), logits, same)
-                column_p -= targets.of_logits(jax.tree.map(lambda x: x[None, :], texts.target), logits, same)
+                row_p -= targets.target_of_logits(jax.tree.map(lambda x: x[:, None], images.target), logits, same)
+                column_p -= targets.target_of_logits(jax.tree.map(lambda x: x[None, :], texts.target), logits, same)
             distance = row_p * (logits - images.positives[:, None]) + column_p * (logits - texts.positives[None, :])
             scale_gradient = rows.scale + jnp.sum(jnp.where(jnp.isfinite(logits), distance, 0), axis=1)
             p = (row_p + column_p).astype(image.dtype)

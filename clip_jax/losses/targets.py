@@ -1,8 +1,8 @@
 """Targets of the softmax loss other than the diagonal: several positives in a row or a column, and label smoothing.
 
 A row with n positives among N texts has the target ``(1 - smoothing) / n`` on each positive, plus ``smoothing / N`` on
-every text. Its cross-entropy is its log-sum-exp minus the expected logit under the target. Both are taken
-relative to the logit of the row's own pair, as everywhere in the loss: with one positive, nothing is left to cancel.
+every text. Its cross-entropy is its log-sum-exp minus the expected logit under the target. Both are
+computed relative to the logit of the row's own pair, which avoids cancellation of large terms.
 """
 
 from typing import NamedTuple
@@ -20,10 +20,11 @@ class TargetSums(NamedTuple):
 
     count: Float[Array, "n"]
     distance: Float[Array, "n"]
-    """The sum of logits minus the pair's."""
+    """The sum of ``logit - pair's logit``."""
     positives: Float[Array, "n"]
     """The number of positives."""
     positive_distance: Float[Array, "n"]
+    """``distance`` over the positives only."""
     positive: Float[Array, "n"]
     """The largest logit of a positive."""
     negative: Float[Array, "n"]
@@ -36,6 +37,7 @@ class Targets(NamedTuple):
     positive: Float[Array, "n"]
     """The target of each positive, in addition to ``every``."""
     every: Float[Array, "n"]
+    """The target of every logit from label smoothing."""
     others: Float[Array, "n"]
     """The sum of the targets of all logits except the pair's."""
 
@@ -43,12 +45,15 @@ class Targets(NamedTuple):
 EMPTY = TargetSums(*(np.float32(0),) * 4, *(np.float32(-np.inf),) * 2)
 
 
-def of_block(
-    logits: Float[Array, "images texts"], paired: Float[Array, "..."], same: Bool[Array, "images texts"], axis: int
+def reduce_block(
+    logits: Float[Array, "images texts"],
+    paired: Float[Array, "..."],
+    same_group: Bool[Array, "images texts"],
+    axis: int,
 ) -> TargetSums:
     """The sums of a block along an axis; ``paired`` are the logits of the pairs, and excluded logits are -inf."""
     included = jnp.isfinite(logits)
-    positive = included & same
+    positive = included & same_group
     distance = jnp.where(included, logits - paired, 0)
     return TargetSums(
         count=jnp.sum(included, axis, dtype=jnp.float32),
@@ -56,7 +61,7 @@ def of_block(
         positives=jnp.sum(positive, axis, dtype=jnp.float32),
         positive_distance=jnp.sum(jnp.where(positive, distance, 0), axis),
         positive=jnp.max(jnp.where(positive, logits, -jnp.inf), axis),
-        negative=jnp.max(jnp.where(same, -jnp.inf, logits), axis),
+        negative=jnp.max(jnp.where(same_group, -jnp.inf, logits), axis),
     )
 
 
@@ -80,8 +85,8 @@ def expected(sums: TargetSums, of: Targets) -> Float[Array, "n"]:
     return of.positive * sums.positive_distance + of.every * sums.distance
 
 
-def of_logits(
-    of: Targets, logits: Float[Array, "images texts"], same: Bool[Array, "images texts"]
+def target_of_logits(
+    of: Targets, logits: Float[Array, "images texts"], same_group: Bool[Array, "images texts"]
 ) -> Float[Array, "images texts"]:
     """The target of each logit of a block; 0 for excluded ones, which are -inf."""
-    return jnp.where(jnp.isfinite(logits), jnp.where(same, of.positive, 0) + of.every, 0)
+    return jnp.where(jnp.isfinite(logits), jnp.where(same_group, of.positive, 0) + of.every, 0)

@@ -1,13 +1,13 @@
-"""Attention for TPUs as one Pallas kernel forward and one backward; the scores never leave the chip's fast memory.
+"""Attention for TPUs as one forward and one backward Pallas kernel; the scores never leave VMEM.
 
 XLA writes the scores of a short sequence to HBM several times, padded to 128 lanes: half of an L/14's training step by
 the TPU compiler's estimate. Towers have 16 to 1,100 tokens, so all keys of a head fit in fast memory at once: no online
 softmax is needed, and the backward kernel recomputes the scores instead of reading saved statistics.
 
 Inside a kernel the scores are transposed, ``[keys, queries]``: the sums of the softmax then run over sublanes, which
-the vector unit adds directly, and no product of the backward pass needs a transposed matrix of scores. Heads of 64
-features share the 128 lanes of a column: the other head's lanes are set to zero instead of being cut off, which costs
-the matrix unit nothing (it multiplies 128 x 128 tiles either way) and saves moving lanes. Heads of 72 to 104 features
+the vector unit adds directly, and no product of the backward pass needs a transposed matrix of scores. Two heads
+of 64 features share a column of 128 lanes: the other head's lanes are set to zero instead of being sliced away, which
+costs the MXU nothing (it multiplies 128 x 128 tiles either way) and avoids moving lanes. Heads of 72 to 104 features
 (So400m, H, g, bigG) begin and end inside of columns: a group of heads that fills whole columns is read as the
 projections wrote it, and a head uses the one or two columns that it touches. Padded to 128 features, the arrays would
 be copied before and after the kernel, which takes four times as long as the kernel itself.
@@ -32,17 +32,17 @@ from clip_jax.models.attention import Keys, Mask, Queries
 LANES = 128
 SUBLANES = 8
 """Rows of a tile of float32."""
-ROWS = 16
-"""Rows of a tile of bfloat16 (two of float32): arrays are cut and joined at multiples of it at no cost."""
-HIDDEN = -1e30
-"""A finite stand-in for the score of a key that a query does not see: a column of -inf alone would become NaN."""
+BF16_SUBLANES = 16
+"""Rows of a bfloat16 tile (two float32 tiles): slicing and concatenating at multiples of it is free."""
+MASKED_SCORE = -1e30
+"""A finite score for keys that a query does not attend to: a softmax over -inf alone would be NaN."""
 UNROLLED_SCORES = 12 * 256**2
 """Scores per program. Fewer leave the units idle between programs; more take minutes to compile."""
 UNROLLED_HEADS = 16
 """Heads per program, for the same reason: short sequences have few scores."""
 VMEM = 16 * 2**20
-"""Fast memory that the compiler gives to a kernel if nothing else is said, and all that a v4 has."""
-QUERIES = 512
+"""Bytes of VMEM: the compiler's default limit for a kernel, and all that a v4 has."""
+QUERY_TILE = 512
 """Queries per tile: the tiles of one head, a few arrays of keys x queries in float32, must fit in 16 MiB."""
 
 
@@ -64,7 +64,7 @@ class TPUAttention:
             return attend(query, key, value, mask)
         split = P(BATCH_AXES, None, "tensor")
         seen = None if mask is None else P(BATCH_AXES if mask.shape[0] > 1 else None)
-        # The kernel says nothing about which axes its results vary over; all of them are split like its arguments.
+        # A Pallas kernel does not declare over which axes its results vary; they are sharded like its arguments.
         mapped = jax.shard_map(
             attend, mesh=self.mesh, in_specs=(split, split, split, seen), out_specs=split, check_vma=False
         )
@@ -74,12 +74,12 @@ class TPUAttention:
 def _attend(
     query: Queries, key: Keys, value: Keys, mask: Mask | None, *, causal: bool, interpret: bool, vmem: int
 ) -> Queries:
-    """The local part: pads heads to a divisor of a column of 128 lanes where no group of them fills whole columns."""
+    """Attention on one device; pads heads to a divisor of 128 lanes if no group of heads fills whole columns."""
     batch, queries, heads, dim = query.shape
     keys, padded_dim, padded_heads = key.shape[1], dim, heads
     needed = _vmem(dim, queries, keys, query.dtype.itemsize)
     if needed and mask is not None and mask.shape[1] > 1:
-        needed += 2 * 4 * _whole(queries) * _whole(keys)
+        needed += 2 * 4 * _round_up_to_lanes(queries) * _round_up_to_lanes(keys)
     if dim % SUBLANES or heads * dim % math.lcm(dim, LANES) or needed > vmem:
         padded_dim = next(size for size in (32, 64, LANES, 2 * LANES) if size >= dim)
         per_column = max(1, LANES // padded_dim)
@@ -101,13 +101,15 @@ def _attend(
 
 
 def _vmem(dim: int, queries: int, keys: int, size: int) -> int:
-    """Fast memory of the backward pass of a group of heads, about; nothing for heads that fit a column."""
+    """Approximate bytes of VMEM in the backward pass of a group of heads; 0 for heads that fit into a column."""
     group = math.lcm(dim, LANES)
     if group == max(dim, LANES):
         return 0
-    blocks = 2 * size * (3 * _whole(queries) + 4 * _whole(keys))  # twice, for the transfers in progress
-    sums = 4 * (2 * _used(keys) + min(QUERIES, _whole(queries)))
-    return int(1.2 * group * (blocks + sums + 2 * size * _whole(keys)))
+    blocks = (
+        2 * size * (3 * _round_up_to_lanes(queries) + 4 * _round_up_to_lanes(keys))
+    )  # twice, for the transfers in progress
+    sums = 4 * (2 * _round_up_to_sublanes(keys) + min(QUERY_TILE, _round_up_to_lanes(queries)))
+    return int(1.2 * group * (blocks + sums + 2 * size * _round_up_to_lanes(keys)))
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class _Shape:
     scale: float
     queries: int
     keys: int
-    """Tokens; the kernel's blocks are longer, and what lies in them after the last token is undefined."""
+    """Tokens; the kernel's blocks are longer, and their rows after the last token are undefined."""
     causal: bool
     interpret: bool
     vmem: int | None
@@ -150,14 +152,14 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 def _call(body, shape: _Shape, arrays, seen, results) -> list[Array]:
     """One program handles a few images and groups of heads, unrolled, so that their work overlaps."""
     batch, width = arrays[0].shape[0], arrays[0].shape[2]
-    queries, keys, lanes = _whole(shape.queries), _whole(shape.keys), math.lcm(LANES, shape.dim)
+    queries, keys, lanes = _round_up_to_lanes(shape.queries), _round_up_to_lanes(shape.keys), math.lcm(LANES, shape.dim)
     budget = max(1, min(UNROLLED_HEADS, UNROLLED_SCORES // (queries * keys)) // (lanes // shape.dim))
     groups = _divisor(width // lanes, budget)
     images = _divisor(batch, budget // groups) if groups == width // lanes else 1
 
     def block(x: Array) -> pl.BlockSpec:
-        # Longer than the array: XLA pads nothing, the transfer to fast memory leaves out what is not there.
-        return pl.BlockSpec((images, _whole(x.shape[1]), groups * lanes), lambda i, j: (i, 0, j))
+        # The block may be longer than the array: the copy to VMEM stops at the array's end, so XLA need not pad.
+        return pl.BlockSpec((images, _round_up_to_lanes(x.shape[1]), groups * lanes), lambda i, j: (i, 0, j))
 
     specs, masks = [block(x) for x in arrays], ()
     if seen is not None:
@@ -205,39 +207,39 @@ class _Head(NamedTuple):
 
 def _forward(shape: _Shape, inputs, visible, outputs) -> None:
     query, key = inputs[0][...], inputs[1][...]
-    transposed = _defined(inputs[2][...], shape.keys).T
+    transposed = _zero_after(inputs[2][...], shape.keys).T
     for rows in _tiles(query):
         mixed = []
         for head in _heads(shape, query.shape[1]):
-            weights, denominator = _softmax(shape, key[:, head.columns], _only(query[rows], head), visible, rows)
-            product = _dot(transposed[head.rows], _extended(weights, key).astype(key.dtype), 1, 0)
+            weights, denominator = _softmax(shape, key[:, head.columns], _select_head(query[rows], head), visible, rows)
+            product = _dot(transposed[head.rows], _pad_rows(weights, key).astype(key.dtype), 1, 0)
             mixed.append(product[head.inner_rows] / denominator)
         outputs[0][rows] = jnp.concatenate(mixed).astype(outputs[0].dtype).T
 
 
 def _backward(shape: _Shape, inputs, visible, outputs) -> None:
     tokens = shape.queries, shape.keys, shape.keys, shape.queries
-    query, key, value, gradient = (_defined(ref[...], n) for ref, n in zip(inputs, tokens, strict=True))
-    transposed, used = key.T, slice(_used(shape.keys))
+    query, key, value, gradient = (_zero_after(ref[...], n) for ref, n in zip(inputs, tokens, strict=True))
+    transposed, used = key.T, slice(_round_up_to_sublanes(shape.keys))
     d_key, d_value = ([0.0] * (query.shape[1] // LANES) for _ in range(2))
     for rows in _tiles(query):
         d_query = []
         for head in _heads(shape, query.shape[1]):
-            one, d_mixed = _only(query[rows], head), _only(gradient[rows], head)
+            one, d_mixed = _select_head(query[rows], head), _select_head(gradient[rows], head)
             weights, denominator = _softmax(shape, key[:, head.columns], one, visible, rows)
             weights = weights * (1 / denominator)
             d_weights = weights * _dot(value[used, head.columns], d_mixed, 1, 1)
             d_scores = d_weights - weights * jnp.sum(d_weights, axis=0, keepdims=True)
-            _add(d_value, head, _dot(weights.astype(value.dtype), d_mixed, 1, 0))
-            _add(d_key, head, _dot(d_scores.astype(key.dtype), one, 1, 0))
-            product = _dot(transposed[head.rows], _extended(d_scores, key).astype(key.dtype), 1, 0)
+            _accumulate(d_value, head, _dot(weights.astype(value.dtype), d_mixed, 1, 0))
+            _accumulate(d_key, head, _dot(d_scores.astype(key.dtype), one, 1, 0))
+            product = _dot(transposed[head.rows], _pad_rows(d_scores, key).astype(key.dtype), 1, 0)
             d_query.append(product[head.inner_rows])
         outputs[0][rows] = (jnp.concatenate(d_query) * shape.scale).astype(outputs[0].dtype).T
     outputs[1][used] = (jnp.concatenate(d_key, axis=1) * shape.scale).astype(outputs[1].dtype)
     outputs[2][used] = jnp.concatenate(d_value, axis=1).astype(outputs[2].dtype)
 
 
-def _add(sums: list[Array | float], head: _Head, x: Array) -> None:
+def _accumulate(sums: list[Array | float], head: _Head, x: Array) -> None:
     """Adds what a head gives to the sums of the columns that it touches."""
     first = head.columns.start // LANES
     for column in range(x.shape[1] // LANES):
@@ -245,8 +247,8 @@ def _add(sums: list[Array | float], head: _Head, x: Array) -> None:
 
 
 def _softmax(shape: _Shape, key, query, visible, rows: slice) -> tuple[Array, Array]:
-    """(weights before the division float32[keys, queries], their sums [1, queries], 1 for a query that sees no key)."""
-    used = _used(shape.keys)
+    """(unnormalized weights float32[keys, queries], their sums [1, queries]); a sum is 1 if all keys are masked."""
+    used = _round_up_to_sublanes(shape.keys)
     scores = _dot(key[:used], query, 1, 1) * shape.scale
     conditions = []
     if shape.causal:
@@ -256,19 +258,19 @@ def _softmax(shape: _Shape, key, query, visible, rows: slice) -> tuple[Array, Ar
         conditions.append((visible[:used, rows] if visible.shape[1] > 1 else visible[:used]) > 0)
     seen = functools.reduce(jnp.logical_and, conditions) if conditions else None
     if seen is not None:
-        scores = jnp.where(seen, scores, HIDDEN)
-    scores = _replaced(scores, shape.keys, HIDDEN)
+        scores = jnp.where(seen, scores, MASKED_SCORE)
+    scores = _fill_after(scores, shape.keys, MASKED_SCORE)
     weights = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
     if visible is None:  # every query sees a key
         return weights, jnp.sum(weights, axis=0, keepdims=True)
-    weights = _replaced(jnp.where(seen, weights, 0.0), shape.keys, 0.0)
+    weights = _fill_after(jnp.where(seen, weights, 0.0), shape.keys, 0.0)
     denominator = jnp.sum(weights, axis=0, keepdims=True)
     return weights, jnp.where(denominator > 0, denominator, 1.0)
 
 
 def _tiles(query: Array) -> list[slice]:
     """Tiles of queries; products of float32 are split into several of bfloat16 and need more memory."""
-    size = QUERIES if query.dtype == jnp.bfloat16 else max(LANES, QUERIES // 4)
+    size = QUERY_TILE if query.dtype == jnp.bfloat16 else max(LANES, QUERY_TILE // 4)
     return [slice(start, min(start + size, query.shape[0])) for start in range(0, query.shape[0], size)]
 
 
@@ -278,7 +280,7 @@ def _heads(shape: _Shape, lanes: int) -> list[_Head]:
     for start in range(0, lanes, shape.dim):
         stop = start + shape.dim
         columns = slice(start // LANES * LANES, -(-stop // LANES) * LANES)
-        rows = slice(start // ROWS * ROWS, -(-stop // ROWS) * ROWS)
+        rows = slice(start // BF16_SUBLANES * BF16_SUBLANES, -(-stop // BF16_SUBLANES) * BF16_SUBLANES)
         inside = start - columns.start, stop - columns.start
         heads.append(
             _Head(
@@ -291,7 +293,7 @@ def _heads(shape: _Shape, lanes: int) -> list[_Head]:
     return heads
 
 
-def _only(x: Array, head: _Head) -> Array:
+def _select_head(x: Array, head: _Head) -> Array:
     """The columns of a head, zero outside its lanes; selected in float32, because Mosaic has no select of packed
     bfloat16 on older chips."""
     x = x[:, head.columns]
@@ -302,14 +304,14 @@ def _only(x: Array, head: _Head) -> Array:
     return jnp.where(inside, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 
-def _defined(x: Array, tokens: int) -> Array:
-    """Zero after the last token, where a block holds anything, NaN included, which no weight of zero would hide.
+def _zero_after(x: Array, tokens: int) -> Array:
+    """Sets the rows after the last token to zero: they are undefined, and 0 * NaN is NaN.
 
-    Bits are cleared: conversions of bfloat16 to float32 and back end Mosaic on older chips.
+    Clears bits instead of selecting: converting bfloat16 to float32 and back crashes Mosaic on older chips.
     """
     if x.shape[0] == tokens:
         return x
-    bits = pltpu.bitcast(x, jnp.int32)  # of bfloat16, two rows in one: the first in the lower half
+    bits = pltpu.bitcast(x, jnp.int32)  # packs two rows of bfloat16 into one, the first in the lower half
     packed = x.shape[0] // bits.shape[0]
     row = jax.lax.broadcasted_iota(jnp.int32, bits.shape, 0) * packed
     mask = jnp.where(row < tokens, -1, 0)
@@ -318,29 +320,29 @@ def _defined(x: Array, tokens: int) -> Array:
     return pltpu.bitcast(bits & mask, x.dtype)
 
 
-def _replaced(x: Array, tokens: int, value: float) -> Array:
+def _fill_after(x: Array, tokens: int, value: float) -> Array:
     """Scores with all rows after the last token replaced; only the last tile of rows is touched."""
     if x.shape[0] == tokens:
         return x
-    start = tokens // ROWS * ROWS
+    start = tokens // BF16_SUBLANES * BF16_SUBLANES
     last = x[start:]
     inside = jax.lax.broadcasted_iota(jnp.int32, (last.shape[0], 1), 0) < tokens - start
     last = jnp.where(inside, last, value)
     return last if start == 0 else jnp.concatenate([x[:start], last])
 
 
-def _extended(x: Array, like: Array) -> Array:
+def _pad_rows(x: Array, like: Array) -> Array:
     """``x`` with rows of zeros up to the number of rows of ``like``, for products that sum over whole lanes."""
     missing = like.shape[0] - x.shape[0]
     return x if missing == 0 else jnp.concatenate([x, jnp.zeros((missing, x.shape[1]), x.dtype)])
 
 
-def _used(tokens: int) -> int:
+def _round_up_to_sublanes(tokens: int) -> int:
     """Tokens rounded up to whole tiles of rows: the scores of the other rows of a block are not computed."""
-    return -(-tokens // ROWS) * ROWS
+    return -(-tokens // BF16_SUBLANES) * BF16_SUBLANES
 
 
-def _whole(tokens: int) -> int:
+def _round_up_to_lanes(tokens: int) -> int:
     """Tokens rounded up to whole lanes: the rows of a block."""
     return -(-tokens // LANES) * LANES
 

@@ -1,4 +1,4 @@
-"""Matrix products of activations and weights, and biases, in the form that the compiler of each platform does best."""
+"""Matrix products of activations and weights, and biases, in the form that XLA compiles best on each platform."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from clip_jax.models.compute import Compute
 
 def product(
     equation: str, x: Float[Array, "*tokens features"], weight: Array, compute: Compute
-) -> Float[Array, "*tokens features"]:
-    """``jnp.einsum`` of activations, whose axes ``...`` are batch and tokens, and a weight in the compute type.
+) -> Float[Array, "*tokens outputs"]:
+    """``jnp.einsum`` of activations, whose axes ``...`` are batch and tokens, and a weight cast to the compute dtype.
 
-    On a CPU all tokens of the batch become one axis. The gradient with respect to the weight sums over both axes, and
-    for a sum over two axes XLA first transposes the activations in memory: a third of a training step's time.
+    On CPUs, batch and tokens are merged into one axis. The gradient with respect to the weight sums over both, and for
+    a contraction over two axes XLA first transposes the activations in memory, a third of the time of a training step.
     """
     weight = weight.astype(compute.dtype)
     if not on_cpu(compute.mesh):
@@ -30,15 +30,15 @@ def add_bias(
 ) -> Float[Array, "*tokens features"]:
     """``x`` plus a bias in the compute type.
 
-    The gradient of a bias is a sum over all tokens. On a TPU the matrix unit adds them: by the compiler's estimate, the
-    vector unit would take a tenth of a B/16's step.
+    The gradient of a bias is a sum over all tokens. On TPUs it is computed on the MXU, as a product with ones: by the
+    compiler's estimate, the vector unit would take a tenth of a B/16 step for it.
     """
     bias = bias.astype(compute.dtype)
-    return _summed_by_products(x, bias) if on_tpu(compute.mesh) else x + bias
+    return _add_bias_with_matmul_gradient(x, bias) if on_tpu(compute.mesh) else x + bias
 
 
 @jax.custom_vjp
-def _summed_by_products(x: Array, bias: Array) -> Array:
+def _add_bias_with_matmul_gradient(x: Array, bias: Array) -> Array:
     return x + bias
 
 
@@ -47,7 +47,7 @@ def _forward(x: Array, bias: Array) -> tuple[Array, None]:
 
 
 def _backward(_: None, gradient: Array) -> tuple[Array, Array]:
-    # The compiler would turn a product with one row of ones back into a sum.
+    # Eight rows, because XLA turns a product with a single row of ones back into a sum.
     ones = jnp.ones((8, *gradient.shape[:-1]), gradient.dtype)
     tokens = tuple(range(gradient.ndim - 1))
     numbers = ((tuple(axis + 1 for axis in tokens), tokens), ((), ()))
@@ -55,4 +55,4 @@ def _backward(_: None, gradient: Array) -> tuple[Array, Array]:
     return gradient, summed.astype(gradient.dtype)
 
 
-_summed_by_products.defvjp(_forward, _backward)
+_add_bias_with_matmul_gradient.defvjp(_forward, _backward)

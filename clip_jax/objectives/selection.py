@@ -2,14 +2,15 @@
 
     S_ij = loss_ij(model) - loss_ij(reference)              (learnability: JEST, Evans et al. 2024, arXiv 2406.17711)
     rows = {}
-    for each of ``chunks`` equal parts of the batch:
-        rows += a part of it, drawn without replacement from softmax over i not in rows of
-                gain_i = S_ii + sum_{j in rows} (S_ij + S_ji)
+    repeat ``chunks`` times:
+        gain_i = S_ii + sum_{j in rows} (S_ij + S_ji)                    for each i not in rows
+        rows += batch_size / chunks rows, drawn without replacement with probability softmax(gain)
 
-``loss_ij`` is the sigmoid loss of image i and text j, and ``gain_i`` what row i adds to the sum of S over the batch.
-ACID (Udandarao et al. 2024, arXiv 2411.18674) ends the training of small models so, with a larger model as the
-reference. The objective has no loss of its own: any ``weight`` above 0 turns it on. S is never materialized: a device
-computes the entries of its rows with one chunk at a time. Draws are top-k with Gumbel noise of each row's own key.
+``loss_ij`` is the sigmoid loss of image i and text j, and ``gain_i`` is what row i adds to the sum of S over the
+selected rows. ACID (Udandarao et al. 2024, arXiv 2411.18674) finishes the training of small models in this way, with a
+larger model as the reference. The objective has no loss of its own: any ``weight`` above 0 turns it on. S is never
+materialized: a device computes the entries of its rows with one chunk at a time. Each draw is a top-k of the gains plus
+Gumbel noise, from one random key per row.
 """
 
 import jax
@@ -85,7 +86,7 @@ def from_reference(settings: Settings, reference: Preset, model: CLIP, preproces
 def select(
     learner: Scored, reference: Scored, keys: Key[Array, "pairs"], *, ratio: int, chunks: int, mesh: Mesh
 ) -> tuple[Int[Array, "rows"], Metrics]:
-    """The rows of the module's docstring, ``pairs / ratio`` of them, and the mean S_ii of all pairs and of those."""
+    """Selects ``pairs / ratio`` rows (see the module docstring); returns them and the mean S_ii of all and of these."""
     pairs = len(keys)
     size, left = divmod(pairs // ratio, chunks)
     if left:
@@ -154,7 +155,7 @@ SPEC = ObjectiveSpec(
         "ratio": 2,  # the larger batch is this many times the batch (SigLIP 2: 2 for B/16, 4 for B/32)
         "chunks": 16,  # parts in which the batch is drawn
         "reference": "",  # the name of the reference's model: ViT-SO400M/16-SigLIP2-256
-        "reference_weights": "",  # a run folder, foreign weights or hf://org/name, as model.init_from
+        "reference_weights": "",  # a run folder, a weights file or hf://org/name, like model.init_from
     },
     ranges={"ratio": (2, 1000), "chunks": (1, 100_000)},
 )

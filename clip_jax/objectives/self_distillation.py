@@ -7,8 +7,8 @@
 
 Teacher and student are heads on the image tower's embedding (``local``) and on its patches (``masked``), whose outputs
 are similarities to prototypes. The teacher is an EMA of tower and heads, or of the heads alone (TIPSv2); it starts from
-the student. All views are augmented crops; the other objectives see the image of the pair as before. SigLIP 2 has the
-weights, the number of crops and the share of the mask; sizes of the heads, temperatures and momenta are DINO's.
+the student. All views are augmented crops; the other objectives see the image of the pair as before. The loss
+weights, the number of crops and the mask ratio are SigLIP 2's; head sizes, temperatures and momenta are DINO's.
 """
 
 import functools
@@ -141,7 +141,7 @@ def masked_patches(settings: Settings, model: CLIP) -> int:
 
 
 def mask_patches(keys: Key[Array, "batch"], settings: Settings, model: CLIP) -> Int[Array, "batch masked"] | None:
-    """The numbers of an image's masked patches, in random order; None if none is masked."""
+    """The indices of each image's masked patches, in random order; None if no patch is masked."""
     count, patches = masked_patches(settings, model), model.architecture.image.grid**2
     if not count:
         return None
@@ -182,7 +182,7 @@ def distill(
     batch: dict[str, Array],
     masked: Int[Array, "batch masked"] | None,
 ) -> tuple[Float[Array, ""], Sums]:
-    """The weighted sum of the terms over ``batch``'s normalized crops, and what ``update`` and the metrics need."""
+    """The weighted sum of the terms over the normalized crops in ``batch``, and the sums for ``update`` and metrics."""
     own_params, image = params["objectives"][NAME], batch[f"{NAME}/global"]
     teacher = ema if settings["teacher"] == "model" else {"image": params["image"]} | ema
     embedding, patches = jax.lax.stop_gradient(model.image_features(teacher, image))
@@ -190,21 +190,23 @@ def distill(
     for term in terms(settings):
         if term == "local":
             crops = batch[f"{NAME}/local"]
-            seen = model.image_features(params, crops.reshape(-1, *crops.shape[2:]))[0]
-            seen, taught = seen.reshape(len(crops), 1, crops.shape[1], -1), embedding[:, None]
+            student = model.image_features(params, crops.reshape(-1, *crops.shape[2:]))[0]
+            student, target = student.reshape(len(crops), 1, crops.shape[1], -1), embedding[:, None]
         else:
             hidden = None if masked is None else jnp.any(masked[..., None] == jnp.arange(patches.shape[1]), axis=1)
-            seen, taught = model.image_features(params, image, hidden, own_params.get("mask_embedding"))[1], patches
+            mask_embedding = own_params.get("mask_embedding")
+            student, target = model.image_features(params, image, hidden, mask_embedding)[1], patches
             if settings["targets"] == "masked":
-                seen, taught = (jnp.take_along_axis(x, masked[..., None], axis=1) for x in (seen, taught))
-            seen = seen[:, :, None]
+                student, target = (jnp.take_along_axis(x, masked[..., None], axis=1) for x in (student, target))
+            student = student[:, :, None]
         head = PrototypeHead(head_shape(term, settings, model), model.compute)
-        seen, ours = head.apply({"params": own_params[f"{term}_head"]}, seen)
-        taught, theirs = jax.lax.stop_gradient(head.apply({"params": ema["objectives"][NAME][f"{term}_head"]}, taught))
+        student, student_kernel = head.apply({"params": own_params[f"{term}_head"]}, student)
+        teacher_head = {"params": ema["objectives"][NAME][f"{term}_head"]}
+        target, teacher_kernel = jax.lax.stop_gradient(head.apply(teacher_head, target))
         found = prototypes.cross_entropy(
-            seen,
-            taught,
-            (ours, theirs),
+            student,
+            target,
+            (student_kernel, teacher_kernel),
             centers[term],
             batch["weight"],
             temperature=settings["temperature"],
@@ -282,12 +284,12 @@ SPEC = ObjectiveSpec(
         "local": 1.0,  # weight of the local crops' loss (SigLIP 2: 1); 0: none
         "masked": 0.25,  # weight of the masked patches' loss (SigLIP 2: 0.25, TIPS: 2 beside a local one of 1); 0: none
         "mask_share": 0.5,  # share of the patches that are masked (TIPSv2: 0.75)
-        "targets": "masked",  # patches whose prediction counts; all: also those that the student sees (iBOT++)
+        "targets": "masked",  # patches in the loss; all: also those that are not masked (iBOT++)
         "teacher": "model",  # an EMA of the image tower and the heads; head: of the heads alone (TIPSv2)
-        "momentum": 0.996,  # decay of that EMA; constant, since a teacher that stands still ignores the texts (SILC)
+        "momentum": 0.996,  # decay of that EMA; constant, so that the teacher keeps learning from the texts (SILC)
         "local_crops": 8,
         "local_size": 96,  # pixels
-        "local_scale": (0.05, 0.4),  # area of a local crop
+        "local_scale": (0.05, 0.4),  # area of a local crop, as a fraction of the image
         "global_scale": (0.4, 1.0),  # area of the global crop
         "jitter": (0.4, 0.4, 0.2, 0.1),  # brightness, contrast, saturation, hue of 0.8 of the crops (DINO); (): none
         "gray": 0.2,  # share of the crops without colors (DINO)

@@ -51,13 +51,13 @@ def _memory(plan: Plan) -> Rows:
         ("memory", f"{estimate} GiB (estimate: {_gib(chosen.memory.total * per_chip)})"),
     ]
     if not plan.is_compiled and plan.request.machines.chip.is_tpu and plan.request.compile:
-        rows.append(("exact figure", f"{compiling.INSTALL} installs the TPU compiler, which the plan then uses"))
+        rows.append(("exact figure", f"install the TPU compiler with: {compiling.INSTALL}"))
     return rows
 
 
 def _evaluation(plan: Plan, per_chip: int) -> str:
     compiled = plan.chosen_compiled
-    used = f"{_gib(compiled.evaluation_hbm_bytes * per_chip)} per chip, the training state included"
+    used = f"{_gib(compiled.evaluation_hbm_bytes * per_chip)} per chip, including the training state"
     if compiled.evaluation_hbm_bytes <= compiled.free_hbm_bytes:
         return f"fits: {used}"
     return f"does not fit: {used}; lower the batch_size of config.eval.*"

@@ -1,9 +1,9 @@
-"""One run at a time in a folder: a lease, which the first process holds and renews.
+"""Allows one run at a time in a folder, by a lease that the training process holds and renews.
 
-``lock.json`` names the process that trains in the folder, on disk or in a bucket. A process that was killed leaves it
-behind. On the same machine one can see that it is gone; from elsewhere one watches the file for the length of a lease,
-by its content alone, because clocks differ. A process that finds the name of another in the file has lost the folder,
-and ends.
+``lock.json``, on disk or in a bucket, names the process that trains in the folder. A killed process leaves the file
+behind. On the same machine, a new process checks whether the owner still runs; on another machine, it waits for one
+lease and checks whether the file's content changes, because clocks differ. A process that finds another owner in the
+file has lost the folder, and exits.
 """
 
 import contextlib
@@ -56,13 +56,13 @@ def locked(where: str, path: Path, remote: Remote | None) -> Iterator[None]:
         "renewed": 0,
     }
     _acquire(store, holder, where)
-    over = threading.Event()
-    thread = threading.Thread(target=_renew, args=(store, holder, where, over), name="lock", daemon=True)
+    stop_event = threading.Event()
+    thread = threading.Thread(target=_renew, args=(store, holder, where, stop_event), name="lock", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        stop_event.set()
         thread.join(timeout=LEASE_SECONDS / RENEWALS)
         with contextlib.suppress(Exception):  # a lease that is left behind expires
             if _owner(store.read()) == holder["owner"]:
@@ -101,8 +101,8 @@ def _wait_until_free(store: Store, found: Holder, where: str) -> None:
             raise _in_use(now, where)
 
 
-def _renew(store: Store, holder: Holder, where: str, over: threading.Event) -> None:
-    while not over.wait(LEASE_SECONDS / RENEWALS):
+def _renew(store: Store, holder: Holder, where: str, stop_event: threading.Event) -> None:
+    while not stop_event.wait(LEASE_SECONDS / RENEWALS):
         try:
             found = store.read()
             if found is not None and _owner(found) != holder["owner"]:
@@ -127,7 +127,7 @@ def _in_use(holder: Holder, where: str) -> UserError:
 
 
 def machine() -> str:
-    """The scope of process numbers: one boot of a machine and, on it, a namespace such as a container's."""
+    """Identifies the scope in which process IDs are unique: a boot of a machine and a PID namespace (container)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -136,9 +136,9 @@ def machine() -> str:
 
 
 def process_started(number: int) -> int | None:
-    """When a process of this machine started, in ticks since boot (0 if the system does not say); None: it is gone.
+    """The start time of a local process, in ticks since boot (0 if unknown); None if it does not exist.
 
-    Process numbers are used again; together with the start they are not.
+    Process IDs are reused, but not together with the same start time.
     """
     if not Path("/proc/self/stat").exists():
         try:
@@ -166,7 +166,7 @@ def _local(file: Path) -> Store:
         temporary = file.with_name(f".{FILE}.{holder['owner']}")
         temporary.write_text(json.dumps(holder), encoding="utf-8")
         try:
-            os.link(temporary, file)  # fails where the file exists, and shows no half of it
+            os.link(temporary, file)  # fails if the file exists; readers never see a partial file
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links

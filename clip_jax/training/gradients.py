@@ -1,7 +1,8 @@
 """The gradient of a batch, computed at once or one micro-batch at a time, with the same result up to rounding.
 
-The loss over the batch needs the embeddings of the full batch, but the towers' activations are only needed to propagate
-gradients from embeddings to parameters, one micro-batch at a time (gradient caching: Gao et al. 2021, section 3.2):
+The loss needs the embeddings of the full batch, but the activations of the towers are needed only to propagate
+gradients from the embeddings to the parameters. That can be done one micro-batch at a time (gradient caching, Gao et
+al. 2021, section 3.2):
 
 1. encode all micro-batches and cache only their embeddings;
 2. compute the loss over the batch and its gradient with respect to every cached row, the scale and the bias;
@@ -28,7 +29,7 @@ Cached = dict[str, dict[str, Float[Array, "batch ..."]]]
 
 
 class Encoded(NamedTuple):
-    """A batch, or a micro-batch, through both towers and the objectives."""
+    """The outputs of both towers and the objectives for a batch or a micro-batch."""
 
     cached: Cached
     local: Float[Array, ""] | None
@@ -92,7 +93,8 @@ def micro_batches(
 
     _, cached = jax.lax.scan(embed, None, micro)
     cached = jax.tree.map(lambda x: join_batch(x, mesh), cached)
-    (value, metrics), (gradient, by_row) = jax.value_and_grad(across, argnums=(0, 1), has_aux=True)(params, cached)
+    grad = jax.value_and_grad(across, argnums=(0, 1), has_aux=True)
+    (value, metrics), (gradient, cached_gradient) = grad(params, cached)
 
     def pull_back(carry: tuple[Params, Params], part: tuple[Batch, Cached]) -> tuple[tuple[Params, Params], Any]:
         gradient, batch_stats = carry
@@ -102,13 +104,13 @@ def micro_batches(
             encoded = forward(params, batch_stats, part)
             return (encoded.cached, encoded.local), (encoded.sums, encoded.batch_stats)
 
-        (_, local), pull, (sums, batch_stats) = jax.vjp(encode, params, has_aux=True)
+        (_, local), vjp_fn, (sums, batch_stats) = jax.vjp(encode, params, has_aux=True)
         one = None if local is None else jnp.ones_like(local)
-        gradient = constrain(jax.tree.map(jnp.add, gradient, *pull((cotangents, one))))
+        gradient = constrain(jax.tree.map(jnp.add, gradient, *vjp_fn((cotangents, one))))
         return (gradient, batch_stats), (local, sums)
 
-    cotangents = jax.tree.map(lambda x: split_batch(x, parts, mesh), by_row)
-    # The sum starts from the gradient of the term across the batch: scale and bias get theirs there, once.
+    cotangents = jax.tree.map(lambda x: split_batch(x, parts, mesh), cached_gradient)
+    # Start from the gradient of the batch loss, which contains the gradients of the scale and the bias.
     (gradient, batch_stats), (local, sums) = jax.lax.scan(
         pull_back, (constrain(gradient), batch_stats), (micro, cotangents)
     )

@@ -1,7 +1,7 @@
 """The learner: combines model, objectives, optimizer and mesh into a training step.
 
-Runs, plans, tests and benchmarks all use it. It reads no files, and building a step computes nothing, so that
-a plan can lower it for a mesh without devices.
+Runs, plans, tests and benchmarks all use it. Building the step reads no files and computes nothing, so a plan can
+lower it for a mesh without devices.
 """
 
 import functools
@@ -57,11 +57,11 @@ class Learner:
     frozen: tuple[str, ...] = ()
     """Patterns of paths of parameters that are not trained: no gradient, no moments, no backward pass."""
     rate_factors: tuple[Mapping[str, float], ...] = ()
-    """The optimizer's, whose patterns must match parameters."""
+    """The optimizer's learning rate factors: path pattern -> factor. Every pattern must match a parameter."""
     update_flops: Callable[[Params], int] = lambda params: 0
     """FLOPs of an update on one device, from shapes and shardings, where they are not negligible."""
     augment: Augment = NONE
-    """Augmentations that the step makes; those of the workers belong to the views."""
+    """Augmentations that the step applies on the device; the data workers apply those of the views."""
     patch_dropout: float = 0.0
     seed: int = 0
 
@@ -81,7 +81,7 @@ class Learner:
 
     @functools.cached_property
     def trained_architecture(self) -> Architecture:
-        """The architecture with the image tokens that training keeps, if any, for counting FLOPs."""
+        """The architecture as trained, for counting FLOPs: patch dropout and stored images applied."""
         architecture = self.model.architecture
         if "image_embedding" in self.views["image"].arrays:
             return replace(architecture, image=architecture.image.stored())
@@ -91,11 +91,11 @@ class Learner:
 
     @property
     def ratio(self) -> int:
-        """How many times as large as the batch that is trained on is the one that the step takes."""
+        """The size of the batch that the step receives, as a multiple of the batch that it trains on."""
         return math.prod(objective.ratio for objective in self.objectives.values())
 
     def flops_shares(self, batch_size: int) -> dict[str, float]:
-        """The shares of the towers and of each objective in the FLOPs of a step, without recomputation."""
+        """The share of the towers (without recomputation) and of each objective in a step's FLOPs."""
         pairs, tensor = batch_size // batch_shards(self.mesh), self.mesh.shape["tensor"]
         counts = {"towers": pairs * flops.training(self.trained_architecture, self.frozen_towers) // tensor}
         options = dict(batch_size=batch_size, micro_batches=self.micro_batches, mesh=self.mesh, slices=1)
@@ -171,9 +171,9 @@ class Learner:
     # Step
 
     def lower(self, batch_size: int, text_length: int | None = None) -> jax.stages.Lowered:
-        """The step for a global batch, ready to compile; the mesh's devices need not be there.
+        """Lowers the step for a global batch; the mesh may be abstract.
 
-        ``text_length``: for texts that are cut to a bucket (``text_buckets.py``), in tokens.
+        ``text_length`` is the length in tokens of texts that are cut to a bucket (``text_buckets.py``).
         """
         batch = self.batch_spec(batch_size)
         if text_length is not None:
@@ -248,7 +248,7 @@ class Learner:
         )
 
     def choose(self, state: TrainState, batch: Batch, constants: Any) -> tuple[Batch, Metrics]:
-        """The rows of the batch that the step trains on, and metrics of the choice."""
+        """Selects the rows of the batch that the step trains on; returns them and the metrics of the selection."""
         for name, objective in self.objectives.items():
             if objective.choose is not None:
                 rng = jax.random.fold_in(

@@ -1,6 +1,6 @@
 """The training loop: reads the config, builds the run, trains, evaluates, saves checkpoints and writes the report.
 
-Start reading here. ``config`` defines the settings of a run, ``run.py`` builds it, ``learner.py`` compiles the training
+Start reading here. ``config`` reads the settings of a run, ``run.py`` builds it, ``learner.py`` compiles the training
 step, ``initialize.py`` creates or restores the state, ``data/stream.py`` loads batches, ``recorder.py`` writes the logs
 and ``evaluation`` computes held-out metrics.
 """
@@ -73,7 +73,7 @@ def _run(
             ):
                 gallery = train(parts, heartbeat, should_stop)
         except UserError:
-            with contextlib.suppress(Exception):  # a bucket gets what the folder has, but this error comes first
+            with contextlib.suppress(Exception):  # a failed upload must not hide the UserError
                 folder.push(jax.process_index())
             raise
         except StoppedError as error:
@@ -89,7 +89,7 @@ def _run(
 def read_config(
     workdir: str | None, recipe: str | None, overrides: Mapping[str, str]
 ) -> tuple[Folder, ConfigDict, dict[str, Any] | None]:
-    """Returns (run folder, config, earlier ``run.json``). If the folder contains a run, its settings apply."""
+    """Returns (run folder, config, ``run.json`` or None); without a recipe, the config of the run in the folder."""
     if not workdir:
         raise UserError("--workdir is missing: the folder where the run keeps its checkpoints, metrics and report")
     folder = Folder(workdir)
@@ -113,15 +113,15 @@ def read_config(
 
 
 def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
-    """Raises UserError if the training data or length changed so that the run cannot resume; warns about changes."""
+    """Raises UserError if changed data or length prevents resuming; warns about other changes."""
     if previous is None or latest_step(str(run.folder)) is None:  # nothing is saved that could differ
         return
     restart.check_data(run, previous)
     restart.check_length(run, previous)
     constants.check_stored(run, previous)
-    later = configs.later_settings(previous["config"], run.config)
-    if later:
-        print(f"{run.folder}: begun by older code, which had no {', '.join(later)}")
+    new_settings = configs.later_settings(previous["config"], run.config)
+    if new_settings:
+        print(f"{run.folder}: begun by older code, which had no {', '.join(new_settings)}")
     if previous["tokenizer"]["fingerprint"] != run.tokenizer.fingerprint:
         # Not an error: upgrading a tokenizer library must not make old runs unusable.
         print(f"{run.folder}/tokenizer: its file or its libraries changed since the run began; some tokens may differ")
@@ -130,14 +130,14 @@ def check_same_data(run: Run, previous: Mapping[str, Any] | None) -> None:
 def train(run: Run, heartbeat: Callable[[], None], should_stop: stop.Stop) -> Gallery | None:
     """Trains all remaining steps; returns example pairs for the report, if there is a retrieval evaluation.
 
-    ``heartbeat()`` resets the watchdog; ``should_stop(step)`` returns how the run ends after a step, if it does.
+    ``heartbeat()`` resets the watchdog; ``should_stop(step)`` returns the error to raise after this step, or None.
     """
     gallery = None
     with open_checkpoints(run) as checkpoints:
         state, first_step = initialize.initial_state(run, checkpoints)
         phase = run.phases[run.phase_of(first_step)]
         stored_images.check_weights(phase.learner, state, run.train)
-        try_evaluations(phase, state)
+        check_evaluations(phase, state)
         heartbeat()
         with Recorder(run, first_step, heartbeat) as recorder:
             for phase in run.phases_after(first_step):
@@ -162,7 +162,7 @@ def train(run: Run, heartbeat: Callable[[], None], should_stop: stop.Stop) -> Ga
             if first_step == run.steps and (missing := restart.lacking(run, phase.evaluations)):
                 gallery = evaluate(run, missing, state, first_step, recorder)
     if gallery is None and not (run.workdir / "report.html").exists():
-        gallery = show(phase, state)
+        gallery = recompute_gallery(phase, state)
     return gallery
 
 
@@ -172,10 +172,10 @@ def open_checkpoints(run: Run) -> Checkpoints:
     return Checkpoints(str(run.folder), keep_last=settings.keep_last, keep_every=keep_every)
 
 
-def try_evaluations(phase: Phase, state: TrainState) -> None:
+def check_evaluations(phase: Phase, state: TrainState) -> None:
     """Runs one batch of every evaluation, so that an unusable source is reported before training starts."""
     for evaluation in phase.evaluations:
-        protocols.try_one_batch(evaluation, Variables(state.evaluation_params, state.batch_stats))
+        protocols.check_one_batch(evaluation, Variables(state.evaluation_params, state.batch_stats))
 
 
 def batches(run: Run, phase: Phase, start: int, recorder: Recorder) -> Iterator[tuple[int, dict[str, jax.Array]]]:
@@ -199,7 +199,7 @@ def due(step: int, every: int | None, last: bool) -> bool:
 def evaluate(
     run: Run, evaluations: Sequence[Evaluation], state: TrainState, step: int, recorder: Recorder
 ) -> Gallery | None:
-    """Logs the metrics of the evaluations; after the last step, returns pairs of one of them to show."""
+    """Runs the evaluations and logs their metrics; after the last step, returns pairs to show in the report."""
     recorder.pending.settle()
     values, classifiers, gallery, started = {}, {}, None, time.perf_counter()
     weights = Variables(state.evaluation_params, state.batch_stats)
@@ -214,7 +214,7 @@ def evaluate(
     return gallery
 
 
-def show(phase: Phase, state: TrainState) -> Gallery | None:
+def recompute_gallery(phase: Phase, state: TrainState) -> Gallery | None:
     """Recomputes the example pairs of the report when the report is missing."""
     for evaluation in phase.evaluations:
         if evaluation.protocol == "retrieval":

@@ -9,7 +9,7 @@ from clip_jax.data.sources.tar import open_tar
 from clip_jax.devices.sharding import make_mesh
 from clip_jax.errors import UserError
 from clip_jax.evaluation.embed import Variables, embed_source, make_embedder
-from clip_jax.evaluation.protocols import Evaluation, try_one_batch
+from clip_jax.evaluation.protocols import Evaluation, check_one_batch
 from tests.data.shards import jpeg, sample, write_shard
 from tests.models.test_clip import SMALL, computed, params_of
 
@@ -82,7 +82,7 @@ def test_a_label_that_is_no_class_is_refused_in_the_first_batch(source):
     with pytest.raises(
         UserError, match=r"config.eval.pets: tfds:pets/test: 1 of 3 labels are not in 0\.\.1 \(example 2 "
     ):
-        try_one_batch(evaluation, Variables(params_of(computed(SMALL)), {}))
+        check_one_batch(evaluation, Variables(params_of(computed(SMALL)), {}))
 
 
 def test_all_captions_of_an_image_are_embedded_and_owned(source):

@@ -122,6 +122,21 @@ def test_padding_and_extra_texts_that_are_not_there_count_for_nothing(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_a_hard_negative_is_no_positive_of_an_example_without_a_label(name):
+    """Whose groups are -1, -2, ...: ``contrastive.positive_groups``."""
+    loss, definition, scalars = LOSSES[name]
+    image, text, extra = case()
+    groups = np.where(np.arange(BATCH) < 5, -1 - np.arange(BATCH), GROUPS).astype(np.int32)
+    options = {"groups": jnp.asarray(groups)[:, None], "extra": ExtraTexts(jnp.asarray(extra), None, None)}
+    arguments, mesh = (image, text, *map(np.float32, scalars)), make_mesh(8)
+    found = jax.jit(lambda *x: loss(*x, mesh=mesh, **options)[0])(*arguments)
+    texts = np.concatenate([text, extra.reshape(-1, DIM)])
+    text_groups = np.concatenate([groups, np.full(BATCH * EXTRA, -1000, np.int32)])
+    of = definition(image, texts, *scalars, image_groups=groups, text_groups=text_groups)
+    assert float(found) == pytest.approx(float(of), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_any_text_of_the_group_counts_as_correct(name):
     """Four images of two groups; each image finds the other image's text of its group first."""
     image = np.eye(4, dtype=np.float32)

@@ -69,7 +69,7 @@ def test_heads_are_padded_only_where_no_group_of_them_fills_whole_columns_and_th
 
 
 def test_long_sequences_are_computed_in_tiles_of_queries(monkeypatch):
-    monkeypatch.setattr(attention_tpu, "QUERIES", 128)
+    monkeypatch.setattr(attention_tpu, "QUERY_TILE", 128)
     assert_equal(KERNEL, arrays(1, 300, 300, 2, 64), causal=True)
     assert_equal(KERNEL, arrays(1, 150, 150, 4, 96), causal=True)
 

@@ -146,7 +146,7 @@ def test_chunks_are_large_enough_for_the_traffic_of_the_head_and_of_equal_size()
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (8, 1, 1)])
 def test_the_vocabularys_loss_in_chunks_equals_the_definition(mesh, monkeypatch):
     monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 0)
-    monkeypatch.setattr(vocabulary, "CHUNK_TOKENS", 8)  # or all of a device's
+    monkeypatch.setattr(vocabulary, "MIN_CHUNK_TOKENS", 8)  # or all of a device's
     (hidden, head), targets, weights = vocabulary_case()
     bias = np.random.default_rng(1).normal(size=head.shape[1]).astype(np.float32)
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
@@ -167,7 +167,7 @@ def test_the_vocabularys_loss_in_chunks_equals_the_definition(mesh, monkeypatch)
 def test_chunks_of_padding_are_skipped_and_no_array_has_the_logits_of_the_batch(monkeypatch):
     """What would be multiplied in a skipped chunk is NaN."""
     monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 0)
-    monkeypatch.setattr(vocabulary, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(vocabulary, "MIN_CHUNK_TOKENS", 8)
     (hidden, head), targets, weights = vocabulary_case(32, 16, size=600)
     weights[:] = 1
     weights[:, 8:] = 0
@@ -183,7 +183,7 @@ def test_chunks_of_padding_are_skipped_and_no_array_has_the_logits_of_the_batch(
 
 def test_the_heads_gradient_is_summed_over_the_devices_once_and_not_in_each_chunk(monkeypatch):
     monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 0)
-    monkeypatch.setattr(vocabulary, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(vocabulary, "MIN_CHUNK_TOKENS", 8)
     (hidden, head), targets, weights = vocabulary_case(32, 16, size=600)
     mesh = make_mesh(4, 2)
     rows = [jax.device_put(x, batch_sharding(mesh)) for x in (hidden, targets, weights)]
