@@ -41,6 +41,7 @@ test: $(VENV)/.installed-test
 test-jax: $(VENV)/.installed-test
 	$(PARALLEL) -m '(not slow or every_jax) and not parity and not exhaustive' \
 	  --ignore=tests/training/test_stop.py --ignore=tests/training/test_restart.py \
+	  --ignore=tests/training/test_run.py --ignore=tests/training/test_stored_images.py \
 	  tests/devices tests/losses tests/models tests/objectives tests/storage tests/training \
 	  tests/evaluation/test_program.py tests/planning/test_program.py tests/planning/test_memory.py tests/test_model.py
 

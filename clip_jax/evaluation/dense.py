@@ -31,7 +31,8 @@ from clip_jax.evaluation.masks import IGNORE
 from clip_jax.evaluation.ranking import TIE
 from clip_jax.evaluation.subject import Ensemble, Result, Subject, Task
 from clip_jax.models.clip import CLIP, Params, unit
-from clip_jax.models.transformer import MLP, LayerNorm, Stack, image_block_init
+from clip_jax.models.norm import LayerNorm
+from clip_jax.models.transformer import MLP, Stack, image_block_init
 from clip_jax.models.vit import rotary_angles
 
 
@@ -45,7 +46,7 @@ def patch_embeddings(
     image_params = params["image"]
     rows, columns = (side // tower.patch_size for side in pixels.shape[1:3])
     inits, compute = image_block_init(tower.width, tower.mlp_width), model.compute
-    norm = LayerNorm(compute.dtype, tower.norm_epsilon)
+    norm = LayerNorm(compute, tower.norm_epsilon)
     if tower.pooling == "attention":
         tokens = model.image_tokens(params, pixels)[:, int(tower.class_token) :]
         tokens = norm.apply({"params": image_params["norm_post"]}, tokens) if tower.norm_before_pooling else tokens

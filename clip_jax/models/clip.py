@@ -21,10 +21,10 @@ from clip_jax.errors import UserError
 from clip_jax.models.attention import xla
 from clip_jax.models.compute import DEFAULT, Compute
 from clip_jax.models.decoder import CaptionDecoder
+from clip_jax.models.norm import LayerNorm
 from clip_jax.models.resize import resize_grid
 from clip_jax.models.resnet import ModifiedResNet, ResNetTower
 from clip_jax.models.text import TextTower, TextTransformer
-from clip_jax.models.transformer import LayerNorm
 from clip_jax.models.vit import ImageTower, ViT
 
 Params = dict[str, Any]
@@ -186,9 +186,7 @@ class CLIP:
         patches = tokens[:, int(tower.class_token) :]
         if "norm_post" not in params:  # after pooling by queries there is none
             return embedding, patches
-        return embedding, LayerNorm(self.compute.dtype, tower.norm_epsilon).apply(
-            {"params": params["norm_post"]}, patches
-        )
+        return embedding, LayerNorm(self.compute, tower.norm_epsilon).apply({"params": params["norm_post"]}, patches)
 
     def memory(
         self, image_params: Params, patches: Float[Array, "batch *tokens width"]
@@ -201,7 +199,7 @@ class CLIP:
         if tower.pooling == "queries":
             return patches
         if tower.pooling == "class" or tower.norm_before_pooling:
-            norm = LayerNorm(self.compute.dtype, tower.norm_epsilon)
+            norm = LayerNorm(self.compute, tower.norm_epsilon)
             patches = norm.apply({"params": nn.meta.unbox(image_params["norm_post"])}, patches)
         return patches[:, int(tower.class_token) :]
 
@@ -235,7 +233,7 @@ class CLIP:
             return tokens
         if norm not in params:
             raise UserError("normalize=True: this tower has no norm of its tokens, only one after its pooling")
-        return LayerNorm(self.compute.dtype, module.tower.norm_epsilon).apply({"params": params[norm]}, tokens)
+        return LayerNorm(self.compute, module.tower.norm_epsilon).apply({"params": params[norm]}, tokens)
 
     def forward(
         self,

@@ -39,7 +39,7 @@ class Compute(NamedTuple):
     """How a model is computed. A restart may change every field but ``dtype``: the numbers stay, up to rounding."""
 
     dtype: jnp.dtype = jnp.float32
-    """Matrix products; parameters, norms, softmax and embeddings are float32."""
+    """Matrix products, and sums of norms on TPUs; parameters, norms, softmax and embeddings are float32."""
     scan: bool = True
     """Loop over the blocks, so that one block is compiled whatever the depth; False unrolls them."""
     remat: Remat = "none"

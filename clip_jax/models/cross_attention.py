@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from clip_jax.devices.sharding import split_rows
 from clip_jax.models.compute import Compute
 from clip_jax.models.linear import add_bias, product
-from clip_jax.models.transformer import BlockInit, LayerNorm, normal, uniform, zeros
+from clip_jax.models.norm import LayerNorm
+from clip_jax.models.transformer import BlockInit, normal, uniform, zeros
 
 
 class CrossAttention(nn.Module):
@@ -68,15 +69,15 @@ class QueryPooling(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "batch tokens image_width"]) -> Float[Array, "batch queries width"]:
-        width, dtype = self.width, self.compute.dtype
+        width = self.width
         queries_init = nn.with_logical_partitioning(normal(1.0), (None, "embed"))
         queries = self.param("queries", queries_init, (self.queries, width))
-        asked = LayerNorm(dtype, name="norm_query")(queries)
-        seen = LayerNorm(dtype, name="norm_key")(tokens)
+        asked = LayerNorm(self.compute, name="norm_query")(queries)
+        seen = LayerNorm(self.compute, name="norm_key")(tokens)
         inits = BlockInit(xavier, uniform(width**-0.5), zeros, zeros, zeros, zeros)
         attention = CrossAttention(self.heads, inits, self.compute._replace(cache=0), name="attention")
         pooled = attention(jnp.broadcast_to(asked, (len(tokens), *asked.shape)), seen)
-        return LayerNorm(dtype, name="norm_post")(split_rows(pooled, self.compute.mesh))
+        return LayerNorm(self.compute, name="norm_post")(split_rows(pooled, self.compute.mesh))
 
 
 def xavier(rng: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:

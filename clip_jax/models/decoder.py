@@ -19,13 +19,13 @@ from clip_jax.devices.sharding import gather_features, split_rows
 from clip_jax.models import flops
 from clip_jax.models.compute import REMAT_POLICIES, Compute
 from clip_jax.models.cross_attention import CrossAttention
+from clip_jax.models.norm import LayerNorm
 from clip_jax.models.transformer import (
     MLP,
     Attention,
     Block,
     BlockInit,
     BlockShape,
-    LayerNorm,
     normal,
     text_block_init,
     zeros,
@@ -84,7 +84,7 @@ class Layer(nn.Module):
             block = replace(block, causal=False)
 
         def norm(name: str) -> LayerNorm:
-            return LayerNorm(compute.dtype, block.norm_epsilon, use_bias=block.bias, name=name)
+            return LayerNorm(compute, block.norm_epsilon, use_bias=block.bias, name=name)
 
         if self.shape.form == "coca":
             x, _ = Block(block, self.inits, compute, name="text")(x, None, mask)
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         )
         blocks = stacked(shape, parallel is None, inits, compute, name="blocks")
         x, _ = blocks(split_rows(x.astype(dtype), compute.mesh), memory.astype(dtype), mask)
-        hidden = LayerNorm(dtype, shape.block.norm_epsilon, use_bias=shape.block.bias, name="norm_final")(x)
+        hidden = LayerNorm(self.compute, shape.block.norm_epsilon, use_bias=shape.block.bias, name="norm_final")(x)
         # CoCa's published code leaves the head uninitialized; CapPa's begins with zeros.
         head_init = normal(shape.width**-0.5) if shape.form == "coca" else zeros
         head_init = nn.with_logical_partitioning(head_init, ("embed", "vocab"))

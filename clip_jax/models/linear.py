@@ -47,12 +47,16 @@ def _forward(x: Array, bias: Array) -> tuple[Array, None]:
 
 
 def _backward(_: None, gradient: Array) -> tuple[Array, Array]:
-    # Eight rows, because XLA turns a product with a single row of ones back into a sum.
-    ones = jnp.ones((8, *gradient.shape[:-1]), gradient.dtype)
-    tokens = tuple(range(gradient.ndim - 1))
-    numbers = ((tuple(axis + 1 for axis in tokens), tokens), ((), ()))
-    summed = jax.lax.dot_general(ones, gradient, numbers, preferred_element_type=jnp.float32)[0]
-    return gradient, summed.astype(gradient.dtype)
+    return gradient, sum_over_tokens(gradient).astype(gradient.dtype)
 
 
 _add_bias_with_matmul_gradient.defvjp(_forward, _backward)
+
+
+def sum_over_tokens(x: Float[Array, "*tokens features"]) -> Float[Array, " features"]:
+    """The sum over all axes but the last, in float32, by the matrix unit."""
+    # Eight rows, because XLA turns a product with a single row of ones back into a sum.
+    ones = jnp.ones((8, *x.shape[:-1]), x.dtype)
+    tokens = tuple(range(x.ndim - 1))
+    dimension_numbers = ((tuple(axis + 1 for axis in tokens), tokens), ((), ()))
+    return jax.lax.dot_general(ones, x, dimension_numbers, preferred_element_type=jnp.float32)[0]

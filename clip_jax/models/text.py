@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from clip_jax.devices.sharding import gather_features, split_rows
 from clip_jax.models import flops
 from clip_jax.models.compute import DEFAULT, Compute
-from clip_jax.models.transformer import BlockShape, LayerNorm, Stack, normal, text_block_init, zeros
+from clip_jax.models.norm import LayerNorm
+from clip_jax.models.transformer import BlockShape, Stack, normal, text_block_init, zeros
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class TextTransformer(nn.Module):
             tokens, seen = jnp.concatenate([tokens, last], axis=1), class_mask(text, tower.shifted_mask)[:, None]
         tokens = stack(tokens + positions[: tokens.shape[1]].astype(dtype), None, seen)
         # Only the pooled row is normalized: the norm works on one token at a time.
-        pooled = LayerNorm(dtype, tower.norm_epsilon, name="norm_final")(_pool(tokens, text, tower))
+        pooled = LayerNorm(self.compute, tower.norm_epsilon, name="norm_final")(_pool(tokens, text, tower))
         pooled = split_rows(pooled, mesh)
         if tower.pooling == "class":
             tokens = tokens[:, :-1]

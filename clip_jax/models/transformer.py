@@ -23,6 +23,7 @@ from clip_jax.models.attention import Mask, Rotary, rotate
 from clip_jax.models.attention_tpu import TPUAttention
 from clip_jax.models.compute import REMAT_POLICIES, Compute
 from clip_jax.models.linear import add_bias, product
+from clip_jax.models.norm import LayerNorm
 
 Initializer = Callable[..., Array]
 
@@ -112,28 +113,6 @@ def bias(module: nn.Module, name: str, init: Initializer, axes: tuple, shape: tu
     return module.param(name, nn.with_logical_partitioning(init, axes), shape)
 
 
-class LayerNorm(nn.Module):
-    """Layer norm over the last axis, computed in float32 whatever the type of the input."""
-
-    dtype: jnp.dtype = jnp.float32
-    epsilon: float = 1e-5
-    axis: str = "embed"
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        width = x.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (width,))
-        bias = jnp.zeros(width)
-        if self.use_bias:
-            bias = self.param("bias", nn.with_logical_partitioning(zeros, (self.axis,)), (width,))
-        x = x.astype(jnp.float32)
-        mean = jnp.mean(x, axis=-1, keepdims=True)
-        centered = x - mean
-        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
-        return (centered * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values.
 
@@ -162,7 +141,6 @@ class Attention(nn.Module):
         if not self.shape.key_bias:
             qkv_bias = jnp.stack([qkv_bias[0], jnp.zeros_like(qkv_bias[0]), qkv_bias[1]])
 
-        dtype = self.compute.dtype
         query, key, value = self._project(x, qkv, qkv_bias)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
@@ -176,7 +154,7 @@ class Attention(nn.Module):
         else:
             mixed = checkpoint_name(mixed, "mixed")
         if self.shape.swiglu:
-            norm = LayerNorm(dtype, self.shape.norm_epsilon, name="norm")
+            norm = LayerNorm(self.compute, self.shape.norm_epsilon, name="norm")
             mixed = norm(mixed.reshape(x.shape)).reshape(mixed.shape)
         if self._fused:
             mixed = product("...f,fw->...w", mixed, out.reshape(width, width), self.compute)
@@ -238,7 +216,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         inner, outer = self.shape.mlp_width, x.shape[-1]
-        init, compute, dtype = self.inits, self.compute, self.compute.dtype
+        init, compute = self.inits, self.compute
         up = self.param("up", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
         up_bias = bias(self, "up_bias", init.mlp_up_bias, ("mlp",), (inner,))
         down = self.param("down", nn.with_logical_partitioning(init.mlp_down, ("mlp", "embed")), (inner, outer))
@@ -248,7 +226,7 @@ class MLP(nn.Module):
             gate = self.param("gate", nn.with_logical_partitioning(init.mlp_up, ("embed", "mlp")), (outer, inner))
             gate_bias = self.param("gate_bias", nn.with_logical_partitioning(init.mlp_up_bias, ("mlp",)), (inner,))
             hidden = nn.silu(add_bias(product("...w,wm->...m", x, gate, compute), gate_bias, compute)) * hidden
-            hidden = LayerNorm(dtype, self.shape.norm_epsilon, "mlp", name="norm")(hidden)
+            hidden = LayerNorm(compute, self.shape.norm_epsilon, "mlp", name="norm")(hidden)
         else:
             hidden = ACTIVATIONS[self.shape.activation](hidden)
         return add_bias(product("...m,mw->...w", hidden, down, compute), down_bias, compute)
@@ -272,8 +250,8 @@ class Block(nn.Module):
         compute, mesh = self.compute, self.compute.mesh
         attention = Attention(self.shape, self.inits, compute, name="attention")
         mlp = MLP(self.shape, self.inits, compute, name="mlp")
-        norm_1 = LayerNorm(compute.dtype, self.shape.norm_epsilon, name="norm_1")
-        norm_2 = LayerNorm(compute.dtype, self.shape.norm_epsilon, name="norm_2")
+        norm_1 = LayerNorm(compute, self.shape.norm_epsilon, name="norm_1")
+        norm_2 = LayerNorm(compute, self.shape.norm_epsilon, name="norm_2")
         x = split_rows(x, mesh)
         if self.shape.norm_last:
             x = split_rows(x + norm_1(attention(x, rotary, mask)), mesh)

@@ -19,11 +19,11 @@ from clip_jax.models.attention import Rotary
 from clip_jax.models.compute import DEFAULT, Compute
 from clip_jax.models.cross_attention import QueryPooling
 from clip_jax.models.linear import product
+from clip_jax.models.norm import LayerNorm
 from clip_jax.models.transformer import (
     MLP,
     BlockInit,
     BlockShape,
-    LayerNorm,
     Stack,
     image_block_init,
     normal,
@@ -200,7 +200,7 @@ class ViT(nn.Module):
         if train and patch_dropout > 0:
             tokens, rotary = drop_patches(tokens, rotary, keys, patch_dropout, class_token=tower.class_token)
         if tower.norm_pre:
-            tokens = LayerNorm(dtype, tower.norm_epsilon, name="norm_pre")(tokens)
+            tokens = LayerNorm(self.compute, tower.norm_epsilon, name="norm_pre")(tokens)
         inits = image_block_init(width, tower.mlp_width) if tower.init == "clip" else timm_block_init()
         tokens = Stack(tower.layers, tower.block, inits, self.compute, name="transformer")(tokens, rotary)
         if tower.pooling == "queries":
@@ -223,7 +223,7 @@ class ViT(nn.Module):
     def _pool(self, tokens: Float[Array, "batch tokens width"], inits: BlockInit) -> Float[Array, "batch width"]:
         """One vector per image. The norm works on one token at a time, so the class token is selected before it."""
         tower, dtype = self.tower, self.compute.dtype
-        norm = LayerNorm(dtype, tower.norm_epsilon, name="norm_post")
+        norm = LayerNorm(self.compute, tower.norm_epsilon, name="norm_post")
         if tower.pooling == "class":
             return norm(tokens[:, 0])
         if tower.norm_before_pooling:
@@ -296,7 +296,7 @@ class AttentionPooling(nn.Module):
         weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
         mixed = jnp.einsum("bhk,bkhd->bhd", weights, value)
         pooled = jnp.einsum("bhd,hdw->bw", mixed, out.astype(dtype)) + out_bias.astype(dtype)
-        normed = LayerNorm(dtype, self.shape.norm_epsilon, name="norm")(pooled)
+        normed = LayerNorm(self.compute, self.shape.norm_epsilon, name="norm")(pooled)
         return pooled + MLP(self.shape, self.inits, self.compute, name="mlp")(normed)
 
 

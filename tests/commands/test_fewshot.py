@@ -88,6 +88,7 @@ def test_mistakes_of_arguments_are_one_line(files, capsys):
         assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_pooled_features_are_compared_with_the_zero_shot_accuracy_of_embeddings(tmp_path, capsys):
     shutil.copytree(OLD_RUNS / "vit", tmp_path / "run")
     shutil.copytree(OLD_RUNS / "tokenizer", tmp_path / "run" / "tokenizer")

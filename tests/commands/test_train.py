@@ -29,6 +29,7 @@ def test_a_shipped_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypat
         configs.load("dem0")
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_like_main(tmp_path, capsys):
     recipe = runs.write_recipe(tmp_path)
     command = ["train", f"--config={recipe}", f"--workdir={tmp_path}/run", "--config.steps", "2"]

@@ -41,7 +41,10 @@ def test_a_patch_goes_through_the_values_and_the_mlp_of_the_last_block():
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("changed", [{"layers": 1}, {"pooling": "attention", "norm_before_pooling": True}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"layers": 1}, pytest.param({"pooling": "attention", "norm_before_pooling": True}, marks=pytest.mark.slow)],
+)
 def test_every_pooling_has_a_unit_vector_for_each_patch_that_follows_the_patch(changed):
     image = dataclasses.replace(SMALL.image, class_token="pooling" not in changed, **changed)
     model = computed(dataclasses.replace(SMALL, image=image))

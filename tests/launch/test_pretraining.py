@@ -81,7 +81,11 @@ def test_three_preemptions_and_a_change_from_two_workers_to_one_do_not_change_a_
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
     undisturbed = runs.main(
-        tmp_path, *FLAGS, f"--config={cloud.checkout}/configs/small.py", f"--workdir={tmp_path}/undisturbed"
+        tmp_path,
+        *FLAGS,
+        f"--config={cloud.checkout}/configs/small.py",
+        f"--workdir={tmp_path}/undisturbed",
+        cached=True,
     )
     assert undisturbed.returncode == 0, undisturbed.stderr
 

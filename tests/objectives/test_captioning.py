@@ -47,7 +47,9 @@ def predicted(model, params, image, text, parallel=None):
     return hidden @ head + (0 if bias is None else bias)
 
 
-@pytest.mark.parametrize("architecture", [SMALL, BIDIRECTIONAL], ids=["coca", "cappa"])
+@pytest.mark.parametrize(
+    "architecture", [SMALL, pytest.param(BIDIRECTIONAL, marks=pytest.mark.slow)], ids=["coca", "cappa"]
+)
 def test_the_loss_is_the_mean_over_tokens(architecture):
     """CoCa's over the tokens of all captions, CapPa's over those of each caption and then over captions."""
     model, settings, params, image = case(architecture)
