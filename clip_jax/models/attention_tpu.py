@@ -105,9 +105,8 @@ def _vmem(dim: int, queries: int, keys: int, size: int) -> int:
     group = math.lcm(dim, LANES)
     if group == max(dim, LANES):
         return 0
-    blocks = (
-        2 * size * (3 * _round_up_to_lanes(queries) + 4 * _round_up_to_lanes(keys))
-    )  # twice, for the transfers in progress
+    # Twice, for the transfers in progress.
+    blocks = 2 * size * (3 * _round_up_to_lanes(queries) + 4 * _round_up_to_lanes(keys))
     sums = 4 * (2 * _round_up_to_sublanes(keys) + min(QUERY_TILE, _round_up_to_lanes(queries)))
     return int(1.2 * group * (blocks + sums + 2 * size * _round_up_to_lanes(keys)))
 

@@ -34,18 +34,21 @@ def stat(where: str) -> Stat:
 
 
 def reader(where: str, expected: Stat | None = None, chunks: remote.Chunks | None = None) -> Read:
-    """Reads any range of a file. With ``expected``, raises OSError if a local file has changed since.
+    """Reads any range of a file.
 
-    ``chunks``: a cache for a remote file, which is then read in long pieces.
+    With ``expected``, raises OSError, or UserError for a remote file, if it has changed since. ``chunks``: a cache for
+    a remote file, which is then read in long pieces.
     """
     if remote.is_remote(where):
-        end = (expected or stat(where)).size
+        end, version = expected or stat(where)
 
         def fetch(offset: int, size: int) -> bytes:
             size = min(size, end - offset)
             if size <= 0:
                 return b""
-            return remote.read(where, offset, size) if chunks is None else chunks.read(where, offset, size, end)
+            if chunks is None:
+                return remote.read(where, offset, size, version)
+            return chunks.read(where, offset, size, end, version)
 
         return fetch
 

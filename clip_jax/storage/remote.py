@@ -57,16 +57,44 @@ def stat(where: str) -> tuple[int, str]:
     return _retried(where, find)
 
 
-def read(where: str, offset: int, size: int) -> bytes:
-    """Exactly ``size`` bytes. Raises UserError."""
+def read(where: str, offset: int, size: int, version: str = "") -> bytes:
+    """Exactly ``size`` bytes, of the ``version`` that ``stat`` reported. Raises UserError, also for another version.
+
+    Stores are asked for the version; of web servers, those without ETags and times cannot be.
+    """
 
     def get() -> bytes:
-        data = _filesystem(where).cat_file(where, start=offset, end=offset + size)
+        data = _range(where, offset, offset + size, version)
         if len(data) != size:
             raise OSError(f"{len(data)} bytes instead of {size} at {offset}")
         return data
 
     return _retried(where, get)
+
+
+def _range(where: str, start: int, end: int, version: str) -> bytes:
+    files, scheme, condition = _filesystem(where), where.partition("://")[0], {}
+    if scheme == "s3" and version.startswith('"'):
+        import fsspec.asyn
+
+        return fsspec.asyn.sync(files.loop, _s3_range, files, where, start, end, version)
+    if scheme == "gs" and version.isdigit():
+        condition = {"generation": version}
+    elif version.startswith('"'):  # weak ETags do not match
+        condition = {"headers": {"If-Match": version}}
+    elif version.endswith(" GMT"):
+        condition = {"headers": {"If-Unmodified-Since": version}}
+    return files.cat_file(where, start=start, end=end, **condition)
+
+
+async def _s3_range(files: Any, where: str, start: int, end: int, etag: str) -> bytes:
+    bucket, key, _ = files.split_path(where)
+    wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{end - 1}", "IfMatch": etag}
+    response = await files._call_s3("get_object", **wanted)
+    try:
+        return await response["Body"].read()
+    finally:
+        response["Body"].close()
 
 
 def fetch(where: str) -> bytes:
@@ -105,31 +133,32 @@ class Chunks:
     """Long reads for samples that are read together: recent chunks are cached, and read once at a time."""
 
     def __init__(self) -> None:
-        self._held: collections.OrderedDict[tuple[str, int], Future] = collections.OrderedDict()
+        self._held: collections.OrderedDict[tuple[str, str, int], Future] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, where: str, offset: int, size: int, end: int) -> bytes:
-        """The bytes at ``offset`` of a file of ``end`` bytes."""
+    def read(self, where: str, offset: int, size: int, end: int, version: str = "") -> bytes:
+        """The bytes at ``offset`` of a version of a file, which has ``end`` bytes."""
         first, last = offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES
-        data = b"".join(self._chunk(where, number, end) for number in range(first, last + 1))
+        data = b"".join(self._chunk(where, version, number, end) for number in range(first, last + 1))
         return data[offset - first * CHUNK_BYTES :][:size]
 
-    def _chunk(self, where: str, number: int, end: int) -> bytes:
+    def _chunk(self, where: str, version: str, number: int, end: int) -> bytes:
+        key = where, version, number
         with self._lock:
-            found = self._held.get((where, number))
+            found = self._held.get(key)
             is_new = found is None
             if is_new:
-                found = self._held[where, number] = Future()
-            self._held.move_to_end((where, number))
+                found = self._held[key] = Future()
+            self._held.move_to_end(key)
             while len(self._held) > CHUNKS:
                 self._held.popitem(last=False)
         if is_new:
             start = number * CHUNK_BYTES
             try:
-                found.set_result(read(where, start, min(CHUNK_BYTES, end - start)))
+                found.set_result(read(where, start, min(CHUNK_BYTES, end - start), version))
             except BaseException as error:
                 with self._lock:
-                    self._held.pop((where, number), None)
+                    self._held.pop(key, None)
                 found.set_exception(error)
         return found.result()
 
@@ -180,6 +209,8 @@ def _refusal(error: Exception) -> tuple[str, ...]:
     """The reason and its detail if another attempt cannot help; else empty."""
     error = _meant(error)
     status = getattr(error, "status", None)  # of aiohttp's answers; other stores' errors have none
+    if status == 412 or "PreconditionFailed" in repr(error) or "PreconditionFailed" in repr(error.__cause__):
+        return ("changed while it was read; start again",)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return ("no such file on the server",)
     if isinstance(error, PermissionError) or status in (401, 403):

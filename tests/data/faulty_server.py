@@ -49,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(server.missing_status, b"")
         content, stat = path.read_bytes(), path.stat()
         headers = {"ETag": f'"{stat.st_mtime_ns}"', "Accept-Ranges": "bytes"}
+        if self.headers.get("If-Match", headers["ETag"]) != headers["ETag"]:
+            return self.answer(412, b"")
         broken = {"cut": fault in ("cut", "close"), "nothing": fault == "close"}
         if fault == "slow":
             time.sleep(0.05)

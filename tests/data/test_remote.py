@@ -104,6 +104,15 @@ def test_a_lasting_outage_and_a_missing_shard_end_in_one_line(server):
         open_source(f"tar:{server.url}/*.tar")
 
 
+@pytest.mark.parametrize("long_reads", [False, True])
+def test_a_shard_that_is_rewritten_is_not_read_through_its_old_index(server, long_reads):
+    write_shards(server.folder, 10, shards=1)
+    source = open_source(f"tar:{server.url}/train-00000.tar", long_reads=long_reads)
+    write_shard(server.folder / "train-00000.tar", [sample(100 + i) for i in range(10)])
+    with pytest.raises(UserError, match=r"train-00000\.tar: changed while it was read; start again"):
+        source[0]
+
+
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_shards_in_a_bucket_are_found_by_a_pattern_and_read_as_on_disk(scheme, tmp_path, monkeypatch):
     local = open_source(write_shards(tmp_path / "shards", 10, shards=2))
@@ -112,6 +121,15 @@ def test_shards_in_a_bucket_are_found_by_a_pattern_and_read_as_on_disk(scheme, t
             source = open_source(f"tar:{where}")
             assert [source[i] for i in range(10)] == list(local) and source.fingerprint == local.fingerprint
         before = remote.stat(f"{folder}/train-00000.tar")
+        opened = open_source(f"tar:{folder}/train-00000.tar")
         files.put_file(str(tmp_path / "shards/train-00001.tar"), f"{folder}/train-00000.tar")
         assert remote.stat(f"{folder}/train-00000.tar") != before
         assert open_source(f"tar:{folder}/train-00000.tar")[0].captions == local[5].captions
+        if scheme == "s3":
+            with pytest.raises(UserError, match="changed while it was read; start again"):
+                opened[0]
+        else:  # the emulator answers with the newest content whatever the generation; the question has it
+            asked, request = [], files._request
+            monkeypatch.setattr(files, "_request", lambda *of, **more: asked.append(of[1]) or request(*of, **more))
+            opened[0]
+            assert asked and all(f"generation={before[1]}" in url for url in asked)
