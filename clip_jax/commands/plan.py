@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=6,
         help="maximum number of compilations if the run does not fit; at most three that fit are compared",
     )
+    parser.add_argument(
+        "--compare",
+        type=int,
+        help="compare this many settings that fit by the compiler's time, also if the run fits as it is",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         ("price", 0, None),
         ("mfu", 0.001, 1),
         ("compilations", 1, None),
+        ("compare", 1, None),
     ):
         value = getattr(arguments, name)
         if value is not None and (value < lowest or (highest is not None and value > highest)):
@@ -73,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
             mfu=arguments.mfu,
             compile=not arguments.estimate,
             compilations=arguments.compilations,
+            compare=arguments.compare,
         )
     )
     if arguments.profile:

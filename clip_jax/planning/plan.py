@@ -39,6 +39,8 @@ class Request(NamedTuple):
     """The MFU that is assumed for all times, in place of the upper bound of the speed."""
     compile: bool = True
     compilations: int = COMPILATIONS
+    compare: int | None = None
+    """The number of settings that fit to compare by the compiler's time; None: three if the config does not fit."""
     phase: tuple[int, int | None] = (0, None)
     """The steps after which the planned phase starts and stops; None: at the end of the run."""
 
@@ -175,7 +177,8 @@ def make_plan(request: Request) -> Plan:
             given,
             machines,
             lambda candidate: compiling.compile_step(candidate.config, machines),
-            compilations=request.compilations,
+            compilations=max(request.compilations, 2 * (request.compare or 0)),
+            compare=request.compare,
         )
     else:
         found = search(given, machines, lambda candidate: estimated(candidate, machines), compilations=2)

@@ -30,8 +30,8 @@ def _memory(plan: Plan) -> Rows:
     given, source = plan.found.tried[0][1], "the TPU compiler's figure" if plan.is_compiled else "an estimate"
     verdict = "yes" if plan.fits else "no"
     rows = [("fits", f"{verdict}: {given.hbm_bytes * per_chip / GIB:.2f} of {_gib(free)} per chip, {source}")]
-    if not plan.fits:
-        rows.append(("what fits", _what_fits(plan, per_chip)))
+    if not plan.fits or len(plan.found.tried) > 1:
+        rows.append(("fastest" if plan.fits else "what fits", _what_fits(plan, per_chip)))
     if plan.chosen_compiled.evaluation_hbm_bytes is not None:
         rows.append(("evaluation", _evaluation(plan, per_chip)))
     if buckets := plan.chosen_compiled.text_buckets:
@@ -67,12 +67,13 @@ def _what_fits(plan: Plan, per_chip: int) -> str:
     if plan.found.candidate is None:
         tried = len(plan.found.tried)
         return f"none of {tried} variants tried; use more chips, or try more with --compilations"
-    flags = " ".join(f"--config.{key}={value}" for key, value in plan.chosen.changes.items())
+    flags = " ".join(f"--config.{key}={value}" for key, value in plan.chosen.changes.items()) or "the config as it is"
     found = f"{flags} ({_gib(plan.chosen_compiled.hbm_bytes * per_chip)})"
     if not plan.is_compiled:
         return found
     tried = [compiled for _, compiled in plan.found.tried]
-    return f"{found}; the fastest of {sum(c.fits for c in tried)} that fit, {len(tried)} compiled (--compilations)"
+    more = "more: --compare, --compilations"
+    return f"{found}; the fastest of {sum(c.fits for c in tried)} that fit, {len(tried)} compiled ({more})"
 
 
 def _step(plan: Plan) -> Rows:

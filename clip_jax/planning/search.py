@@ -155,22 +155,24 @@ def compiled_seconds(candidate: Candidate, compiled: Compiled, machines: Machine
 
 
 def search(
-    given: Candidate, machines: Machines, compile: Compile, *, compilations: int, fitting: int = FITTING
+    given: Candidate, machines: Machines, compile: Compile, *, compilations: int, compare: int | None = None
 ) -> SearchResult:
     """The config as it is, if it fits, or the fastest that does; after at most ``compilations`` compilations.
 
-    Up to ``fitting`` candidates that fit are compared by the compiler's cycles; without cycles the first is taken.
+    ``FITTING`` candidates that fit are compared by the compiler's cycles; without cycles the first is taken. With
+    ``compare`` that number is compared, also if the config fits, which is then one of them.
     """
     free = machines.chip.free_hbm_per_device
     compiled = compile(given)
     tried = [({}, compiled)]
-    if compiled.fits:
+    if compiled.fits and compare is None:
         return SearchResult(given, compiled, tried)
     # The compiler's figure relative to the estimate, by policy: what XLA saves under one policy says little about
     # another. The estimate of a policy that was never compiled is taken as it is. The same for the time.
     factors, slower = {given.config.model.remat: compiled.hbm_bytes / given.memory.total}, {}
-    left, found = candidates(given.config, machines), []
-    while len(tried) < compilations and len(found) < fitting:
+    left = candidates(given.config, machines)
+    found = [(compiled_seconds(given, compiled, machines), given, compiled)] if compiled.fits else []
+    while len(tried) < compilations and len(found) < (compare or FITTING):
         likely = [c for c in left if c.memory.total * factors.get(c.config.model.remat, 1.0) <= free]
         if not likely:
             break

@@ -74,6 +74,18 @@ def test_of_three_that_fit_the_one_with_the_fewest_cycles_is_taken():
     assert len(asked) == 1 + FITTING and found.candidate is asked[2]
 
 
+def test_more_settings_are_compared_on_request_also_with_a_config_that_fits():
+    asked = []
+
+    def compile(candidate):
+        asked.append(candidate)
+        cycles = {1: 900, 2: 950, 3: 300, 4: 600}[len(asked)]
+        return Compiled(candidate.memory.total <= FREE, candidate.memory.total, FREE, 1.0, cycles=cycles * 10**6)
+
+    found = search(given_of(model__remat="full"), V5E, compile, compilations=8, compare=4)
+    assert asked[0].changes == {} and len(asked) == 4 and found.candidate is asked[2]
+
+
 def test_candidates_change_how_a_run_is_computed_and_nothing_else():
     found = candidates(given_of().config, V5E)
     assert {key for c in found for key in c.changes} == {"micro_batch", "model.remat", "mesh.fsdp"}
