@@ -22,6 +22,12 @@ def test_every_published_template_takes_a_class_name():
         assert all("a, {b} c" in fill(t, "a, {b} c") for t in prompts.templates(name))
 
 
+def test_a_domain_has_the_templates_of_its_published_sets():
+    assert prompts.templates("satellite")[0] == "a centered satellite photo of {}."
+    assert [len(prompts.templates(name)) for name in prompts.DOMAINS] == [7, 3, 8]
+    assert not set(prompts.DOMAINS) & set(prompts.published("templates"))
+
+
 def test_own_lists_are_files_of_lines(tmp_path):
     (tmp_path / "names.txt").write_text("a cat\n\n dog \n")
     assert prompts.class_names(str(tmp_path / "names.txt")) == ("a cat", "dog")

@@ -21,6 +21,12 @@ from clip_jax.errors import UserError, nearest
 
 CANONICAL = ("siglip", "siglip2")
 """The tokenizers whose models expect canonical prompts."""
+DOMAINS = {
+    "satellite": ("eurosat", "resisc45"),
+    "medical": ("pcam", "diabetic_retinopathy"),
+    "texture": ("dtd",),
+}
+"""Templates for other sets of a domain: those published for the named ones, together."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -76,7 +82,9 @@ def canonicalize(text: str) -> str:
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """A published set such as ``imagenet1k`` (80), ``imagenet_7`` or ``pets``, or the lines of a text file."""
+    """A published set such as ``imagenet1k`` (80), ``imagenet_7`` or ``pets``, a domain, or the lines of a text file."""
+    if name in DOMAINS:
+        return tuple(template for of in DOMAINS[name] for template in templates(of))
     return read_templates(_named(name, "templates"), name)
 
 
