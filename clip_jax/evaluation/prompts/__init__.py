@@ -82,7 +82,7 @@ def canonicalize(text: str) -> str:
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """A published set such as ``imagenet1k`` (80), ``imagenet_7`` or ``pets``, a domain, or the lines of a text file."""
+    """A published set such as ``imagenet1k`` (80) or ``pets``, those of a domain, or the lines of a text file."""
     if name in DOMAINS:
         return tuple(template for of in DOMAINS[name] for template in templates(of))
     return read_templates(_named(name, "templates"), name)
