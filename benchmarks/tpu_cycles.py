@@ -75,7 +75,7 @@ class Found(NamedTuple):
     def verdict(self) -> str:
         in_time = self.bound is None or self.milliseconds <= self.bound
         in_memory = self.xla_peak is None or self.peak <= self.xla_peak
-        return "kept" if in_time and in_memory else "**MISSED**"
+        return "met" if in_time and in_memory else "**MISSED**"
 
 
 ROWS: dict[str, Step | Planned | Layer] = {
@@ -179,7 +179,7 @@ def main() -> None:
             found = planned_row(row)
         else:
             found = step_row(name, row) if isinstance(row, Step) else layer_row(name, row)
-        missed += [name] if found.verdict != "kept" else []
+        missed += [name] if found.verdict != "met" else []
         cells = (
             *(name, f"{found.xla:,.6g}", gibibytes(found.xla_peak), f"{found.milliseconds:,.4g}", found.mfu),
             *(gibibytes(found.peak), "" if found.bound is None else f"{found.bound:,.5g}", found.verdict),

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_jax.commands import source_options
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="a recipe, in place of a source: its training data, tokens and first batch")
     parser.add_argument("--caption", help="like config.data.caption (txt)")
     parser.add_argument("--image", help="like config.data.image")
+    source_options.add_arguments(parser)
     parser.add_argument("--tokenizer", choices=KINDS, help="also count the tokens of captions")
     parser.add_argument("--vocab", help="the tokenizer's file, like config.tokenizer.vocab")
     parser.add_argument("--context-length", type=int, help="the number of tokens that a model takes (77)")
@@ -74,7 +76,12 @@ def _of_source(arguments: argparse.Namespace) -> "tuple[tuple[Source, ...], Toke
         raise UserError(f"--vocab and --context-length need --tokenizer: {', '.join(KINDS)}")
     if kind == "sentencepiece" and not vocab:
         raise UserError("--tokenizer=sentencepiece needs --vocab=FILE; --config=RECIPE trains one, as a run does")
-    source = open_source(arguments.source, caption=arguments.caption or "txt", image=arguments.image or "")
+    source = open_source(
+        arguments.source,
+        caption=arguments.caption or "txt",
+        image=arguments.image or "",
+        **source_options.given(arguments),
+    )
     if kind is None:
         return (source,), None, None
     file = Path(vocab).expanduser() if vocab else tokenizers.hub.download(kind)
@@ -95,7 +102,7 @@ def _of_recipe(arguments: argparse.Namespace) -> "tuple[tuple[Source, ...], Toke
     from clip_jax.training.setup import augmentations, training_views
     from clip_jax.training.tokenizer import prepare_tokenizer
 
-    for name in ("caption", "image", "tokenizer", "vocab", "context_length"):
+    for name in ("caption", "image", "tokenizer", "vocab", "context_length", *source_options.NAMES):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: the recipe names it; override it with --config.KEY=VALUE")
     config = configs.load(arguments.config, arguments.overrides)

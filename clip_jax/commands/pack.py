@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from clip_jax.commands import source_options
 from clip_jax.errors import UserError
 
 HELP = "Write any source of data as tar shards or ArrayRecord files, which training reads fastest and in any order."
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption", default="txt", help="like config.data.caption")
     parser.add_argument("--image", default="", help="like config.data.image")
     parser.add_argument("--boxes", default="", help="like config.data.boxes: boxes with texts are packed, too")
+    source_options.add_arguments(parser)
     parser.add_argument("--per-shard", type=int, default=10_000, help="examples in a shard")
     parser.add_argument("--max-size", type=int, default=0, help="resize images whose shorter side is longer (pixels)")
     parser.add_argument("--workers", type=int, default=2, help="shards that are written at a time")
@@ -36,7 +38,13 @@ def run(arguments: argparse.Namespace) -> None:
     for name, least in (("per_shard", 1), ("workers", 1), ("max_size", 0)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(arguments, name)} must be at least {least}")
-    source = open_source(arguments.source, caption=arguments.caption, image=arguments.image, boxes=arguments.boxes)
+    source = open_source(
+        arguments.source,
+        caption=arguments.caption,
+        image=arguments.image,
+        boxes=arguments.boxes,
+        **source_options.given(arguments),
+    )
     to = Path(arguments.to).expanduser()
     with bar(len(source), sys.stderr.isatty(), "packing") as advance:
         found = pack(

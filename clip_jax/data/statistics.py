@@ -13,7 +13,7 @@ import numpy as np
 import regex
 
 from clip_jax.data import images
-from clip_jax.data.sources.sample import BadSampleError, Sample, Source
+from clip_jax.data.sources.sample import BadSampleError, Sample, Source, notes
 from clip_jax.data.stream import read
 from clip_jax.data.tokenizers import Tokenizer
 
@@ -42,6 +42,8 @@ class Statistics(NamedTuple):
     same_captions: int
     """Captions that another inspected example has too."""
     same_images: int
+    notes: tuple[str, ...]
+    """What the files hold that is in no example: members without a partner, links, other kinds."""
     faults: collections.Counter
     """Unusable examples by reason."""
     bad: tuple[str, ...]
@@ -124,6 +126,7 @@ def inspect(
         captions=len(texts),
         same_captions=len(texts) - len(set(texts)),
         same_images=len(seen) - len({entry.digest for entry in seen}),
+        notes=notes(source),
         faults=collections.Counter(error.reason for error in bad),
         bad=tuple(str(error) for error in bad[:NAMED]),
         formats=collections.Counter(entry.format for entry in seen),

@@ -43,6 +43,7 @@ def rows(found: Statistics) -> list[tuple[str, str]]:
     facts = [
         ("examples", f"{found.examples:,}, of which {found.inspected:,} were read"),
         ("unusable", bad),
+        *(("not read", note) for note in found.notes),
         ("captions", f"{found.captions:,}; {found.same_captions:,} repeat another example's"),
         ("images", f"{found.same_images:,} repeat another example's file"),
     ]

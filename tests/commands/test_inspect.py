@@ -36,6 +36,21 @@ def test_it_counts_sizes_captions_duplicates_and_faults(tmp_path, capsys):
     assert page.count("data:image/jpeg") == 6 and "&lt;b&gt;wide&lt;/b&gt;" in page and "0.tar/000000005" in page
 
 
+def test_a_source_is_opened_with_the_settings_of_a_run_and_says_what_is_in_no_example(tmp_path, capsys):
+    orphans = [{"jpg": jpeg(8)}, {"txt": b"alone"}] * 30
+    path = write_shard(tmp_path / "0.tar", [sample(i) for i in range(8)] + orphans)
+    cut = write_shard(tmp_path / "1.tar", [sample(i) for i in range(8)])
+    cut.write_bytes(cut.read_bytes()[:-11_000])  # in the middle of a member
+    for file, option, message in ((path, "--max-bad-share=1", "without"), (cut, "--truncated=keep", "truncated")):
+        for command in (["inspect", f"tar:{file}"], ["pack", f"tar:{file}", f"--to={tmp_path / file.stem}"]):
+            assert main(command) == 2 and message in capsys.readouterr().err
+            assert main([*command, option]) == 0
+            shown = capsys.readouterr().out
+            assert "not read" in shown if command[0] == "inspect" else "written" in shown
+    assert main(["inspect", f"tar:{path}", "--max-bad-share=2"]) == 2
+    assert capsys.readouterr().err == "clip-jax inspect: --max-bad-share=2 must be at least 0 and at most 1\n"
+
+
 def test_a_source_that_is_not_there_is_one_line(tmp_path, capsys):
     assert main(["inspect", f"tar:{tmp_path}/none.tar"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
