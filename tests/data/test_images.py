@@ -120,6 +120,15 @@ def test_the_usual_formats_are_read_whatever_their_name(format_):
     assert np.abs(np.asarray(images.decode(saved(gray, format_))).astype(int) - 90).max() <= 2
 
 
+@pytest.mark.parametrize("format_", ["GIF", "WEBP", "PNG"])
+def test_of_an_animated_image_the_first_frame_is_read(format_):
+    frames = [Image.new("RGB", (32, 32), (shade, shade, shade)) for shade in (30, 120, 220)]
+    file = io.BytesIO()
+    frames[0].save(file, format_, save_all=True, append_images=frames[1:], lossless=True)
+    decoded = images.decode(file.getvalue())
+    assert np.abs(np.asarray(decoded).astype(int) - 30).max() <= 2
+
+
 def test_a_format_that_would_start_another_program_is_not_read(monkeypatch):
     data = saved(Image.new("RGB", (8, 8)), "EPS")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))

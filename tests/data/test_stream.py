@@ -173,7 +173,9 @@ def test_a_caption_of_a_megabyte_is_cut_and_counted(tmp_path):
 
 def test_every_reason_has_a_kind():
     assert kind("undecodable image (UnidentifiedImageError)") == "undecodable_images"
-    assert kind("image of 70000x70000 pixels is larger than 134217728 pixels") == "other_bad_examples"
+    assert kind("image of 70000x70000 pixels is larger than 134217728 pixels") == "oversized_images"
+    assert kind("image of floats outside 0..1 and 0..255") == "undecodable_images"
+    assert kind("a box is not [x0, y0, x1, y1]") == "unusable_boxes" and kind("?") == "other_bad_examples"
     assert all(kind(beginning) == name for name, beginnings in KINDS.items() for beginning in beginnings)
 
 
