@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-FAULTS = ("503", "429", "cut", "short", "slow", "close")
+FAULTS = ("503", "429", "cut", "short", "slow", "close", "long", "whole")
 
 
 class Server(ThreadingHTTPServer):
@@ -20,6 +20,8 @@ class Server(ThreadingHTTPServer):
         self.every = 0
         """Every n-th request fails; 0: none."""
         self.down = False
+        self.silence = 0.05
+        """Seconds before a slow answer."""
         self.missing_status = 404
 
     @property
@@ -53,14 +55,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(412, b"")
         broken = {"cut": fault in ("cut", "close"), "nothing": fault == "close"}
         if fault == "slow":
-            time.sleep(0.05)
-        if wanted is None:
+            time.sleep(server.silence)
+        if wanted is None or fault == "whole":  # a server that knows no ranges, or forgets them
             return self.answer(200, content, headers, **broken)
         first, last = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
         part = content[first : last + 1]
         headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
         if fault == "short":  # complete by its own account
             part = part[: len(part) // 2]
+        if fault == "long":
+            part += b"more"
         self.answer(206, part, headers, **broken)
 
     def answer(self, code: int, body: bytes, headers=None, cut: bool = False, nothing: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -33,6 +34,23 @@ def test_a_server_that_fails_one_request_in_five_gives_the_same_batches(server):
             assert equal(found, here(step, np.arange(8)))
     assert there.faults.reasons.total() == 0, "what a server does not deliver is not replaced"
     assert len(server.requests) > 100
+
+
+def test_a_server_that_is_silent_is_asked_again(server, monkeypatch):
+    local = open_source(write_shards(server.folder, 6, shards=1))
+    monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.3)
+    remote._of_scheme.cache_clear()
+    fsspec.get_filesystem_class("http").clear_instance_cache()
+    try:
+        source = open_source(f"tar:{server.url}/train-00000.tar")
+        server.requests.clear()
+        server.silence, server.every = 600, 1
+        monkeypatch.setattr("tests.data.faulty_server.FAULTS", ("", "slow"))  # every second request
+        assert [source[i] for i in range(3)] == [local[i] for i in range(3)]
+        assert len(server.requests) >= 5
+    finally:
+        remote._of_scheme.cache_clear()
+        fsspec.get_filesystem_class("http").clear_instance_cache()
 
 
 def test_a_shard_is_streamed_once_and_a_sample_is_one_request(server, monkeypatch):
