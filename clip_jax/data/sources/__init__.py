@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from clip_jax.data.sources.array_record import open_array_record
 from clip_jax.data.sources.folder import open_folder
+from clip_jax.data.sources.memory import open_memory
 from clip_jax.data.sources.sample import BadSampleError, Sample, Source
 from clip_jax.data.sources.shapes import open_shapes
 from clip_jax.data.sources.table import open_csv, open_parquet
@@ -51,6 +52,7 @@ KINDS = {
     "folder": Kind(
         open_folder, ("caption", "links_to", "max_bad_share", "boxes"), "images with a .txt each: folder:DIR"
     ),
+    "memory": Kind(open_memory, (), "pairs that this process has put there (memory.py): memory:NAME"),
 }
 
 
