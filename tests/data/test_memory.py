@@ -53,10 +53,10 @@ def test_a_run_trains_on_them_and_refuses_others(tmp_path):
     images = [jpeg(i) for i in range(40)]
     captions = [f"picture number {i}" for i in range(40)]
     memory.put("train", images, captions)
-    settings = {"data.train": "memory:train", "steps": "2", "log.tensorboard": "False"}
+    settings = {"data.train": "memory:train", "steps": "4", "log.tensorboard": "False"}
     assert loop.run(workdir=str(tmp_path / "run"), recipe=recipe, overrides=settings) == 0
     assert main(["pack", "memory:train", f"--to={tmp_path / 'shards'}"]) == 0
     assert len(open_source(f"tar:{tmp_path / 'shards'}")) == 40
     memory.put("train", images[::-1], captions)
     with pytest.raises(UserError, match="is not the data this run began with"):
-        loop.run(workdir=str(tmp_path / "run"), recipe=None, overrides={"steps": "4"})
+        loop.run(workdir=str(tmp_path / "run"), recipe=None, overrides={"steps": "8"})
