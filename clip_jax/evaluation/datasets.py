@@ -36,6 +36,8 @@ class Dataset(NamedTuple):
     """The prompts for zero-shot classification; None for retrieval."""
     labels: LabelMap | None = None
     """Right classes other than the data's own."""
+    language: str = "en"
+    """The captions' language, in results: the end of a field such as ``captions.de``."""
 
 
 def is_benchmark(folder: Path) -> bool:
@@ -108,11 +110,20 @@ def open_dataset(
         if source.class_names:
             found = [Dataset(source.name, "zero_shot", source, Prompts(tuple(source.class_names), DEFAULT_TEMPLATES))]
         elif len(fields) == 1:
-            found = [Dataset(source.name, "retrieval", source, None)]
+            found = [Dataset(source.name, "retrieval", source, None, language=_language(fields[0].name))]
         else:
             by_field = {field.name: open_source(where, **columns | {"caption": field.name}) for field in fields}
-            found = [Dataset(f"{s.name} {name}", "retrieval", s, None) for name, s in by_field.items()]
+            found = [
+                Dataset(f"{s.name} {name}", "retrieval", s, None, language=_language(name))
+                for name, s in by_field.items()
+            ]
     return [_with_prompts(dataset, templates, class_names, labels, only) for dataset in found]
+
+
+def _language(field: str) -> str:
+    """``captions.de`` -> ``de``; a field that does not end in a code of two or three letters is taken for English."""
+    _, dot, code = field.rpartition(".")
+    return code if dot and len(code) in (2, 3) and code.islower() else "en"
 
 
 def open_folder(folder: Path) -> Dataset | None:

@@ -86,7 +86,7 @@ def store(output: Path, model: str, task: Task, model_fingerprint: str, result: 
             "model": model,
             "pretrained": model,
             "task": CLIP_BENCHMARK_TASKS.get(task.protocol, task.protocol),
-            "language": "en",
+            "language": task.language,
             "metrics": result.metrics,
             "main_metric": result.main_metric,
             "examples": result.examples,

@@ -255,4 +255,5 @@ class _After:
 
 
 def task_of(dataset: Dataset) -> Task:
-    return Task(dataset.name, dataset.protocol, dataset.source, dataset.prompts, labels=dataset.labels)
+    given = dataset.name, dataset.protocol, dataset.source, dataset.prompts
+    return Task(*given, labels=dataset.labels, language=dataset.language)

@@ -37,6 +37,7 @@ class Task(NamedTuple):
     """The main metric, where a suite has another than the protocol's."""
     labels: Any = None
     """Right classes other than the data's own (``label_maps.LabelMap``)."""
+    language: str = "en"
 
 
 class Result(NamedTuple):
