@@ -5,12 +5,14 @@ step, ``initialize.py`` creates or restores the state, ``data/stream.py`` loads 
 and ``evaluation`` computes held-out metrics.
 """
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
@@ -32,6 +34,9 @@ from clip_jax.training import console, constants, initialize, restart, stop, sto
 from clip_jax.training.recorder import Recorder
 from clip_jax.training.run import Phase, Run, description, make_run
 from clip_jax.training.state import TrainState
+
+AHEAD = 1
+"""Batches on the devices beyond the one of the next step; with that one, two are ahead of the step that is running."""
 
 
 def run(
@@ -183,13 +188,27 @@ def batches(run: Run, phase: Phase, start: int, recorder: Recorder) -> Iterator[
     size, data = phase.learner.ratio * run.config.batch_size, run.config.data
     rows = process_rows(run.mesh, size)
     host_batches = stream(phase.batches, rows, start, phase.stop, workers=data.workers, prefetch=data.prefetch)
-    for step in range(start + 1, phase.stop + 1):
+
+    def load(step: int) -> tuple[int, np.ndarray, np.ndarray, dict[str, jax.Array]]:
         with recorder.meter.waiting():
             batch = dict(next(host_batches))
             if data.text_buckets:
                 batch["text"] = text_buckets.cut(batch["text"], phase.preset.architecture.text, data.text_buckets)
-        recorder.examples(step, rows, batch.pop("index"), batch.pop("faults"))
-        yield step, to_devices(batch, run.mesh, size)
+        return step, batch.pop("index"), batch.pop("faults"), to_devices(batch, run.mesh, size)
+
+    for step, index, faults, batch in ahead(map(load, range(start + 1, phase.stop + 1)), AHEAD):
+        recorder.examples(step, rows, index, faults)
+        yield step, batch
+
+
+def ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
+    """The items, with ``count`` further ones taken from ``items`` before each is yielded."""
+    taken = collections.deque()
+    for item in items:
+        taken.append(item)
+        if len(taken) > count:
+            yield taken.popleft()
+    yield from taken
 
 
 def due(step: int, every: int | None, last: bool) -> bool:

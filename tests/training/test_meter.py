@@ -7,7 +7,7 @@ import pytest
 from clip_jax import config as configs
 from clip_jax.devices import hardware
 from clip_jax.models import flops
-from clip_jax.training import meter
+from clip_jax.training import loop, meter
 
 PRESET = configs.resolve_preset(configs.defaults())  # ViT-B/32
 
@@ -71,3 +71,12 @@ def test_pairs_that_a_selection_leaves_out_are_counted_beside_those_that_are_tra
     line = measured.read(10, {"loss": 1.0})
     assert (line["train/pairs"], line["train/pairs_seen"]) == (640, 320 + 1280)
     assert (line["train/pairs_per_second"], line["train/pairs_seen_per_second"]) == (80, 320)
+
+
+def test_batches_are_taken_ahead_in_their_order_and_each_once():
+    taken = []
+    items = loop.ahead(map(lambda n: taken.append(n) or n, range(5)), 2)
+    assert next(items) == 0 and taken == [0, 1, 2]
+    assert next(items) == 1 and taken == [0, 1, 2, 3]
+    assert list(items) == [2, 3, 4] and taken == [0, 1, 2, 3, 4]
+    assert list(loop.ahead(iter([7]), 2)) == [7] and list(loop.ahead(iter([]), 1)) == []
