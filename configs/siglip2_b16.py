@@ -40,7 +40,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.objectives.captioning.weight = 1.0
     config.objectives.captioning.layers = 6
     config.objectives.captioning.parallel = 0.5
-    config.mesh.fsdp = 4
+    config.mesh.fsdp = 16
 
     config.optimizer.decay = "kernels"
     config.optimizer.learning_rate = 1e-3

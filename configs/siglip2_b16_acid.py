@@ -35,7 +35,7 @@ def get_config(data: str = "tar:data/train-*.tar"):
     config.objectives.selection.ratio = 2
     config.objectives.selection.reference = "ViT-SO400M/16-SigLIP2-256"
     config.objectives.selection.reference_weights = "hf://timm/ViT-SO400M-16-SigLIP2-256"
-    config.mesh.fsdp = 4
+    config.mesh.fsdp = 16
 
     config.optimizer.schedule = "constant"
     config.optimizer.learning_rate = 1e-5

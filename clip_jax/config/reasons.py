@@ -94,10 +94,10 @@ def _comments(where: Any, call: str = "") -> Iterator[tuple[str, str]]:
             lines.insert(0, above[first])
         return " ".join([*lines, beside[last]] if last in beside else lines)
 
-    def walk(node: ast.Dict, prefix: str) -> Iterator[tuple[str, str]]:
+    def visit(node: ast.Dict, prefix: str) -> Iterator[tuple[str, str]]:
         for key, value in zip(node.keys, node.values, strict=True):
             if isinstance(key, ast.Constant) and isinstance(value, ast.Dict):
-                yield from walk(value, f"{prefix}{key.value}.")
+                yield from visit(value, f"{prefix}{key.value}.")
             elif isinstance(key, ast.Constant) and not call and (text := of(key.lineno, value.end_lineno)):
                 yield f"{prefix}{key.value}", text
             elif key is None and call and isinstance(value, ast.Call) and ast.unparse(value.func) == call:
@@ -108,7 +108,7 @@ def _comments(where: Any, call: str = "") -> Iterator[tuple[str, str]]:
             inner = [*node.args, *(k.value for k in node.keywords)] if isinstance(node, ast.Call) else [node.value]
             for candidate in inner:
                 if isinstance(candidate, ast.Dict):
-                    yield from walk(candidate, "")
+                    yield from visit(candidate, "")
 
 
 def _comments_by_line(source: str) -> tuple[dict[int, str], dict[int, str]]:

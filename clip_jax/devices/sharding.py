@@ -117,7 +117,7 @@ def split_rows(x: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
     """Constrains activations [batch, ...] to the batch's sharding, replicated along all other axes.
 
     Where parameters are split over fsdp the partitioner must gather them for each layer. Without the constraint it may
-    split the features of the activations instead, and exchange activations of the whole batch at every layer.
+    split the features of the activations instead, and exchange activations of the global batch at every layer.
     """
     return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 

@@ -65,16 +65,16 @@ def cross_entropy(
         student, teacher, shares = chunk
         options = dict(preferred_element_type=jnp.float32)
         logits = jnp.einsum("dtvf,dfk->dtvk", student, ours.astype(student.dtype), **options) / temperature
-        taught = jnp.einsum("dtf,dfk->dtk", teacher, theirs.astype(teacher.dtype), **options)
-        taught = jax.lax.stop_gradient(taught)
-        log_p = jax.nn.log_softmax((taught - center) / teacher_temperature, axis=-1)
+        teacher_logits = jnp.einsum("dtf,dfk->dtk", teacher, theirs.astype(teacher.dtype), **options)
+        teacher_logits = jax.lax.stop_gradient(teacher_logits)
+        log_p = jax.nn.log_softmax((teacher_logits - center) / teacher_temperature, axis=-1)
         p = jnp.exp(log_p)
         # The mean over the views first: one product with the teacher's assignment for all of them.
         log_q = jnp.mean(logits, axis=2) - jnp.mean(jax.nn.logsumexp(logits, axis=-1), axis=2)[..., None]
         new = Assigned(
             jnp.sum(-shares * jnp.sum(p * log_q, axis=-1), axis=1),
             jnp.sum(-shares * jnp.sum(p * log_p, axis=-1), axis=1),
-            jnp.einsum("dt,dtk->dk", shares, taught),
+            jnp.einsum("dt,dtk->dk", shares, teacher_logits),
         )
         return jax.tree.map(jnp.add, sums, new), None
 

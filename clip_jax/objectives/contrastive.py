@@ -38,7 +38,7 @@ BLOCK_ROWS = 128
 
 
 def make(settings: Settings, model: CLIP, preprocess: Preprocess, tokenizer: Tokenizer | None) -> Objective:
-    """The loss of the whole batch from both towers' embeddings."""
+    """The loss of the global batch from both towers' embeddings."""
     dtype, largest, negatives = model.compute.dtype, settings["max_logit_scale"], settings["negatives"]
 
     def embed(rows: Rows) -> Embeddings:

@@ -37,7 +37,7 @@ from clip_jax.presets import Preprocess, Preset, preset
 
 NAME = "distillation"
 SIDES = ("image", "text")
-Taught = list[tuple[Float[Array, "batch dim"], Float[Array, "batch dim"]]]
+Targets = list[tuple[Float[Array, "batch dim"], Float[Array, "batch dim"]]]
 """For each teacher, the image embeddings times its scale, and the text embeddings."""
 
 
@@ -64,7 +64,7 @@ def from_teachers(teachers: Sequence[Preset], settings: Settings, student: CLIP,
         check_inputs("config.objectives.distillation.teacher", teacher, student)
     models = [CLIP(teacher.architecture, student.compute) for teacher in teachers]
 
-    def taught(rows: Rows) -> Taught:
+    def targets(rows: Rows) -> Targets:
         found = []
         for number, (teacher, model) in enumerate(zip(teachers, models, strict=True)):
             params, batch_stats = (rows.constants[str(number)][name] for name in ("params", "batch_stats"))
@@ -83,7 +83,7 @@ def from_teachers(teachers: Sequence[Preset], settings: Settings, student: CLIP,
 
     forward = sum(sum(flops.forward(model.architecture).values()) for model in models)
     widths = [model.architecture.embed_dim for model in models]
-    return _objective(taught, widths, forward, settings, student)._replace(abstract_constants=abstract_constants)
+    return _objective(targets, widths, forward, settings, student)._replace(abstract_constants=abstract_constants)
 
 
 def from_stored(
@@ -92,7 +92,7 @@ def from_stored(
     """The objective for stored embeddings, with the views that they are of."""
     widths = [width for width, _ in store.teachers]
 
-    def taught(rows: Rows) -> Taught:
+    def targets(rows: Rows) -> Targets:
         found, start = [], 0
         for width, scale in store.teachers:
             image, text = (unit(rows.batch[f"teacher_{side}"][:, start : start + width]) for side in SIDES)
@@ -108,13 +108,13 @@ def from_stored(
         tokenizer=tokenizer,
         interpolation=preprocess.interpolation,
     )
-    return _objective(taught, widths, 0, settings, student)._replace(
+    return _objective(targets, widths, 0, settings, student)._replace(
         views=views, constants_fingerprint=store.fingerprint, source_fingerprint=store.manifest["source"]
     )
 
 
 def _objective(
-    taught: Callable[[Rows], Taught], widths: Sequence[int], forward_flops: int, settings: Settings, student: CLIP
+    targets: Callable[[Rows], Targets], widths: Sequence[int], forward_flops: int, settings: Settings, student: CLIP
 ) -> Objective:
     dtype, dim = student.compute.dtype, student.architecture.embed_dim
     projected = [number for number, width in enumerate(widths) if width != dim and settings["features"] > 0]
@@ -131,7 +131,7 @@ def _objective(
     def embed(rows: Rows) -> Embeddings:
         found = {
             f"teacher_{side}_{number}": vectors
-            for number, both in enumerate(jax.lax.stop_gradient(taught(rows)))
+            for number, both in enumerate(jax.lax.stop_gradient(targets(rows)))
             for side, vectors in zip(SIDES, both, strict=True)
         }
         return {"image": rows.outputs.image, "text": rows.outputs.text} | found

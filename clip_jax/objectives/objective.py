@@ -71,11 +71,11 @@ class Objective(NamedTuple):
     embed: Callable[[Rows], Embeddings] = lambda rows: {}
     """The cached rows."""
     across: Callable[[Params, Embeddings, Batch, Mesh], tuple[Float[Array, ""], Metrics]] | None = None
-    """The loss of the whole batch from its cached rows, and metrics under the names that they are logged with."""
+    """The loss of the global batch from its cached rows, and metrics under the names that they are logged with."""
     local: Callable[[Rows], tuple[Float[Array, ""], Sums]] | None = None
     """A sum over rows. Scalars among the sums are logged as ``<objective>/<name>``."""
     update: Callable[[Any, Sums, Embeddings], Any] = lambda aux, sums, embeddings: aux
-    """The auxiliary state after the step, from the sums and cached rows of the whole batch."""
+    """The auxiliary state after the step, from the sums and cached rows of the global batch."""
     ratio: int = 1
     """The stream's batch is this many times as large as the one that is trained on, which ``choose`` takes from it."""
     choose: Choose | None = None

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """The first pairs of a batch, as the model sees them."""
 
     size: int
-    """Pairs in the whole batch."""
+    """Pairs in the global batch."""
     pixels: np.ndarray
     """uint8[n, height, width, 3]: crops, before they are normalized."""
     texts: tuple[str, ...]

@@ -36,7 +36,7 @@ def test_a_device_receives_the_parameters_and_the_embeddings_and_no_activations(
 
 
 def test_the_test_sees_activations_that_move():
-    """The same encoder without its mesh, as it was once compiled: the partitioner exchanges the whole batch."""
+    """The same encoder without its mesh, as it was once compiled: the partitioner exchanges the global batch."""
     mesh = make_mesh(1, 8, 1)
     learner = learner_of(mesh)
     state = learner.abstract_state()

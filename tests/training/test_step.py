@@ -69,7 +69,7 @@ def gradient_of_one_step(mesh, **options):
         pytest.param((2, 2, 2), "softmax", 0.0, marks=pytest.mark.slow),
     ],
 )
-def test_micro_batches_give_the_gradient_of_the_whole_batch(mesh, loss, patch_dropout):
+def test_micro_batches_give_the_gradient_of_the_full_batch(mesh, loss, patch_dropout):
     """Scale and bias included, and with patches dropped: each pair draws its own, however it is batched."""
     architecture = SIGMOID if loss == "sigmoid" else SMALL
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
