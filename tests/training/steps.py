@@ -16,6 +16,9 @@ from clip_jax.training.schedule import schedule
 from clip_jax.training.state import EMA
 from tests.models.test_clip import SMALL
 
+MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+"""All shapes of a mesh of eight devices: data, fsdp, tensor."""
+
 
 def batches(steps, pairs=16):
     """The same random pairs for every test."""

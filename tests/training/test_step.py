@@ -19,10 +19,9 @@ from clip_jax.training.learner import update_ema
 from clip_jax.training.optimizer import adafactor
 from clip_jax.training.state import EMA
 from tests.models.test_clip import SMALL
-from tests.training.steps import batches, learner_of, train
+from tests.training.steps import MESHES, batches, learner_of, train
 
 SIGMOID = dataclasses.replace(SMALL, init_logit_scale=float(np.log(10)), init_logit_bias=-10.0)
-MESHES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 
 
 def one():
