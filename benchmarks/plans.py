@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+import clip_jax
 from clip_jax import config as configs
 from clip_jax.command_line import split_overrides
 from clip_jax.devices.hardware import GIB, tpu
@@ -29,6 +30,8 @@ RECIPES = sorted(Path("configs").glob("*.py"))
 SLICE = re.compile(r"Planned for ([\w-]+)")
 CACHE = Path("runs/plans")
 FILE = Path("docs/plans.md")
+STEP = ("models", "losses", "objectives", "devices")
+"""The folders of the package whose changes change the compiled step of a recipe."""
 ACCUMULATED = ["--config.micro_batch=16384", "--config.model.remat=dots", "--config.mesh.fsdp=16"]
 # name -> recipe, slice, slices, overrides
 LARGER = {
@@ -65,9 +68,9 @@ def cases() -> dict[str, tuple[str, str, int, list[str]]]:
 
 
 def plan_json(name: str, recipe: str, machine: str, slices: int, overrides: list[str], *, compile: bool) -> dict:
-    """The JSON of a plan, from the cache or from the compiler."""
+    """The JSON of a plan, from the cache or from the compiler; a plan of another step's code is made again."""
     file = CACHE / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json"
-    if file.exists():
+    if file.exists() and file.stat().st_mtime > newest_source(recipe):
         return json.loads(file.read_text())
     command = [sys.executable, "-m", "clip_jax", "plan", f"--config=configs/{recipe}.py", f"--tpu={machine}"]
     command += [f"--slices={slices}", "--compilations=1", "--json", *overrides, *["--estimate"] * (not compile)]
@@ -77,6 +80,13 @@ def plan_json(name: str, recipe: str, machine: str, slices: int, overrides: list
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(output)
     return json.loads(output)
+
+
+def newest_source(recipe: str) -> float:
+    """When the code of a step was last changed: what is compiled, and the recipe."""
+    package = Path(clip_jax.__file__).parent
+    files = [file for part in STEP for file in (package / part).rglob("*.py")]
+    return max(file.stat().st_mtime for file in (*files, Path(f"configs/{recipe}.py")))
 
 
 def estimate(recipe: str, machine: str, slices: int, overrides: list[str]) -> str:
