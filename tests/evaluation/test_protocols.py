@@ -77,7 +77,7 @@ def test_evaluations_of_one_step_encode_the_same_prompts_once(monkeypatch):
     )
     written, run = [], SimpleNamespace(steps=9)
     for step, seed in ((1, 0), (2, 1)):
-        state = SimpleNamespace(evaluated=params_of(computed(SMALL), seed), batch_stats={})
+        state = SimpleNamespace(evaluation_params=params_of(computed(SMALL), seed), batch_stats={})
         loop.evaluate(run, evaluations, state, step, recorder)
     assert encoded == [24, 48, 24, 48]
     assert written[0]["eval/corruptions/clean"] == pytest.approx(written[0]["eval/zero_shot/zero_shot_top1"])

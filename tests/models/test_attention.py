@@ -100,6 +100,7 @@ def test_a_program_for_an_nvidia_gpu_calls_the_kernel_in_both_towers(monkeypatch
     assert program.count("@__cudnn$fmhaSoftmaxBackward(") == towers
 
 
+@pytest.mark.slow
 def test_the_plan_counts_no_attention_weights_where_the_kernel_keeps_none():
     def of_a_layer(attend):
         few, many = (saved_bytes(clip(attend=attend, layers=n), 1) for n in (3, 4))

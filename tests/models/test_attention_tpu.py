@@ -68,6 +68,7 @@ def test_heads_are_padded_only_where_no_group_of_them_fills_whole_columns_and_th
     assert width(replace(KERNEL, vmem=2**30), 16, 72, tokens=1000) == 1152
 
 
+@pytest.mark.slow
 def test_long_sequences_are_computed_in_tiles_of_queries(monkeypatch):
     monkeypatch.setattr(attention_tpu, "QUERY_TILE", 128)
     assert_equal(KERNEL, arrays(1, 300, 300, 2, 64), causal=True)

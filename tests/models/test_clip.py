@@ -165,6 +165,7 @@ def test_scan_and_remat_change_neither_tree_nor_numbers(scan, remat):
     assert_the_same(CLIP(SMALL), computed(SMALL, scan=scan, remat=remat))
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_parameters_and_embeddings():
     clip = computed(SMALL, dtype=jnp.bfloat16)
     params = params_of(clip)

@@ -140,6 +140,7 @@ def test_patch_dropout_leaves_patches_out_in_training_only():
     assert dropped.patches.shape == (4, 1 + 8, 64)  # the class token and half of 16 patches
 
 
+@pytest.mark.slow
 def test_patch_dropout_keeps_tokens_with_their_positions_and_angles():
     """Kept patches are tokens of the whole image: without blocks, each dropped set is a subset of all tokens."""
     eva = dataclasses.replace(presets.eva_image(32, 8, 64, 1, 2, 96), norm_pre=False)

@@ -123,6 +123,7 @@ def residual_bytes(learner, pairs):
     return residuals(2 * pairs) - residuals(pairs)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_it_as_the_program_does(registered):
     """FLOPs of the jaxpr, bytes that the forward pass saves, parameters and state."""
     recipe, mesh = "configs/demo.py", make_mesh(1, devices=jax.devices()[:1])

@@ -48,6 +48,7 @@ def test_what_does_not_fit_becomes_the_fastest_that_does():
     assert faster and all(c.memory.total > FREE for c in faster)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_needs_more_than_estimated_is_believed_at_its_next_turn():
     compile, asked = compiler(factor=1.6)
     found = search(given_of(), V5E, compile, compilations=6)
@@ -99,6 +100,7 @@ def test_a_batch_that_does_not_divide_is_one_line():
         given_of(batch_size="1000")
 
 
+@pytest.mark.slow
 def test_gpus_are_searched_with_the_estimate():
     machines = gpu("h100:8")
     given = estimate(configs.load(RECIPE, {"model.remat": "none"}), machines)

@@ -27,6 +27,7 @@ def step_flops(frozen, micro_batches):
     return matmul_flops(jax.make_jaxpr(learner.step())(*arguments))
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_does_not_change_and_has_no_moments():
     learner = learner_of(make_mesh(2, 2, 2), frozen=("image/*",))
     state = learner.create_state()

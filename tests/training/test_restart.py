@@ -87,6 +87,7 @@ def test_an_evaluation_is_another_one_by_every_field_but_its_schedule_and_batch_
     assert {*restart.RESULT} == {*evaluation()} - {"batch_size", "every_steps", "every_examples", "every_epochs"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_on_what_it_lacks(small_run, tmp_path):
     """A source in place of another, and one more; at the next start nothing is lacking."""
     copy = shutil.copytree(small_run, tmp_path / "run")

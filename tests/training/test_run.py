@@ -202,6 +202,7 @@ def test_an_evaluation_without_a_usable_example_is_one_line_before_the_first_ste
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_main_answers_a_mistake_with_one_line_and_code_2(tmp_path):
     recipe = runs.write_recipe(tmp_path)
     done = runs.main(tmp_path, f"--config={recipe}", "--workdir=run", "--config.optimizer.learnin_rate=1")

@@ -49,6 +49,7 @@ def test_all_processes_take_the_bucket_of_the_global_batch(monkeypatch):
         np.testing.assert_array_equal(text_buckets.cut(part, TOWER, (4, 8, 12)), part[:, :8])
 
 
+@pytest.mark.slow
 def test_embeddings_of_cut_texts_are_those_of_the_full_length():
     model, given = CLIP(SMALL), texts(2, 6, 4, 8)
     params = params_of(model)
