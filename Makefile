@@ -38,6 +38,7 @@ test: $(VENV)/.installed-test
 	$(FAST)
 
 # Files, text, pages, weights of other libraries and metrics are the same under every JAX; so are signals and folders.
+# A whole run under it is in test_resume.py.
 test-jax: $(VENV)/.installed-test
 	$(PARALLEL) -m '(not slow or every_jax) and not parity and not exhaustive' \
 	  --ignore=tests/training/test_stop.py --ignore=tests/training/test_restart.py \

@@ -30,8 +30,8 @@ RECIPES = sorted(Path("configs").glob("*.py"))
 SLICE = re.compile(r"Planned for ([\w-]+)")
 CACHE = Path("runs/plans")
 FILE = Path("docs/plans.md")
-STEP = ("models", "losses", "objectives", "devices")
-"""The folders of the package whose changes change the compiled step of a recipe."""
+STEP = ("models", "losses", "objectives", "devices", "training", "planning")
+"""The folders of the package whose changes change the compiled step of a recipe, or its estimate."""
 ACCUMULATED = ["--config.micro_batch=16384", "--config.model.remat=dots", "--config.mesh.fsdp=16"]
 # name -> recipe, slice, slices, overrides
 LARGER = {

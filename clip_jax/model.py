@@ -318,7 +318,8 @@ def load(
         name = str(source)
         found = foreign.open_weights(folders.local(weights), name, presets.preset(name))
         return _foreign(found, image_size, context_length, mesh, dtype, tokenizer)
-    if step is None and (at := re.fullmatch(r"(?!hf://)(.+)@(\d+)", str(source))):
+    at = re.fullmatch(r"(?!hf://)(.+)@(\d+)", str(source))
+    if step is None and at and not Path(source).expanduser().exists():
         source, step = at[1], int(at[2])
     folder = folders.local(source)
     if folder.is_file():

@@ -1,7 +1,6 @@
 """``clip-jax compare A B``: two models on the same examples, from the folders that ``clip-jax evaluate`` wrote."""
 
 import argparse
-import json
 from pathlib import Path
 
 from clip_jax.errors import UserError
@@ -27,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     from clip_jax.evaluation.paired import difference
 
     folders = [Path(folder).expanduser() for folder in (arguments.a, arguments.b)]
-    a, b = map(_records, folders)
+    a, b = (results.load_all(folder, "*.json", "a model's folder in the --output") for folder in folders)
     shared = [name for name in a if name in b]
     if not shared:
         raise UserError(f"{arguments.a} and {arguments.b} have no dataset in common")
@@ -59,14 +58,3 @@ def _same_examples(a: dict, b: dict) -> bool:
         keys = ["protocol"]
     same = all(a["identity"][key] == b["identity"][key] for key in keys)
     return same and a["source"] == b["source"] and a["examples"] == b["examples"]
-
-
-def _records(folder: Path) -> dict[str, dict]:
-    try:
-        found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    except ValueError as error:
-        raise UserError(f"{folder}: not the results of an evaluation ({error})") from error
-    found = {name: record for name, record in found.items() if "identity" in record}
-    if not found:
-        raise UserError(f"{folder}: no results; name a model's folder in the --output of clip-jax evaluate")
-    return found

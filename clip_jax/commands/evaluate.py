@@ -51,7 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
     if len(set(map(results.file_name, arguments.model))) < len(arguments.model):
         raise UserError("--model: the same model twice")
     shares = _weights(arguments.weights, len(arguments.model))
-    baseline = [] if arguments.baseline is None else results.load_all(Path(arguments.baseline).expanduser())
+    baseline = {}
+    if arguments.baseline:
+        baseline = results.load_all(Path(arguments.baseline).expanduser(), "*/*.json", "the --output")
     output = Path(arguments.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     subjects = [open_subject(model, arguments.batch_size) for model in arguments.model]
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{name}  {task.name}  {record['main_metric']} {shown}  {done}".rstrip(), flush=True)
     averages = suites.averages(suite, records)
     if baseline:
-        averages += suites.effective_robustness(records, baseline)
+        averages += suites.effective_robustness(records, list(baseline.values()))
     results.write_tables(output, records, averages)
     if suite == "datacomp38":
         datacomp.write(output, records)

@@ -67,6 +67,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--profile reads the TPU compiler's program: give --tpu, leave out --estimate, and {compiling.INSTALL}"
         )
+    if arguments.compare and (arguments.gpu or arguments.estimate or not compiling.is_installed()):
+        raise UserError(
+            f"--compare compares the TPU compiler's times: give --tpu, leave out --estimate, and {compiling.INSTALL}"
+        )
     machines = hardware.tpu(arguments.tpu, arguments.slices) if arguments.tpu else hardware.gpu(arguments.gpu)
     # A plan uses no device: another process may be using it, and libtpu without a TPU prints warnings.
     jax.config.update("jax_platforms", "cpu")

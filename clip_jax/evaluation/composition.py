@@ -95,7 +95,9 @@ def swaps(scene: Scene, seed: int) -> Iterator[Swap]:
 
 
 def mentions(scene: Scene, seed: int) -> Iterator[Swap]:
-    """A caption of all objects, of which one has a false color: ``mention 1`` the first that is named, and so on."""
+    """A caption of several objects, one of which has a false color: ``mention 1`` the first that is named."""
+    if len(scene.objects) < 2:
+        return
     rng = generator("mention", seed)
     nouns = [f"a {each.color} {each.shape}" for each in scene.objects]
     for number, each in enumerate(scene.objects):
@@ -117,7 +119,7 @@ def curves(
         "color and shape, by the object's size / side": (parts, np.array([2 * each.radius for each in first])),
         "color and shape, by the number of objects": (parts, np.array([len(scene.objects) for scene in scenes])),
         "binding and relation, by distance / side": (pairs, distance),
-        "color, by order of mention": ((order > 0) & np.array([len(scene.objects) > 1 for scene in scenes]), order),
+        "color, by order of mention": (order > 0, order),
     }
     return {title: _means(np.round(x[rows], 1), wins[rows]) for title, (rows, x) in of.items() if rows.any()}
 

@@ -64,16 +64,16 @@ def load(output: Path, model: str, task: Task, model_fingerprint: str) -> dict[s
     return stored if there and stored.get("identity") == identity(task, model_fingerprint) else None
 
 
-def load_all(output: Path) -> list[dict[str, Any]]:
-    """All results of an earlier evaluation. Raises UserError where there is none."""
+def load_all(folder: Path, pattern: str, wanted: str) -> dict[str, dict[str, Any]]:
+    """The results below a folder, by path without suffix. Raises UserError, naming ``wanted``, if there is none."""
     try:
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("*/*.json"))]
+        found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))}
     except ValueError as error:
-        raise UserError(f"{output}: not the results of an evaluation ({error})") from error
-    found = [record for record in found if isinstance(record, dict) and "identity" in record]
+        raise UserError(f"{folder}: not the results of an evaluation ({error})") from error
+    found = {path: record for path, record in found.items() if isinstance(record, dict) and "identity" in record}
     if not found:
-        raise UserError(f"{output}: no results; name the --output of an earlier clip-jax evaluate")
-    return found
+        raise UserError(f"{folder}: no results; name {wanted} of clip-jax evaluate")
+    return {str(path.relative_to(folder).with_suffix("")): record for path, record in found.items()}
 
 
 def store(output: Path, model: str, task: Task, model_fingerprint: str, result: Result) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def tasks(
         for entry in SUITES[suite]:
             dataset = by_folder.get(_plain(entry.folder)) if entry.folder else None
             if dataset is None or not entry.metric:
-                missing.append(_where_to_get(entry, there=dataset is not None))
+                missing.append(_where_to_get(entry))
             else:
                 found.append(runner.task_of(dataset)._replace(name=entry.folder, metric=entry.metric))
         if suite == "full":
@@ -192,10 +192,7 @@ def averages(suite: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def effective_robustness(records: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line per model and shift of ImageNet: top-1 beyond what the baseline's models have at the same ImageNet top-1.
-
-    Raises UserError if fewer than two models of the baseline have both numbers.
-    """
+    """A line per model and shift of ImageNet: top-1 beyond that of the baseline's models at the same ImageNet top-1."""
     lines = []
     ours, theirs = _top1_by_model(records), _top1_by_model(baseline)
     for model, found in ours.items():
@@ -206,8 +203,9 @@ def effective_robustness(records: Sequence[Mapping[str, Any]], baseline: Sequenc
             line = [(of[SHIFTED_FROM], of[shift]) for of in theirs.values() if {SHIFTED_FROM, shift} <= of.keys()]
             line = [pair for pair in line if all(0 < value < 1 for value in pair)]
             if len(line) < 2:
-                needed = f"two or more models with imagenet1k and {entry.folder}"
-                raise UserError(f"--baseline: {needed}; it has {len(line)}")
+                needed = f"the baseline needs two models with imagenet1k and {entry.folder}, and has {len(line)}"
+                lines.append(f"{model}  effective robustness on {entry.title}  none: {needed}")
+                continue
             value = robustness.effective_robustness(found[SHIFTED_FROM], found[shift], np.array(line))
             shown = f"{round(value, 4) + 0.0:+.4f} (a line of {len(line)} models)"  # + 0.0: no -0.0000
             lines.append(f"{model}  effective robustness on {entry.title}  {shown}")
@@ -232,8 +230,8 @@ def _plain(name: str) -> str:
     return Path(name).name.removeprefix("wds_").replace("_", "-").replace("/", "-")
 
 
-def _where_to_get(entry: Entry, *, there: bool) -> str:
-    if not entry.metric or there:
+def _where_to_get(entry: Entry) -> str:
+    if not entry.metric:
         return f"{entry.title}: its metric is not computed here; {entry.original}"
     if entry.original:
         return f"{entry.title}: missing; {entry.original}; a folder {entry.folder} in CLIP_benchmark's layout is read"

@@ -13,8 +13,10 @@ from clip_jax.models.linear import sum_over_tokens
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last axis, computed in float32 whatever the type of the input; the result is in the compute
-    type."""
+    """Layer norm over the last axis in float32, whatever the type of the input; the result is in the compute type.
+
+    On TPUs in bfloat16, the terms of its sums are rounded (``summed_by_products``).
+    """
 
     compute: Compute
     epsilon: float = 1e-5

@@ -165,7 +165,7 @@ def search(
     free = machines.chip.free_hbm_per_device
     compiled = compile(given)
     tried = [({}, compiled)]
-    if compiled.fits and compare is None:
+    if compiled.fits and (compare is None or compiled.cycles is None):
         return SearchResult(given, compiled, tried)
     # The compiler's figure relative to the estimate, by policy: what XLA saves under one policy says little about
     # another. The estimate of a policy that was never compiled is taken as it is. The same for the time.

@@ -64,13 +64,13 @@ def reader(where: str, expected: Stat | None = None, chunks: remote.Chunks | Non
 
 def buffered(read: Read, window: int) -> Read:
     """A reader for small, ascending pieces, used by one thread: it reads at least ``window`` bytes at a time."""
-    start, window_bytes = 0, b""
+    start, content = 0, b""
 
     def piece(offset: int, size: int) -> bytes:
-        nonlocal start, window_bytes
-        if not start <= offset <= offset + size <= start + len(window_bytes):
-            start, window_bytes = offset, read(offset, max(size, window))
-        return window_bytes[offset - start : offset - start + size]
+        nonlocal start, content
+        if not start <= offset <= offset + size <= start + len(content):
+            start, content = offset, read(offset, max(size, window))
+        return content[offset - start : offset - start + size]
 
     return piece
 

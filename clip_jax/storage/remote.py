@@ -133,7 +133,7 @@ class Chunks:
     """Long reads for samples that are read together: recent chunks are cached, and read once at a time."""
 
     def __init__(self) -> None:
-        self._held: collections.OrderedDict[tuple[str, str, int], Future] = collections.OrderedDict()
+        self._chunks: collections.OrderedDict[tuple[str, str, int], Future] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, where: str, offset: int, size: int, end: int, version: str = "") -> bytes:
@@ -145,20 +145,20 @@ class Chunks:
     def _chunk(self, where: str, version: str, number: int, end: int) -> bytes:
         key = where, version, number
         with self._lock:
-            found = self._held.get(key)
+            found = self._chunks.get(key)
             is_new = found is None
             if is_new:
-                found = self._held[key] = Future()
-            self._held.move_to_end(key)
-            while len(self._held) > CHUNKS:
-                self._held.popitem(last=False)
+                found = self._chunks[key] = Future()
+            self._chunks.move_to_end(key)
+            while len(self._chunks) > CHUNKS:
+                self._chunks.popitem(last=False)
         if is_new:
             start = number * CHUNK_BYTES
             try:
                 found.set_result(read(where, start, min(CHUNK_BYTES, end - start), version))
             except BaseException as error:
                 with self._lock:
-                    self._held.pop(key, None)
+                    self._chunks.pop(key, None)
                 found.set_exception(error)
         return found.result()
 

@@ -15,7 +15,13 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 
 
 def test_pairs_are_arrays_or_files_with_one_or_several_captions():
-    memory.put("mine", [PIXELS, jpeg(1)], [" a cat ", ["a dog", "ein Hund"]], labels=[1, 0], class_names=["dog", "cat"])
+    memory.put(
+        "mine",
+        [PIXELS, jpeg(1)],
+        [" a cat ", ["a dog", "ein Hund"]],
+        labels=np.array([1, 0]),
+        class_names=["dog", "cat"],
+    )
     source = open_source("memory:mine")
     assert len(source) == 2 and source.class_names == ("dog", "cat")
     assert (source[0].captions, source[0].label, source[0].key) == (("a cat",), 1, "memory:mine[0]")

@@ -26,6 +26,11 @@ def answered(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
+def test_comparing_needs_the_compilers_time(capsys):
+    assert main([*L14, "--compare=3"]) == 2
+    assert capsys.readouterr().err.startswith("clip-jax plan: --compare compares the TPU compiler's times")
+
+
 def test_json_has_what_a_program_needs(capsys):
     answer = answered(capsys, "--samples=400000000", "--price=1.2")
     assert answer["fits"] is True and answer["compiled"] is False

@@ -55,7 +55,7 @@ def put(
     An image may have several captions; ``labels`` index ``class_names``. Raises UserError for lengths that differ and
     for labels that are no class.
     """
-    where = f"memory:{name}"
+    where, labels = f"memory:{name}", [int(label) for label in labels]
     if len(captions) != len(images) or (labels and len(labels) != len(images)):
         raise UserError(f"{where}: {len(images)} images, {len(captions)} captions and {len(labels)} labels")
     if not len(images):
@@ -63,7 +63,7 @@ def put(
     if wrong := [label for label in labels if not 0 <= label < len(class_names)]:
         raise UserError(f"{where}: label {wrong[0]} is none of the {len(class_names)} class names")
     texts = [clean([given] if isinstance(given, str) else given) for given in captions]
-    digest = hashlib.sha256(repr((texts, list(labels), tuple(class_names))).encode())
+    digest = hashlib.sha256(repr((texts, labels, tuple(class_names))).encode())
     for image in images:
         digest.update(image if isinstance(image, bytes) else f"{image.dtype} {image.shape}".encode() + image.tobytes())
     _SOURCES[name] = MemorySource(
@@ -72,7 +72,7 @@ def put(
         class_names=tuple(class_names),
         images=list(images),
         captions=[tuple(found) for found in texts],
-        labels=list(map(int, labels)) or [-1] * len(images),
+        labels=labels or [-1] * len(images),
     )
     return _SOURCES[name]
 
