@@ -12,7 +12,6 @@ CLIP_benchmark counts it as 0.
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import rankdata
 
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.ranking import TIE
@@ -48,6 +47,8 @@ def roc_auc(scores: Float[np.ndarray, " images"], positive: Bool[np.ndarray, " i
     if not 0 < count < len(positive):
         return None
     _check(scores)
+    from scipy.stats import rankdata  # here, because a process needs half a second to import it
+
     above = rankdata(scores)[positive].sum() - count * (count + 1) / 2
     return float(above / (count * (len(positive) - count)))
 

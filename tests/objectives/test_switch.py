@@ -64,7 +64,8 @@ def switched(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "last", [pytest.param(SWITCH, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.exhaustive)]
+    "last",
+    [pytest.param(step, marks=pytest.mark.exhaustive) for step in (SWITCH, 4)],  # also: test_two_processes.py
 )
 def test_killed_on_either_side_of_the_switch_it_resumes_digit_for_digit(switched, tmp_path, last):
     metrics, killed = runs.metrics(switched), tmp_path / "killed"

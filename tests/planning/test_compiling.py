@@ -189,8 +189,10 @@ def test_the_cycles_of_a_long_grid_are_those_that_two_short_ones_give(tmp_path):
 @pytest.mark.slow
 @needs_the_compiler
 def test_a_small_step_takes_fewer_cycles_with_the_kernel_than_with_xlas_attention():
-    small = {"model.image.layers": "1", "model.text.layers": "1", "batch_size": "16", "steps": "10"}
-    small["optimizer.warmup_steps"] = "0"
+    small = {"batch_size": "16", "steps": "10", "optimizer.warmup_steps": "0", "model.text.vocab_size": "1024"}
+    for tower in ("image", "text"):
+        sizes = {"layers": 1, "width": 256, "heads": 4, "mlp_width": 1024}
+        small |= {f"model.{tower}.{name}": str(size) for name, size in sizes.items()}
 
     def compiled(attention):
         config = configs.load("configs/clip_vit_b16.py", small | {"model.attention": attention})

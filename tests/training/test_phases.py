@@ -36,7 +36,7 @@ def grown(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", [3, 4, 5])
+@pytest.mark.parametrize("last", [3, *(pytest.param(step, marks=pytest.mark.exhaustive) for step in (4, 5))])
 def test_killed_on_either_side_of_the_switch_it_resumes_exactly(grown, tmp_path, last):
     killed = tmp_path / "killed"
     shutil.copytree(grown, killed)

@@ -51,7 +51,7 @@ ENDINGS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_sigterm_and_ctrl_c_write_a_checkpoint_at_the_next_step(tmp_path, sent):
     """Before the first periodic checkpoint too; the line about it is the last."""
     arguments = (f"--config={runs.write_recipe(tmp_path)}", f"--workdir={tmp_path / 'run'}")
