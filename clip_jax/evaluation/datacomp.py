@@ -48,6 +48,10 @@ TASKS = {
     "mscoco_captions": ("retrieval/mscoco_2014_5k_test_image_text_retrieval", "MSCOCO"),
     "wilds-iwildcam": ("wilds/iwildcam", "iWildCam"),
     "wilds-camelyon17": ("wilds/camelyon17", "Camelyon17"),
+    "wilds-fmow": ("wilds/fmow", "FMoW"),
+    "dollar_street": ("fairness/dollar_street", "Dollar Street"),
+    "geode": ("fairness/geode", "GeoDE"),
+    "winogavil": ("misc/winogavil", "WinoGAViL"),
 }
 """Folder in ``suites.DATACOMP38`` -> (key, dataset)."""
 

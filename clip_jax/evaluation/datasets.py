@@ -16,7 +16,7 @@ from clip_jax.data.sources import captions, open_source
 from clip_jax.data.sources.sample import Source
 from clip_jax.data.sources.tar import TarSource, open_tar
 from clip_jax.errors import UserError
-from clip_jax.evaluation import aro, label_maps, layouts, masks, prompts
+from clip_jax.evaluation import aro, groups, label_maps, layouts, masks, prompts, winogavil
 from clip_jax.evaluation.label_maps import LabelMap
 from clip_jax.evaluation.prompts import Prompts
 
@@ -47,7 +47,7 @@ def is_benchmark(folder: Path) -> bool:
 
 def open_benchmark(folder: Path) -> Dataset:
     """The test split of a folder in CLIP_benchmark's layout. Raises UserError for what is missing."""
-    name = folder.name.removeprefix("wds_")
+    name = folder.name.removeprefix("wds_").removesuffix("_test")  # the suffix is in DataComp's names
     kind = _read(folder / "dataset_type.txt").strip().lower() or "classification"
     if kind not in ("classification", "retrieval", "multilabel"):
         raise UserError(
@@ -66,6 +66,9 @@ def open_benchmark(folder: Path) -> Dataset:
     templates = prompts.read_templates(lines, str(file))
     if kind == "multilabel":
         return Dataset(name, "multi_label", layouts.open_multi_label(name, files, names), Prompts(names, templates))
+    if name in groups.SETS:
+        grouped = layouts.open_grouped(name, files, names, groups.SETS[name])
+        return Dataset(name, "grouped", grouped, Prompts(names, templates))
     source = dataclasses.replace(open_tar(shards, class_names=names), name=f"benchmark:{name}")
     return Dataset(name, "zero_shot", source, Prompts(names, templates))
 
@@ -138,6 +141,8 @@ def open_folder(folder: Path) -> Dataset | None:
         return Dataset(folder.name, "aro", aro.open_aro(folder), None)
     if aro.is_captions(folder):
         return Dataset(folder.name, "caption_order", aro.open_captions(folder), None)
+    if winogavil.is_winogavil(folder):
+        return Dataset("winogavil", "winogavil", winogavil.open_winogavil(folder), None)
     if masks.is_masked(folder):
         source = masks.open_masked(folder)
         return Dataset(folder.name, "dense", source, Prompts(source.class_names, DEFAULT_TEMPLATES))

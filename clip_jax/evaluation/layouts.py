@@ -3,29 +3,32 @@
     DIR/examples.jsonl, DIR/images/ex_0_img_0.png       Winoground (facebook/winoground with its images.zip unpacked)
     DIR/add_att.json ... swap_obj.json, DIR/val2017/    SugarCrepe (its folder data, with COCO's images beside)
     DIR/test/0.tar with .jpg and .npy                   CLIP_benchmark's multi-label sets (wds_voc2007_multilabel)
+    DIR/test/0.tar with .jpg, .cls and .npy             DataComp's sets with groups (wds_wilds-fmow, wds_geode)
 
 ``aro.py`` has those of ARO. Only what is there is read: nothing is downloaded, and no array is unpickled.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from clip_jax.data.images import ENDINGS, BadImageError, decode
 from clip_jax.data.sources.captions import clean
 from clip_jax.data.sources.sample import BadSampleError, Sample
 from clip_jax.errors import UserError
+from clip_jax.evaluation.groups import Grouping
 
 SUGAR_CREPE = tuple(f"{how}_{what}" for how in ("add", "replace", "swap") for what in ("att", "obj", "rel"))
-IMAGE_FOLDERS = ("images", "val2017", "coco/val2017", "val2014", "flickr30k-images", ".")
+IMAGE_FOLDERS = ("images", "winogavil_images", "val2017", "coco/val2017", "val2014", "flickr30k-images", ".")
 
 
 @dataclass(frozen=True)
@@ -97,58 +100,107 @@ def open_sugar_crepe(folder: Path) -> Captioned:
 
 
 @dataclass(frozen=True)
-class MultiLabel:
-    """Images of tar shards, each with any number of classes."""
+class Annotated:
+    """Images of tar shards, each with a row of numbers: its classes, or the groups to which it belongs."""
 
     name: str
     fingerprint: str
     class_names: tuple[str, ...]
     spans: tuple[tuple[Path, int, int], ...] = field(repr=False)
     """Shard, offset and size of every image."""
-    positive: Bool[np.ndarray, "images classes"] = field(repr=False)
+    rows: Bool[np.ndarray, "images classes"] | Int[np.ndarray, "images columns"] = field(repr=False)
+    labels: Int[np.ndarray, " images"] | None = field(default=None, repr=False)
+    grouping: Grouping | None = None
+    """The meaning of the columns of ``rows``, where they are groups."""
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> Sample:
         shard, offset, size = self.spans[index]
+        label = -1 if self.labels is None else int(self.labels[index])
         with shard.open("rb") as file:
             file.seek(offset)
-            return Sample(file.read(size), ("",), f"{shard.name}[{index}]")
+            return Sample(file.read(size), ("",), f"{shard.name}[{index}]", label)
 
 
-def open_multi_label(name: str, shards: Sequence[Path], class_names: tuple[str, ...]) -> MultiLabel:
+def open_multi_label(name: str, shards: Sequence[Path], class_names: tuple[str, ...]) -> Annotated:
     """Members ``KEY.npy`` are a 0 or 1 for each class. Raises UserError for a pair that is not complete or not so."""
-    spans, rows, digest = [], [], hashlib.sha256(json.dumps(class_names).encode())
+    return _open_annotated(name, shards, class_names, ("npy",), lambda data, where: _labels(data, where, class_names))
+
+
+def open_grouped(name: str, shards: Sequence[Path], class_names: tuple[str, ...], grouping: Grouping) -> Annotated:
+    """Members ``KEY.cls`` are labels, members ``KEY.npy`` the group of an image by each of several columns.
+
+    Raises UserError for an image without one of them, or with other content.
+    """
+    found = _open_annotated(name, shards, class_names, ("npy", "cls"), _groups)
+    if found.rows.shape[1] < len(grouping.columns):
+        columns = ", ".join(grouping.columns)
+        raise UserError(f"{shards[0].parent}: arrays of {found.rows.shape[1]} numbers; they need {columns}")
+    return dataclasses.replace(found, grouping=grouping)
+
+
+def _open_annotated(
+    name: str,
+    shards: Sequence[Path],
+    class_names: tuple[str, ...],
+    needed: tuple[str, ...],
+    read: Callable[[bytes, str], np.ndarray],
+) -> Annotated:
+    spans, rows, labels, digest = [], [], [], hashlib.sha256(json.dumps(class_names).encode())
     for shard in shards:
-        images, labels = {}, {}
+        images, texts = {}, {ending: {} for ending in needed}
         with tarfile.open(shard) as archive:
             for member in archive:
                 key, _, ending = member.name.rpartition(".")
-                if ending == "npy":
-                    labels[key] = _labels(archive.extractfile(member).read(), f"{shard}, {member.name}", class_names)
+                if ending in texts:
+                    texts[ending][key] = archive.extractfile(member).read()
                 elif ending in ENDINGS:
                     images[key] = (shard, member.offset_data, member.size)
                 digest.update(f"{member.name} {member.size}".encode())
-        if images.keys() != labels.keys():
-            alone = sorted(images.keys() ^ labels.keys())[0]
-            raise UserError(f"{shard}: {alone} has no image or no .npy with its labels")
+        for ending, there in texts.items():
+            if alone := sorted(images.keys() ^ there.keys()):
+                raise UserError(f"{shard}: {alone[0]} has no image or no .{ending}")
         spans += images.values()
-        rows += [labels[key] for key in images]
-    positive = np.stack(rows) if rows else np.zeros((0, len(class_names)), bool)
-    digest.update(positive.tobytes())
-    return MultiLabel(f"benchmark:{name}", digest.hexdigest()[:24], class_names, tuple(spans), positive)
+        rows += [read(texts["npy"][key], f"{shard}, {key}.npy") for key in images]
+        labels += [_label(texts["cls"][key], f"{shard}, {key}.cls") for key in images if "cls" in texts]
+    if len({row.shape for row in rows}) > 1:
+        raise UserError(f"{shards[0].parent}: the arrays of its images have different shapes")
+    stacked = np.stack(rows) if rows else np.zeros((0, len(class_names)), bool)
+    digest.update(stacked.tobytes() + json.dumps(labels).encode())
+    fingerprint = digest.hexdigest()[:24]
+    numbers = np.array(labels, int) if "cls" in needed else None
+    return Annotated(f"benchmark:{name}", fingerprint, class_names, tuple(spans), stacked, numbers)
+
+
+def _label(data: bytes, where: str) -> int:
+    text = data.decode("ascii", "replace").strip()
+    if not text.isdigit():
+        raise UserError(f"{where}: {text[:40]!r} is not a class number")
+    return int(text)
+
+
+def _groups(data: bytes, where: str) -> Int[np.ndarray, " columns"]:
+    found = _array(data, where)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise UserError(f"{where}: {found.dtype}{list(found.shape)}; it needs a list of whole numbers, the groups")
+    return found.astype(int)
 
 
 def _labels(data: bytes, where: str, class_names: tuple[str, ...]) -> Bool[np.ndarray, " classes"]:
-    try:
-        found = np.load(io.BytesIO(data), allow_pickle=False)
-    except ValueError as error:
-        raise UserError(f"{where}: not an array ({error})") from error
+    found = _array(data, where)
     if found.shape != (len(class_names),) or not np.isin(found, (0, 1)).all():
         shape = list(found.shape)
         raise UserError(f"{where}: {found.dtype}{shape}; it needs a 0 or 1 for each of {len(class_names)} classes")
     return found.astype(bool)
+
+
+def _array(data: bytes, where: str) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{where}: not an array ({error})") from error
 
 
 def captioned(

@@ -63,12 +63,12 @@ def multi_label(
 
 
 def protocol(task: Task, models: Ensemble) -> Result:
-    """On a source with ``positive`` labels; scores are cosines, averaged over the models of an ensemble.
+    """On a source with the classes of each image in ``rows``; scores are cosines, averaged over an ensemble's models.
 
     ``mAP_11`` is VOC 2007's interpolated variant, which the CLIP paper reports.
     """
     found = models[0][0].embed(task.source, texts=False)
-    positive = task.source.positive[found.indices]
+    positive = task.source.rows[found.indices]
     scores = sum(
         share * class_scores(model.embed(task.source, texts=False).images, model.classifier(task.prompts))
         for model, share in models

@@ -21,6 +21,7 @@ from clip_jax.evaluation import (
     composition,
     cues,
     dense,
+    groups,
     label_maps,
     multi_label,
     probe_protocol,
@@ -28,6 +29,7 @@ from clip_jax.evaluation import (
     ranking,
     retrieval,
     typographic,
+    winogavil,
     zero_shot,
 )
 from clip_jax.evaluation.datasets import Dataset
@@ -112,6 +114,16 @@ def _classification(task: Task, models: Ensemble, embedded: Embedded, probabilit
     )
 
 
+def _grouped(task: Task, models: Ensemble) -> Result:
+    found = _zero_shot(task, models)
+    grouping, rows = task.source.grouping, task.source.rows[found.indices]
+    metrics, by_group = groups.worst(judge(task, models), rows, grouping)
+    main = f"worst_{grouping.columns[0]}_top1"
+    return found._replace(
+        metrics=found.metrics | metrics, main_metric=main, details=found.details | {"by_group": by_group}
+    )
+
+
 def _retrieval(task: Task, models: Ensemble) -> Result:
     found = [model.embed(task.source, texts=True) for model, _ in models]
     first = found[0]
@@ -188,6 +200,8 @@ PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
     "caption_order": aro.order_protocol,
     "multi_label": multi_label.protocol,
     "labels": label_maps.protocol,
+    "grouped": _grouped,
+    "winogavil": winogavil.protocol,
     "dense": dense.protocol,
     "corruptions": _corruptions,
     "typographic": typographic.protocol,

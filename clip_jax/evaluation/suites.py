@@ -14,6 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation import datasets, robustness, runner
 
 HUB = "https://huggingface.co/datasets/clip-benchmark/wds_"
+DATACOMP = "https://huggingface.co/datasets/djghosh/wds_"
 
 
 class Entry(NamedTuple):
@@ -21,9 +22,9 @@ class Entry(NamedTuple):
 
     title: str
     folder: str
-    """CLIP_benchmark's name, with or without ``wds_``; empty: not read in its layout."""
+    """CLIP_benchmark's name, with or without ``wds_``, and with ``_test`` as DataComp has it."""
     metric: str
-    """The metric in the results; empty: the suite's metric is not computed from this layout."""
+    """The metric in the results."""
     original: str = ""
     """Where the original is, of a set that CLIP_benchmark does not publish; an own folder in its layout is read."""
 
@@ -102,13 +103,12 @@ DATACOMP38 = (
     Entry("SVHN", "vtab-svhn", TOP1),
     Entry("Flickr30k", "flickr30k", "mean_recall@1"),
     Entry("MS-COCO", "mscoco_captions", "mean_recall@1"),
-    Entry("WinoGAViL", "", "", "https://winogavil.github.io"),  # Jaccard index
+    Entry("WinoGAViL", "winogavil", "jaccard_10_12", "https://huggingface.co/datasets/nlphuji/winogavil"),
     Entry("iWildCam", "wilds-iwildcam", "f1_macro"),
     Entry("Camelyon17", "wilds-camelyon17", TOP1),
-    Entry("FMoW", "wilds-fmow", "", "https://wilds.stanford.edu/datasets"),  # worst region
-    # worst income group, top-5
-    Entry("Dollar Street", "dollar_street", "", "https://mlcommons.org/datasets/dollar-street"),
-    Entry("GeoDE", "geode", "", "https://geodiverse-data-collection.cs.princeton.edu"),  # worst region
+    Entry("FMoW", "wilds-fmow", "worst_region_top1", f"{DATACOMP}wilds-fmow_test"),
+    Entry("Dollar Street", "dollar_street", "worst_income_top5", f"{DATACOMP}dollar_street_test"),
+    Entry("GeoDE", "geode", "worst_region_top1", f"{DATACOMP}geode_test"),
 )
 
 OTHERS = (
@@ -154,8 +154,8 @@ def tasks(
         by_folder = {_plain(d.name): d for d in opened}
         others = [d for d in opened if _plain(d.name) not in {_plain(entry.folder) for entry in SUITES[suite]}]
         for entry in SUITES[suite]:
-            dataset = by_folder.get(_plain(entry.folder)) if entry.folder else None
-            if dataset is None or not entry.metric:
+            dataset = by_folder.get(_plain(entry.folder))
+            if dataset is None:
                 missing.append(_where_to_get(entry))
             else:
                 found.append(runner.task_of(dataset)._replace(name=entry.folder, metric=entry.metric))
@@ -180,7 +180,7 @@ def averages(suite: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line per model: the mean of a suite's metrics, or why there is none."""
     if suite not in SUITES:
         return []
-    metric = {_plain(entry.folder): entry.metric for entry in SUITES[suite] if entry.folder}
+    metric = {_plain(entry.folder): entry.metric for entry in SUITES[suite]}
     lines = []
     for model in dict.fromkeys(r["model"] for r in records):
         values = [r["metrics"].get(metric.get(_plain(r["dataset"]), "")) for r in records if r["model"] == model]
@@ -231,8 +231,6 @@ def _plain(name: str) -> str:
 
 
 def _where_to_get(entry: Entry) -> str:
-    if not entry.metric:
-        return f"{entry.title}: its metric is not computed here; {entry.original}"
     if entry.original:
         return f"{entry.title}: missing; {entry.original}; a folder {entry.folder} in CLIP_benchmark's layout is read"
     return f"{entry.title}: missing; {HUB}{entry.folder}"

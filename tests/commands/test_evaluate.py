@@ -154,7 +154,7 @@ def test_a_suite_lists_what_is_missing_and_has_no_average_then(run, benchmarks, 
     capsys.readouterr()
     assert main([word.replace("paper27", "datacomp38") for word in command]) == 0
     said = capsys.readouterr().out
-    assert "GeoDE: its metric is not computed here; https://geodiverse" in said
+    assert "GeoDE: missing; https://huggingface.co/datasets/djghosh/wds_geode_test; a folder geode in" in said
     [line] = next((tmp_path / "out").glob("*/eval_results.jsonl")).read_text().splitlines()
     assert json.loads(line)["dataset"] == "Oxford-IIIT Pet"
     assert main([word.replace("paper27", "full") for word in command]) == 0

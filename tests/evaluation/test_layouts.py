@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +13,7 @@ from clip_jax.commands import main
 from clip_jax.evaluation import aro, composition, label_maps, multi_label, ranking
 from tests.data.shards import jpeg, write_shard
 
-OLD_RUNS = Path(__file__).parents[1] / "data" / "old_runs"
 WORDS = ("red circle", "blue star", "green heart", "pink ring", "a black cross", "yellow square")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = shutil.copytree(OLD_RUNS / "vit", tmp_path_factory.mktemp("layouts") / "vit")
-    shutil.copytree(OLD_RUNS / "tokenizer", folder / "tokenizer")
-    return folder
 
 
 def png(pixels):

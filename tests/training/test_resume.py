@@ -1,6 +1,7 @@
 """A run killed at any moment and started again equals one that was never killed, digit for digit."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -152,39 +153,52 @@ def samples_of(workdir) -> dict[tuple[int, int], int]:
     return found
 
 
-@pytest.mark.slow
-def test_a_mixture_killed_twice_and_moved_to_two_processes_has_the_samples_and_losses_of_an_undisturbed_run(tmp_path):
-    """The undisturbed run reads shards and a table from the disk; the other one from a server that fails."""
-    recipe = runs.write_recipe(tmp_path)
+REAL = [pytest.param("emoji", where, marks=pytest.mark.exhaustive) for where in ("disk", "failing server")]
+
+
+@pytest.mark.parametrize(("data", "where"), [pytest.param("made", "failing server", marks=pytest.mark.slow), *REAL])
+def test_a_mixture_killed_twice_and_moved_to_two_processes_has_the_samples_and_losses_of_an_undisturbed_run(
+    tmp_path, request, data, where
+):
+    """Shards with captions in two languages, a table and scenes; the undisturbed run reads them from the disk."""
+    recipe, folder = runs.write_recipe(tmp_path), tmp_path / "train"
+    pairs, shards, steps, caption = 50, "train-{00000..00001}.tar", 12, "captions.de=1,caption=2"
+    if data == "emoji":
+        pairs, shards, steps, caption = 3461, "emoji/train-{00000..00005}.tar", 120, "captions.en=1,captions.ko=1"
+        shutil.copytree(request.getfixturevalue("shared_data") / "emoji", folder / "emoji")
     rows = {"image": [jpeg(i) for i in range(20)], "caption": [f"picture {i}" for i in range(20)]}
-    pq.write_table(pa.table(rows), tmp_path / "train" / "own.parquet")
+    pq.write_table(pa.table(rows), folder / "own.parquet")
     # A held-out image that only one of two processes decodes, and that none can use.
     write_shard(tmp_path / "held_out" / "train-00001.tar", [{"jpg": b"no picture", "txt": b"nothing"}], first=13)
 
     def arguments(root: str, name: str) -> tuple[str, ...]:
-        shards = f'("tar:{root}/train-{{00000..00001}}.tar", 1.0, "captions.de=1,caption=2")'
-        train = f'({shards}, ("parquet:{root}/own.parquet", 4.0, "caption"), ("shapes:heldout", 0.1))'
+        train = (
+            f'("tar:{root}/{shards}", 1.0, "{caption}"),'
+            f'("parquet:{root}/own.parquet", {pairs * 4 / 50}, "caption"), ("shapes:heldout", {pairs * 0.1 / 50})'
+        )
         return (
             f"--config={recipe}",
-            f"--config.data.train={train}",
+            f"--config.steps={steps}",
+            f"--config.data.train=({train})",
             "--config.mesh.cpu_devices=2",
             f"--workdir={tmp_path / name}",
         )
 
-    done = runs.main(tmp_path, *arguments(tmp_path / "train", "whole"), cached=True)
+    done = runs.main(tmp_path, *arguments(folder, "whole"), cached=True)
     assert done.returncode == 0, done.stderr
     killed = tmp_path / "killed"
-    with serve(tmp_path / "train") as server:
+    with serve(folder) as server:
         server.every = 20
-        kill_when(start(tmp_path, *arguments(server.url, "killed")), lambda: lines(killed) >= 4)
-        kill_when(start(tmp_path, *arguments(server.url, "killed")), lambda: lines(killed) >= 8)
+        root = folder if where == "disk" else server.url
+        kill_when(start(tmp_path, *arguments(root, "killed")), lambda: lines(killed) >= steps // 3)
+        kill_when(start(tmp_path, *arguments(root, "killed")), lambda: lines(killed) >= steps * 2 // 3)
         run_together(tmp_path, 2, f"--workdir={killed}", "--config.mesh.cpu_devices=1")
-        assert len(server.requests) > 100
+        assert len(server.requests) > 100 or where == "disk"
     expected, found = samples_of(tmp_path / "whole"), samples_of(killed)
-    assert found == expected and len(expected) == 12 * 16
-    assert {np.searchsorted([50, 70], sample, "right") for sample in expected.values()} == {0, 1, 2}
-    for name, count in (("train/loss", 12), ("eval/held_out/loss", 3)):
+    assert found == expected and len(expected) == steps * 16
+    assert {np.searchsorted([pairs, pairs + 20], sample, "right") for sample in expected.values()} == {0, 1, 2}
+    for name in ("train/loss", "eval/held_out/loss"):
         ours, theirs = (
             [line[name] for line in runs.metrics(run) if name in line] for run in (killed, tmp_path / "whole")
         )
-        assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == count
+        assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == (steps if "train" in name else -(-steps // 5))
