@@ -89,8 +89,8 @@ def prompt(cue: str) -> str:
 def jaccard(cosines: Float[np.ndarray, " candidates"], associated: Bool[np.ndarray, " candidates"]) -> float:
     """Of the associated pictures and as many nearest ones; ties are decided against the model."""
     count = int(associated.sum())
-    steps = np.round(cosines / TIE)  # equal within TIE
-    answer = np.lexsort((associated, -steps))[:count]
+    rounded = np.round(cosines / TIE)  # equal within TIE
+    answer = np.lexsort((associated, -rounded))[:count]
     right = int(associated[answer].sum())
     return right / (2 * count - right)
 
@@ -98,16 +98,16 @@ def jaccard(cosines: Float[np.ndarray, " candidates"], associated: Bool[np.ndarr
 def protocol(task: Task, models: Ensemble) -> Result:
     """Over the rows whose pictures can all be decoded."""
     source, first = task.source, models[0][0].embed(task.source, texts=False)
-    place = np.full(len(source), -1)
-    place[first.indices] = np.arange(len(first.indices))
-    rows = [i for i, wanted in enumerate(source.candidates) if (place[wanted] >= 0).all()]
+    row_of = np.full(len(source), -1)
+    row_of[first.indices] = np.arange(len(first.indices))
+    rows = [i for i, wanted in enumerate(source.candidates) if (row_of[wanted] >= 0).all()]
     if not rows:
         raise UserError(f"{task.name}: no row has all its pictures")
     prompts = [prompt(source.cues[i]) for i in rows]
     embedded = [(model.embed(source, texts=False).images, model.texts(prompts), share) for model, share in models]
     found, sizes, equal = [], [], True
     for text, i in enumerate(rows):
-        wanted = place[source.candidates[i]]
+        wanted = row_of[source.candidates[i]]
         cosines = sum(share * (images[wanted] @ texts[text]) for images, texts, share in embedded)
         found.append(jaccard(cosines, source.associated[i]))
         sizes.append(len(wanted))

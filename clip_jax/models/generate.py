@@ -23,7 +23,7 @@ class Decoding(NamedTuple):
     max_tokens: int = 30
     """Tokens of a caption at most, with its end token."""
     min_tokens: int = 0
-    """The end token is not chosen before so many others."""
+    """The end token is not chosen before this number of others."""
     beams: int = 6
     length_penalty: float = 1.0
     """beam: captions are compared by their log-probability / tokens^length_penalty."""

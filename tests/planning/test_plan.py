@@ -155,11 +155,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
-def test_a_mistake_is_one_line(capsys, arguments, told):
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_a_mistake_is_one_line(capsys, arguments, message):
     assert main(["plan", "--config=configs/clip_vit_l14.py", "--estimate", *arguments]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 def test_a_recipe_that_is_not_there_is_one_line(capsys):

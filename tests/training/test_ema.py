@@ -60,8 +60,8 @@ def test_the_average_is_evaluated_kept_loaded_and_exported(tmp_path):
     exported = tmp_path / "exported"
     assert commands.main(["export", f"--model={workdir}", "--format=openclip", f"--to={exported}"]) == 0
     assert_equal(clip_jax.load(exported).params, state.evaluation_params)
-    still = {"model.init_from": str(exported), "model.init_from_allow": "('tokenizer',)"}  # OpenCLIP names no such one
-    still |= {"steps": "1", "optimizer.learning_rate": "0", "ema_decay": "0"}
-    assert loop.run(workdir=str(tmp_path / "still"), recipe=recipe, overrides=AVERAGED | still) == 0
-    losses = [runs.metrics(folder)[-1]["eval/held_out/loss"] for folder in (tmp_path / "still", workdir)]
+    frozen = {"model.init_from": str(exported), "model.init_from_allow": "('tokenizer',)"}  # OpenCLIP names no such one
+    frozen |= {"steps": "1", "optimizer.learning_rate": "0", "ema_decay": "0"}
+    assert loop.run(workdir=str(tmp_path / "frozen"), recipe=recipe, overrides=AVERAGED | frozen) == 0
+    losses = [runs.metrics(folder)[-1]["eval/held_out/loss"] for folder in (tmp_path / "frozen", workdir)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

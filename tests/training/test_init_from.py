@@ -1,4 +1,4 @@
-"""Training goes on from anybody's weights: ``main.py`` on a Transformers folder, at another size, with a new width."""
+"""Training starts from anybody's weights: ``main.py`` on a Transformers folder, at another size, with a new width."""
 
 import jax
 import numpy as np
