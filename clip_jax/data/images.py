@@ -192,10 +192,11 @@ def crop_box(
     width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """A random (left, top, right, bottom) in whole pixels."""
-    logarithms = np.log(ratio).tolist()
+    lowest, highest = _logarithms(*ratio)
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = float(np.exp(rng.uniform(*logarithms)))
+        # The numbers of rng.uniform, which takes several times as long.
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = float(np.exp(lowest + (highest - lowest) * rng.random()))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
@@ -206,6 +207,11 @@ def crop_box(
         w, h = round(height * aspect), height
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+@functools.cache
+def _logarithms(low: float, high: float) -> tuple[float, float]:
+    return tuple(np.log((low, high)).tolist())
 
 
 def resize_and_crop(

@@ -5,12 +5,14 @@ member of their own before it, in POSIX's format (``x``) or GNU's (``L``). Pytho
 slowly, and needs a file.
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from clip_jax.storage.ranges import Read
 
 BLOCK = 512
+ZEROS = bytes(BLOCK)
 REGULAR = (b"0", b"\0", b"7")
 MAX_NAME_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 50
@@ -49,10 +51,11 @@ def members(read: Read, start: int = 0, stop: int | None = None) -> Iterator[Mem
             if header:
                 raise TarError(f"the file ends in a header at byte {offset}")
             return
-        if not any(header):
+        if header == ZEROS:
             return
         kind, size = header[156:157], _number(header[124:136], offset)
-        if _number(header[148:156], offset) not in _checksums(header):
+        checksum, found = _number(header[148:156], offset), _checksum(header)
+        if checksum != found and checksum != found - 256 * _negative_bytes(header):
             raise TarError(f"no tar header at byte {offset}")
         offset += BLOCK
         if kind in (b"x", b"L", b"g", b"K"):
@@ -72,10 +75,16 @@ def members(read: Read, start: int = 0, stop: int | None = None) -> Iterator[Mem
         longer = {}
 
 
-def _checksums(header: bytes) -> tuple[int, int]:
-    """The sum of all bytes, its own field counted as spaces; and as old programs with signed bytes made it."""
-    total = 8 * 32 + sum(header) - sum(header[148:156])
-    return total, total - (0 if header.isascii() else 256 * sum(b > 127 for b in header[:148] + header[156:]))
+def _checksum(header: bytes) -> int:
+    """The sum of all bytes, its own field counted as spaces."""
+    # The lower half of Adler-32 is one more than the sum, as long as that is below 65,521: of up to 256 bytes.
+    halves = (zlib.adler32(header[:256]) & 0xFFFF) + (zlib.adler32(header[256:]) & 0xFFFF) - 2
+    return 8 * 32 + halves - sum(header[148:156])
+
+
+def _negative_bytes(header: bytes) -> int:
+    """The number of bytes that old programs with signed bytes counted as 256 less."""
+    return sum(b > 127 for b in header[:148] + header[156:])
 
 
 def _number(field: bytes, offset: int) -> int:
