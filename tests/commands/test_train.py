@@ -35,7 +35,9 @@ def test_it_trains_and_resumes_like_main(tmp_path, capsys):
     command = ["train", f"--config={recipe}", f"--workdir={tmp_path}/run", "--config.steps", "2"]
     assert main([*command, "--config.optimizer.warmup_steps=0"]) == 0
     assert main(["train", f"--workdir={tmp_path}/run"]) == 0
-    assert "main.py" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "main.py" not in printed
+    assert re.search(r"attention +xla \(auto, on cpu\)", printed)  # the implementation, and why it was selected
     assert (tmp_path / "run/report.html").exists()
 
 
