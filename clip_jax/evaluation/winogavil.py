@@ -27,8 +27,6 @@ from clip_jax.evaluation import layouts
 from clip_jax.evaluation.ranking import TIE
 from clip_jax.evaluation.subject import Ensemble, Result, Task
 
-FIELDS = ("cue", "candidates", "associations")
-
 
 @dataclass(frozen=True)
 class Associations:
@@ -64,12 +62,12 @@ def open_winogavil(folder: Path) -> Associations:
     numbers: dict[str, int] = {}
     cues, candidates, associated = [], [], []
     for where, row in rows:
-        cue, *names = layouts.text(row, "cue", where), *(_names(row, name, where) for name in FIELDS[1:])
-        if not set(names[1]) <= set(names[0]) or not names[1]:
+        names, right = _names(row, "candidates", where), _names(row, "associations", where)
+        if not right or not set(right) <= set(names):
             raise UserError(f"{where}: associations are not among the candidates, or there are none")
-        cues.append(cue)
-        candidates.append(np.array([numbers.setdefault(name, len(numbers)) for name in names[0]]))
-        associated.append(np.isin(names[0], names[1]))
+        cues.append(layouts.text(row, "cue", where))
+        candidates.append(np.array([numbers.setdefault(name, len(numbers)) for name in names]))
+        associated.append(np.isin(names, right))
     files = tuple(layouts.image_file(folder, name) for name in numbers)
     if not any(file.is_file() for file in files):
         raise UserError(f"{folder}: none of its {len(files)} images is there, such as {files[0] if files else 'any'}")
