@@ -53,7 +53,7 @@ class Associations:
 
 
 def is_winogavil(folder: Path) -> bool:
-    return any(True for _ in _tables(folder))
+    return bool(_tables(folder))
 
 
 def open_winogavil(folder: Path) -> Associations:
