@@ -15,7 +15,7 @@ body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-
 "Helvetica Neue",Arial,sans-serif}
 main{max-width:1184px;margin:0 auto;padding:36px 24px 64px}
 h1{font-size:28px;line-height:1.2;letter-spacing:-.01em;margin:0 0 4px;overflow-wrap:anywhere}
-h2{font-size:18px;margin:0 0 4px}
+h2{font-size:18px;margin:0 0 4px;overflow-wrap:anywhere}
 h3{font-size:13px;font-weight:600;margin:0 0 4px;color:var(--ink)}
 p{margin:0}
 small,.note,.facts{color:var(--muted)}
@@ -30,7 +30,7 @@ section{margin-top:40px}
 .card b{display:block;font-size:26px;font-weight:600;line-height:1.25;font-variant-numeric:tabular-nums}
 .card span{font-size:13px}
 .card small{display:block;font-size:12px;line-height:1.35;overflow-wrap:anywhere}
-.panels{display:grid;gap:12px;margin-top:8px}
+.panels{display:grid;gap:12px;margin:8px 0 12px}
 .panels.large{grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}
 .panels.small{grid-template-columns:repeat(auto-fill,minmax(min(260px,100%),1fr))}
 .panels h3{overflow-wrap:anywhere}
@@ -43,7 +43,8 @@ svg text{font-family:inherit;font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .results{margin-bottom:12px;font-size:14px}
 .results th{font-weight:400;color:var(--muted);text-align:right;padding:4px 0 4px 22px;white-space:nowrap}
-.results thead th{white-space:normal;vertical-align:bottom}
+.results thead th{white-space:normal;vertical-align:bottom;overflow-wrap:anywhere}
+@media(max-width:600px){.results th{white-space:normal;overflow-wrap:anywhere;min-width:6em}}
 .results th:first-child{text-align:left;padding-left:0;color:var(--ink);font-weight:600}
 .results td{text-align:right;padding:4px 0 4px 22px}
 .results tr+tr>*,.results tbody tr>*{border-top:1px solid var(--hairline)}
