@@ -217,9 +217,17 @@ def class_folders(folder: Path) -> str:
 
 
 MARKS = {
-    **dict.fromkeys(("flip_l16", "coca_b32", "siglip2_b16", "unicl_b16"), ()),
+    **dict.fromkeys(("coca_b32", "siglip2_b16", "unicl_b16"), ()),
     **dict.fromkeys(
-        ("clipa_l16", "lit_l16", "coca_l14", "distill_b32_from_l14", "siglip2_so400m14", "siglip2_b16_acid"),
+        (
+            "flip_l16",
+            "clipa_l16",
+            "lit_l16",
+            "coca_l14",
+            "distill_b32_from_l14",
+            "siglip2_so400m14",
+            "siglip2_b16_acid",
+        ),
         pytest.mark.exhaustive,
     ),
 }

@@ -145,7 +145,7 @@ def saved(made, pairs):
     return residuals(2 * pairs) - residuals(pairs)
 
 
-COUNTED = ("self-distillation", "selection", "grounding")
+COUNTED = ("self-distillation", "grounding")
 PLANNED = [
     pytest.param(*(case, parts), marks=() if parts > 1 and case in COUNTED else pytest.mark.exhaustive)
     for case in CASES

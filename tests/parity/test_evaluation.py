@@ -195,7 +195,7 @@ json.dump(found, open(f"{folder}/found.json", "w"))
 """
 
 
-@pytest.mark.parametrize("kind", ["open_clip", "hugging_face"])
+@pytest.mark.parametrize("kind", ["open_clip", pytest.param("hugging_face", marks=pytest.mark.exhaustive)])
 def test_a_folder_of_weights_on_webdataset_folders_has_clip_benchmarks_numbers(kind, tmp_path, shared_data):
     """From the files to the metrics: OpenCLIP preprocesses, tokenizes, encodes and averages, and so do we."""
     preset = folders_of.PRESET

@@ -27,7 +27,9 @@ def copy_of(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "sigmoid", pytest.param("resnet", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("sigmoid", "resnet"))]
+)
 def test_a_run_of_earlier_code_resumes_with_its_own_numbers(name, tmp_path, capsys):
     workdir = copy_of(name, tmp_path)
     expected = runs.metrics(workdir)

@@ -121,7 +121,7 @@ def test_the_users_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
     assert (config.eval.a.source, config.eval.a.train) == (f"folder:{tmp_path}/x", f"folder:{tmp_path}/y")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # test_resume.py has a mixture that is killed
 def test_a_run_over_a_mixture_learns_from_all_its_sources(tmp_path, capsys):
     recipe = runs.write_recipe(tmp_path)
     train = f'(("tar:{tmp_path}/train", 1.0), ("tar:{tmp_path}/held_out", 2.0, "captions.de"), ("shapes:heldout", 0.1))'
