@@ -212,7 +212,7 @@ PROTOCOLS: Mapping[str, Callable[[Task, Ensemble], Result]] = {
 }
 
 
-def quick(image_size: int, *, classification: int = 384, pairs: int = 512, corrupted: int = 16) -> tuple[Task, ...]:
+def quick(image_size: int, *, classification: int = 384, pairs: int = 256, corrupted: int = 12) -> tuple[Task, ...]:
     """A suite without downloads, on rendered scenes of color and shape combinations that are never trained on.
 
     The probe is fitted on ``classification`` further scenes of the same classes.
