@@ -35,6 +35,7 @@ REQUIREMENTS = [
     "simplejpeg>=1.9",
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
+    "threadpoolctl>=3.8",
     "tokenizers>=0.23.3",
 ]
 

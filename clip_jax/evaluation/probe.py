@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
+from threadpoolctl import threadpool_limits
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.ranking import check_finite
@@ -84,7 +85,9 @@ def logistic_regression(
     if start is not None:
         first = np.concatenate([start.weights.ravel(), start.bias])
     options = {"maxiter": iterations, "gtol": tolerance, "ftol": 64 * np.finfo(float).eps, "maxls": 50}
-    found = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
+    # Its vectors are short: with two threads on two cores an iteration took fifty times as long.
+    with threadpool_limits(1, user_api="blas"):
+        found = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
     weights, bias = found.x[: width * classes].reshape(width, classes), found.x[width * classes :]
     return Linear(weights, bias, float(found.fun))
 

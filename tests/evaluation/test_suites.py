@@ -1,12 +1,13 @@
 """Suites: the results file that DataComp's ``aggregate_scores.py`` reads, and robustness relative to other models."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
 from clip_jax.commands import main
-from clip_jax.evaluation import datacomp, suites
+from clip_jax.evaluation import datacomp, runner, suites
 from tests.data.shards import jpeg, write_shard
 from tests.evaluation.test_groups import WORDS, npy, write_winogavil
 
@@ -87,3 +88,21 @@ def test_all_sets_of_a_suite_in_their_layouts_have_an_average(suite, run, tmp_pa
     if suite == "datacomp38":
         lines = [json.loads(line) for line in next(out.glob("*/eval_results.jsonl")).read_text().splitlines()]
         assert len(lines) == 38 and all(line["metrics"]["main_metric"] is not None for line in lines)
+
+
+@pytest.mark.slow
+def test_the_suites_of_the_bundled_scenes_run_without_data(run, tmp_path, monkeypatch):
+    for name, count in (("robustness", {"classification": 24}), ("dense_suite", {"pictures": 8})):
+        monkeypatch.setattr(runner, name, functools.partial(getattr(runner, name), **count))
+    monkeypatch.setattr(runner, "SEVERITIES", (1, 5))
+    monkeypatch.setattr(runner, "CORRUPTIONS", ("noise", "blur"))
+    found = {}
+    for suite in ("robustness", "dense"):
+        out = tmp_path / suite
+        assert main(["evaluate", f"--model={run}", f"--suite={suite}", f"--output={out}"]) == 0
+        found |= {path.stem: json.loads(path.read_text()) for path in out.glob("*/*.json")}
+        assert (out / "report.html").stat().st_size > 10_000
+    assert set(found) == {
+        *(f"shapes_{kind}" for kind in ("corruptions", "typographic", "adversarial", "cues", "dense"))
+    }
+    assert all(0 <= record["metrics"][record["main_metric"]] <= 1 for record in found.values())
