@@ -51,16 +51,21 @@ class Captioned:
 
     def __getitem__(self, index: int) -> Sample:
         file = self.files[index]
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError as error:
-            raise BadSampleError("no such file", str(file)) from error
+        data = read_image(file)
         if self.crops:
             try:
                 data = np.asarray(decode(data).crop(self.crops[index]))
             except BadImageError as error:
                 raise BadSampleError(str(error), str(file)) from error
         return Sample(data, self.captions[index], file.name)
+
+
+def read_image(file: Path) -> bytes:
+    """Raises BadSampleError if the file is missing."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise BadSampleError("no such file", str(file)) from error
 
 
 def is_winoground(folder: Path) -> bool:

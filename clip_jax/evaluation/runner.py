@@ -115,9 +115,10 @@ def _classification(task: Task, models: Ensemble, embedded: Embedded, probabilit
 
 
 def _grouped(task: Task, models: Ensemble) -> Result:
-    found = _zero_shot(task, models)
-    grouping, rows = task.source.grouping, task.source.rows[found.indices]
-    metrics, by_group = groups.worst(judge(task, models), rows, grouping)
+    embedded, probabilities = labeled(task.source, models), class_probabilities(task, models)
+    found, grouping = _classification(task, models, embedded, probabilities), task.source.grouping
+    judged = judge_probabilities(probabilities, embedded.labels, models)
+    metrics, by_group = groups.worst(judged, task.source.rows[embedded.indices], grouping)
     main = f"worst_{grouping.columns[0]}_top1"
     return found._replace(
         metrics=found.metrics | metrics, main_metric=main, details=found.details | {"by_group": by_group}

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_jax.data.sources.sample import BadSampleError, Sample
+from clip_jax.data.sources.sample import Sample
 from clip_jax.errors import UserError
 from clip_jax.evaluation import layouts
 from clip_jax.evaluation.ranking import TIE
@@ -46,10 +46,7 @@ class Associations:
 
     def __getitem__(self, index: int) -> Sample:
         file = self.files[index]
-        try:
-            return Sample(file.read_bytes(), ("",), file.name)
-        except FileNotFoundError as error:
-            raise BadSampleError("no such file", str(file)) from error
+        return Sample(layouts.read_image(file), ("",), file.name)
 
 
 def is_winogavil(folder: Path) -> bool:
@@ -85,7 +82,7 @@ def prompt(cue: str) -> str:
 
 
 def jaccard(cosines: Float[np.ndarray, " candidates"], associated: Bool[np.ndarray, " candidates"]) -> float:
-    """Of the associated pictures and as many nearest ones; ties are decided against the model."""
+    """The Jaccard index of the associated pictures and as many nearest ones; ties count against the model."""
     count = int(associated.sum())
     rounded = np.round(cosines / TIE)  # equal within TIE
     answer = np.lexsort((associated, -rounded))[:count]

@@ -49,7 +49,7 @@ class Made:
 
     @property
     def candidates(self):
-        """Of five, six and ten pictures."""
+        """Three rows, with five, six and ten pictures."""
         return tuple(np.array([self.order.index(7 * i % PICTURES) for i in range(n)]) for n in (5, 6, 10))
 
     @property
