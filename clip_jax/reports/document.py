@@ -43,7 +43,7 @@ svg text{font-family:inherit;font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .results{margin-bottom:12px;font-size:14px}
 .results th{font-weight:400;color:var(--muted);text-align:right;padding:4px 0 4px 22px;white-space:nowrap}
-.results thead th{white-space:normal;vertical-align:bottom;overflow-wrap:anywhere}
+.results thead th{white-space:normal;vertical-align:bottom}
 @media(max-width:600px){.results th{white-space:normal;overflow-wrap:anywhere;min-width:6em}}
 .results th:first-child{text-align:left;padding-left:0;color:var(--ink);font-weight:600}
 .results td{text-align:right;padding:4px 0 4px 22px}
